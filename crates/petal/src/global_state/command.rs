@@ -1,0 +1,232 @@
+//! Commands: what the log consists of. Each names what it relies on and is a no-op when that changed.
+
+use crate::ids::*;
+use crate::message::CommandId;
+use crate::translator::gmap::Scheme;
+use serde::{Deserialize, Serialize};
+
+/// One entry of the log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Who proposed it; a command that was already executed is a no-op.
+    pub id: CommandId,
+    /// The command.
+    pub command: Command,
+}
+
+/// How a disk is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Attachment {
+    /// One client; default for block devices.
+    Exclusive,
+    /// Many clients that know of each other (a shared file system).
+    Shared,
+    /// Any number, no writes.
+    ReadOnly,
+}
+
+/// The cluster at state index 0: what `petal init` decided. The same on every ring member.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Genesis {
+    /// The cluster's id.
+    pub cluster: ClusterId,
+    /// Its name.
+    pub name: String,
+    /// The ring's first 1 or 3 members. Their node number is their position + 1.
+    pub ring: Vec<GenesisServer>,
+}
+
+/// A server that the cluster begins with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GenesisServer {
+    /// Its id.
+    pub server: ServerId,
+    /// Where to reach it, the best address first.
+    pub addresses: Vec<String>,
+}
+
+/// Commands. New ones are added at the end: the position is the number in the log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Command {
+    /// Nothing; counts.
+    Noop,
+    /// A new server, which learns (it takes part in the ring only through a ring change, later).
+    /// Its id comes back in the outcome.
+    AddServer {
+        /// Where to reach it.
+        addresses: Vec<String>,
+        /// Drawn once by the joining server: the same token again gives the same id.
+        token: u128,
+    },
+    /// A server started. Ends its last incarnation; changes the term of every slot that it is in sync
+    /// in (2.5).
+    ServerUp {
+        /// The server.
+        server: ServerId,
+        /// Its new life.
+        incarnation: Incarnation,
+        /// Where to reach it now.
+        addresses: Vec<String>,
+        /// The disks that it found, with the last incarnation written on each before this one, and
+        /// their capacity for data in bytes.
+        disks: Vec<(DiskId, Incarnation, u64)>,
+    },
+    /// A new disk, in a family of its own, in the common GMap of the scheme (made when first needed,
+    /// from all servers then present).
+    CreateDisk {
+        /// Its name.
+        name: String,
+        /// Bytes.
+        size: u64,
+        /// The scheme.
+        scheme: Scheme,
+        /// Bytes; power of two, at least 64 KiB.
+        stripe_unit: u64,
+    },
+    /// Deletes a disk that nobody has attached. Settled when no server can answer for it any more.
+    DeleteDisk {
+        /// The disk.
+        vdisk: VdiskId,
+    },
+    /// Another name for a disk.
+    RenameDisk {
+        /// The disk.
+        vdisk: VdiskId,
+        /// The new name.
+        name: String,
+    },
+    /// Another size. Growing holds at once; shrinking is settled, then the rest is discarded.
+    ResizeDisk {
+        /// The disk.
+        vdisk: VdiskId,
+        /// The new size in bytes.
+        size: u64,
+    },
+    /// A session begins.
+    Attach {
+        /// The disk.
+        vdisk: VdiskId,
+        /// How.
+        mode: Attachment,
+        /// Who, in words for people: `nbd@host:pid`, `attach /dev/loop0`.
+        holder: String,
+        /// Ends the sessions that are in the way (fences their holders; settled before it returns).
+        take_over: bool,
+    },
+    /// A session ends.
+    Detach {
+        /// The session.
+        session: SessionId,
+    },
+}
+
+/// What a command did.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// Nothing to tell.
+    Done,
+    /// `AddServer`.
+    Server(ServerId),
+    /// `CreateDisk`.
+    Disk(VdiskId),
+    /// `Attach`.
+    Session(SessionId),
+}
+
+/// Why a command was refused (a no-op that counts).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum CommandError {
+    /// Name taken.
+    #[error(
+        "there is already a disk named '{0}'; choose another name, or delete it first with `petal disk delete {0}`"
+    )]
+    NameTaken(String),
+    /// Not a name.
+    #[error("'{name}' is not a name for a disk: {why}")]
+    BadName {
+        /// The name.
+        name: String,
+        /// Why not.
+        why: String,
+    },
+    /// Not a size.
+    #[error("{size} bytes is not a size for a disk: {why}")]
+    BadSize {
+        /// The size.
+        size: u64,
+        /// Why not.
+        why: String,
+    },
+    /// Not a stripe unit.
+    #[error("{0} bytes is not a stripe unit: it must be a power of two from 64 KiB to 1 GiB")]
+    BadStripeUnit(u64),
+    /// Too few servers for the scheme.
+    #[error(
+        "{copies} copies need {copies} servers, and the cluster has {servers}; add servers with `petal join`, or ask for fewer copies"
+    )]
+    TooFewServers {
+        /// Copies of the scheme.
+        copies: usize,
+        /// Servers present.
+        servers: usize,
+    },
+    /// No such disk (any more).
+    #[error("the disk {0} does not exist any more")]
+    NoSuchDisk(VdiskId),
+    /// Attached by somebody.
+    #[error("'{name}' is attached by {holder}; detach it there, or take it over with --take-over")]
+    InUse {
+        /// The disk.
+        name: String,
+        /// Who has it.
+        holder: String,
+    },
+    /// No such session (any more).
+    #[error("the session {0} is over")]
+    NoSuchSession(SessionId),
+    /// No such server.
+    #[error("there is no server {0}")]
+    NoSuchServer(ServerId),
+    /// An older life of a server.
+    #[error("{server} has been started again since (incarnation {known} is known, this is {given})")]
+    OldIncarnation {
+        /// The server.
+        server: ServerId,
+        /// What the cluster knows.
+        known: Incarnation,
+        /// What was given.
+        given: Incarnation,
+    },
+    /// Disks are not those that the cluster knows.
+    #[error(
+        "{server} came without disk {disk}, which holds data of the cluster; bring the disk back and start the server again"
+    )]
+    DiskMissing {
+        /// The server.
+        server: ServerId,
+        /// The disk.
+        disk: DiskId,
+    },
+    /// A disk with an older state than the cluster knows.
+    #[error(
+        "disk {disk} of {server} is from an earlier life (incarnation {found}, the cluster knows {known}): a restored image or an old disk; it cannot be used as it is"
+    )]
+    DiskFromThePast {
+        /// The server.
+        server: ServerId,
+        /// The disk.
+        disk: DiskId,
+        /// Incarnation on the disk.
+        found: Incarnation,
+        /// Incarnation that the cluster knows.
+        known: Incarnation,
+    },
+    /// A bound.
+    #[error("the cluster has {limit} {what}, which is the most it can have")]
+    TooMany {
+        /// The bound.
+        limit: usize,
+        /// Of what.
+        what: String,
+    },
+}

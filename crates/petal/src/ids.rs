@@ -1,0 +1,170 @@
+//! The names of things. Each has its own type, so that a slot cannot be taken for a server.
+
+use core::fmt;
+use serde::{Deserialize, Serialize};
+
+/// A block: unit of checksum and allocation, in bytes.
+pub const BLOCK_SIZE: u64 = 4096;
+/// An element: unit of the PMap, of versions and of recovery (the paper's "data element"), in bytes.
+pub const ELEMENT_SIZE: u64 = 65536;
+/// Blocks in an element.
+pub const BLOCKS_PER_ELEMENT: usize = 16;
+
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident($repr:ty), $prefix:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+        pub struct $name(pub $repr);
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!($prefix, "{}"), self.0)
+            }
+        }
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!($prefix, "{}"), self.0)
+            }
+        }
+    };
+}
+
+id!(
+    /// A server, for as long as the cluster lives. From 1.
+    ServerId(u16), "s"
+);
+id!(
+    /// One life of a server: grows by one each time it starts.
+    Incarnation(u64), "i"
+);
+id!(
+    /// A virtual disk: the state index of the command that made it.
+    VdiskId(u64), "v"
+);
+id!(
+    /// A disk with all its snapshots and clones: the state index of the command that made it.
+    FamilyId(u64), "f"
+);
+id!(
+    /// A GMap: the state index of the command that made it.
+    GmapId(u64), "g"
+);
+id!(
+    /// A writable member of a family.
+    LineageId(u32), "l"
+);
+id!(
+    /// One state in time of a lineage.
+    Epoch(u32), "e"
+);
+id!(
+    /// An attachment: the state index of the command that made it.
+    SessionId(u64), "a"
+);
+
+/// State index: the number of log entries applied since the cluster was made. The cluster's one
+/// logical clock.
+pub type StateIndex = u64;
+/// Term of a slot: the state index of the last command that changed who may act in it.
+pub type Term = u64;
+/// Revision of a disk: the state index of the last command that changed what its data messages may do.
+pub type Revision = u64;
+
+/// A cluster, drawn at random when it is made.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ClusterId(pub u128);
+/// A physical disk, drawn at random when it is formatted.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct DiskId(pub u128);
+
+macro_rules! hex_id {
+    ($name:ident) => {
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{:032x}", self.0)
+            }
+        }
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{:08x}", (self.0 >> 96) as u32)
+            }
+        }
+    };
+}
+hex_id!(ClusterId);
+hex_id!(DiskId);
+
+/// One row of a GMap.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct SlotId {
+    /// The GMap.
+    pub gmap: GmapId,
+    /// The row, from 0.
+    pub slot: u32,
+}
+
+impl fmt::Debug for SlotId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.gmap, self.slot)
+    }
+}
+
+/// An element of a family: bytes `element * 64 KiB ..` of every member of it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ElementKey {
+    /// The family.
+    pub family: FamilyId,
+    /// Byte offset divided by 64 KiB.
+    pub element: u64,
+}
+
+impl fmt::Debug for ElementKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.family, self.element)
+    }
+}
+
+/// Version of an element: of the newest write to it. The term is the one in which the write was
+/// numbered, the sequence counts per slot, without gaps, from 1 in each term.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+pub struct Version {
+    /// Term in which the write got its number.
+    pub term: Term,
+    /// The number.
+    pub sequence: u64,
+}
+
+impl Version {
+    /// Older than every write.
+    pub const ZERO: Version = Version { term: 0, sequence: 0 };
+}
+
+impl fmt::Debug for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "({},{})", self.term, self.sequence)
+    }
+}
+
+/// A request of a session, applied exactly once however often it is sent (promise P4).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub struct RequestId {
+    /// The session.
+    pub session: SessionId,
+    /// Number within the session, from 1.
+    pub number: u64,
+}
+
+/// What a data message relies on: a receiver that knows less catches up before it acts.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+pub struct Need {
+    /// Highest revision of the disk that the sender knows.
+    pub revision: Revision,
+    /// Highest term of the slot that the sender knows.
+    pub term: Term,
+}
+
+impl Need {
+    /// The greater of both in each part.
+    pub fn merge(self, other: Need) -> Need {
+        Need { revision: self.revision.max(other.revision), term: self.term.max(other.term) }
+    }
+}

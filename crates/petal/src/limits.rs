@@ -1,0 +1,53 @@
+//! Every bound of the system, with the sum that chose it. A full queue is a reply, not a wait.
+
+use stdx::Duration;
+
+/// Versions of a slot that may be unfinished at one time. The watermark is a prefix, so one hung
+/// write keeps everything behind it busy: this bounds what a promise has to list.
+pub const SLOT_UNFINISHED_MAX: usize = 4096;
+/// How long a watermark may wait for other traffic to carry it.
+pub const WATERMARK_DELAY: Duration = Duration::from_millis(5);
+/// Requests of one client connection that a server holds at one time; the next is refused as busy.
+/// 1,024 elements of 64 KiB are 64 MiB, two of the largest NBD requests.
+pub const CLIENT_REQUESTS_MAX: usize = 1024;
+/// Element operations that one client keeps in flight to one server: below the server's bound, so
+/// that a client of ours is never refused for it.
+pub const CLIENT_WINDOW: usize = 512;
+/// Blocks that a replica promises to one primary ahead (2-fold the largest NBD request).
+pub const CREDIT_BLOCKS_MAX: u64 = 16384;
+/// Largest frame body (without payload) that a peer may send: the global state's snapshot is the
+/// largest, 10,000 disks and 256 slots per GMap fit into 8 MiB.
+pub const FRAME_BODY_MAX: usize = 16 << 20;
+/// Largest payload of a frame: one element of one epoch, or the blocks of one settled element.
+pub const FRAME_PAYLOAD_MAX: usize = 8 << 20;
+/// Elements in one answer to a list request (promise) or a map request.
+pub const LIST_ELEMENTS_MAX: usize = 1024;
+/// Batches of one disk that may be on their way at one time.
+pub const BATCHES_IN_FLIGHT_MAX: usize = 4;
+/// Bytes of data in one batch: larger groups gain nothing and delay the first.
+pub const BATCH_DATA_MAX: usize = 4 << 20;
+/// Slots of a new GMap per server, at least.
+pub const SLOTS_PER_SERVER_MIN: u32 = 64;
+/// Slots of a GMap at most.
+pub const SLOTS_MAX: u32 = 1 << 16;
+/// Servers of a cluster at most (ids are 16 bits; 1,000 are designed for).
+pub const SERVERS_MAX: usize = 1024;
+/// Virtual disks of a cluster at most.
+pub const VDISKS_MAX: usize = 100_000;
+/// Bytes of a disk's name at most.
+pub const NAME_MAX: usize = 200;
+/// Size of a disk at most for block clients: 2^63 - 1 rounded down to blocks.
+pub const DISK_SIZE_MAX: u64 = (1 << 63) - crate::ids::BLOCK_SIZE;
+/// Default stripe unit: 1 MiB. Large requests go to one server in one send, and a disk of a few
+/// hundred MiB still spreads over all slots of a small cluster.
+pub const STRIPE_UNIT_DEFAULT: u64 = 1 << 20;
+/// Lease of a server (granted always until failures are handled).
+pub const LEASE: Duration = Duration::from_secs(1);
+/// First delay before something unanswered is sent again.
+pub const RETRY_MIN: Duration = Duration::from_millis(20);
+/// Longest delay between two tries.
+pub const RETRY_MAX: Duration = Duration::from_secs(1);
+/// How long a management call waits to settle before it says for whom it waits.
+pub const SETTLE_DEADLINE: Duration = Duration::from_secs(10);
+/// Log entries that the ring keeps behind its snapshot.
+pub const LOG_KEEP: usize = 1024;

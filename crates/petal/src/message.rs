@@ -1,0 +1,744 @@
+//! Every message of the system. A message, its handler `on_<message>` and its heading in
+//! docs/wire-protocol.md carry the same name; the tidy test compares the two lists.
+//!
+//! Bulk data is never serialised: it travels in [`Payload`] fields, which the wire format appends
+//! behind the body as they are.
+
+use crate::global_state::{Command, CommandError, Entry, Outcome};
+use crate::ids::*;
+use crate::store::{BlockSum, ElementImage};
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+/// Bytes that travel behind the body of a message, in pieces that nobody copies together. The
+/// receiver gets them in one piece.
+#[derive(Clone, Default, Debug, PartialEq, Eq)]
+pub struct Payload(pub Vec<Bytes>);
+
+impl Payload {
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.0.iter().map(Bytes::len).sum()
+    }
+    /// True if there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.0.iter().all(Bytes::is_empty)
+    }
+    /// All bytes in one piece; copies only if there are several.
+    pub fn to_bytes(&self) -> Bytes {
+        match self.0.as_slice() {
+            [] => Bytes::new(),
+            [one] => one.clone(),
+            many => many.concat().into(),
+        }
+    }
+}
+
+impl From<Bytes> for Payload {
+    fn from(b: Bytes) -> Self {
+        Payload(vec![b])
+    }
+}
+
+/// What travels between two peers: the sender's state index with every message (2-way learning of
+/// the global state), and the body.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// Log entries that the sender has applied. Zero from a client that knows nothing.
+    pub state_index: StateIndex,
+    /// The rest.
+    pub body: Body,
+}
+
+/// Number that a client gives to a request, echoed in the reply; unique per connection.
+pub type Tag = u64;
+
+/// The bodies. New ones are added at the end: the position is the number on the wire.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Body {
+    // ---- client to server: data
+    /// Read blocks of an element.
+    Read(Read),
+    /// Write bytes of an element.
+    Write(Write),
+    /// Make bytes of an element zero (discard, write-zeroes).
+    Zero(Zero),
+    /// Which blocks exist.
+    Map(Map),
+    // ---- server to client: data
+    /// Answer to `Read`.
+    ReadReply(ReadReply),
+    /// Answer to `Write` and `Zero`.
+    WriteReply(WriteReply),
+    /// Answer to `Map`.
+    MapReply(MapReply),
+    // ---- client to server: management
+    /// A management call.
+    Admin(Admin),
+    /// Its answer.
+    AdminReply(AdminReply),
+    // ---- between servers: replication
+    /// One message of a slot's ordered stream.
+    Replicate(Replicate),
+    /// What is stable of streams, and the window.
+    StreamAck(StreamAck),
+    /// Watermarks told without a write to carry them.
+    Watermarks(Watermarks),
+    /// Asks to promise terms.
+    Promise(Promise),
+    /// Promises given.
+    Promised(Promised),
+    /// Asks for elements newer than a version.
+    List(List),
+    /// Answer to `List`.
+    Listed(Listed),
+    /// Reads an element at a replica, for settlement and recovery.
+    Fetch(Fetch),
+    /// Answer to `Fetch`.
+    Fetched(Fetched),
+    // ---- between servers: global state
+    /// A message of the consensus library, within one ring configuration.
+    Ring(Ring),
+    /// Hands a command to a ring member.
+    Propose(Propose),
+    /// Asks for decided entries.
+    Learn(Learn),
+    /// Decided entries.
+    Entries(Entries),
+    /// The whole state, for who is far behind.
+    Snapshot(Snapshot),
+    /// Asks to be told when an index is settled at the receiver.
+    Settle(Settle),
+    /// An index is settled at the sender.
+    Settled(Settled),
+    /// Tells the sender's state index to an idle peer.
+    Index,
+}
+
+// ------------------------------------------------------------------------------------------------
+// Data messages of clients. One message concerns one element: large requests are split by the client.
+
+/// By what right a data message speaks, and for whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Access {
+    /// Echoed in the reply.
+    pub tag: Tag,
+    /// The disk.
+    pub vdisk: VdiskId,
+    /// The attachment that allows it.
+    pub session: SessionId,
+    /// What the sender knows.
+    pub need: Need,
+}
+
+/// Read blocks of an element.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Read {
+    /// Rights.
+    pub access: Access,
+    /// Byte offset in the disk divided by 64 KiB.
+    pub element: u64,
+    /// First block.
+    pub first_block: u8,
+    /// Number of blocks, 1..=16; `first_block + blocks <= 16`.
+    pub blocks: u8,
+}
+
+/// Write bytes of an element.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Write {
+    /// Rights.
+    pub access: Access,
+    /// Number of the request within the session.
+    pub number: u64,
+    /// Every request of the session below this number is finished.
+    pub finished_below: u64,
+    /// Byte offset in the disk divided by 64 KiB.
+    pub element: u64,
+    /// First byte within the element.
+    pub offset: u32,
+    /// CRC-32C of each touched block's piece of the data, first block first. With whole blocks these
+    /// are the blocks' checksums; pieces at an unaligned edge have the CRC of the piece.
+    pub crcs: Vec<u32>,
+    /// The bytes.
+    #[serde(skip)]
+    pub data: Payload,
+}
+
+/// Make bytes of an element zero.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Zero {
+    /// Rights.
+    pub access: Access,
+    /// Number of the request within the session.
+    pub number: u64,
+    /// Every request of the session below this number is finished.
+    pub finished_below: u64,
+    /// Byte offset in the disk divided by 64 KiB.
+    pub element: u64,
+    /// First byte within the element.
+    pub offset: u32,
+    /// Number of bytes; `offset + length <= 65536`.
+    pub length: u32,
+}
+
+/// Which blocks exist, in the slots of which the receiver is the acting primary.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Map {
+    /// Rights. `need.term` is of no slot and zero.
+    pub access: Access,
+    /// First element asked for.
+    pub first_element: u64,
+    /// One past the last element asked for.
+    pub end_element: u64,
+}
+
+/// Answer to `Map`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MapReply {
+    /// The request.
+    pub tag: Tag,
+    /// The elements with at least one block that is not zero: bit n of the mask is block n.
+    pub result: Result<MapPart, Refusal>,
+}
+
+/// A part of a map.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MapPart {
+    /// `(element, mask)`, ascending; only elements of slots in which the sender acts.
+    pub elements: Vec<(u64, u16)>,
+    /// The answer is whole for elements below this one; ask again from here for the rest.
+    pub complete_below: u64,
+    /// Slots of the range for which the sender cannot answer (it does not act in them, or not yet).
+    pub not_here: Vec<u32>,
+}
+
+/// Answer to `Read`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReadReply {
+    /// The request.
+    pub tag: Tag,
+    /// What the sender knows.
+    pub need: Need,
+    /// One checksum per block.
+    pub result: Result<Vec<BlockSum>, Refusal>,
+    /// The blocks that are not zero, in order.
+    #[serde(skip)]
+    pub data: Payload,
+}
+
+/// Answer to `Write` and `Zero`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WriteReply {
+    /// The request.
+    pub tag: Tag,
+    /// What the sender knows.
+    pub need: Need,
+    /// `Ok`: stable on every in-sync replica.
+    pub result: Result<(), Refusal>,
+}
+
+/// Why a data request was not done. Nothing of it was or will be applied, unless the text says so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Refusal {
+    /// The receiver is the wrong server under the map that it knows: refresh and go elsewhere.
+    #[error("the map that the request relied on is no longer right")]
+    StaleMap,
+    /// A secondary has a write of these blocks that it does not know complete: ask the primary.
+    #[error("the block has an unfinished write; only the primary can answer")]
+    Busy,
+    /// The slot is not served yet (promise, settlement, or the receiver still learns): try again soon.
+    #[error("the slot is not ready yet")]
+    NotReady,
+    /// More requests than one connection may have outstanding.
+    #[error("too many requests outstanding on one connection")]
+    TooMany,
+    /// No free space, on this server or a replica's.
+    #[error("no space left in the pool of disks")]
+    NoSpace,
+    /// The session is over (detached, taken over, or of a disk that is gone).
+    #[error("the session is over: the disk was detached, taken over by another client, or deleted")]
+    SessionEnded,
+    /// The session or the disk is read-only.
+    #[error("the disk is attached read-only")]
+    ReadOnly,
+    /// Beyond the end of the disk.
+    #[error("beyond the end of the disk")]
+    BeyondEnd,
+    /// A checksum of the request does not match its data.
+    #[error("the data was damaged on the way")]
+    Damaged,
+    /// The request makes no sense.
+    #[error("malformed request")]
+    Malformed,
+    /// This copy cannot be read (bad block or disk error): ask another replica.
+    #[error("this copy cannot be read")]
+    BadCopy,
+    /// The request's number is below what the session said was finished.
+    #[error("a request that the session had declared finished")]
+    Finished,
+}
+
+// ------------------------------------------------------------------------------------------------
+// Management.
+
+/// A management call.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Admin {
+    /// Echoed in the reply.
+    pub tag: Tag,
+    /// What is asked.
+    pub request: AdminRequest,
+}
+
+/// Its answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AdminReply {
+    /// The request.
+    pub tag: Tag,
+    /// The answer.
+    pub result: Result<AdminResponse, AdminError>,
+}
+
+/// What can be asked of any server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AdminRequest {
+    /// Decide a command, wait until it is durable, and until it is settled where it narrows what data
+    /// messages may do. `deadline_millis` bounds the wait.
+    Execute {
+        /// Who asks: `(client, number)`, so that a call sent again is executed once.
+        id: CommandId,
+        /// What.
+        command: Command,
+        /// How long to wait for decision and settlement.
+        deadline_millis: u32,
+    },
+    /// What a client needs to reach a disk: map, servers.
+    Hints {
+        /// Name of the disk.
+        name: String,
+    },
+    /// The same for a disk known by id.
+    HintsById {
+        /// The disk.
+        vdisk: VdiskId,
+    },
+    /// The global state as the server knows it (postcard of `global_state::State`).
+    State,
+    /// What this one server knows of itself.
+    ServerStatus,
+    /// Compare replicas and addresses of everything (I2, I8); answers with what was found.
+    Verify {
+        /// Continue after this element.
+        after: Option<ElementKey>,
+    },
+    /// Hand over and stop.
+    Shutdown,
+}
+
+/// Who proposed a command: a proposer draws a random id once and counts its commands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct CommandId {
+    /// The proposer.
+    pub proposer: u64,
+    /// Its number, from 1.
+    pub number: u64,
+    /// Every command of the proposer below this number is finished.
+    pub finished_below: u64,
+}
+
+/// Answers to management calls.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AdminResponse {
+    /// The command was executed.
+    Executed {
+        /// State index of the command.
+        index: StateIndex,
+        /// What it did.
+        outcome: Outcome,
+        /// Empty: settled, or nothing to settle. Else: accepted, and waits for these servers.
+        unsettled: Vec<ServerId>,
+    },
+    /// Hints.
+    Hints(Box<Hints>),
+    /// The global state.
+    State(Vec<u8>),
+    /// One server.
+    ServerStatus(Box<ServerStatus>),
+    /// A part of a verification.
+    Verified(VerifyPart),
+    /// The server stops now.
+    ShuttingDown,
+}
+
+/// Why a management call failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum AdminError {
+    /// The command was decided, and refused.
+    #[error(transparent)]
+    Refused(#[from] CommandError),
+    /// No majority of the ring decided it within the deadline; it may still be decided later.
+    #[error("the ring did not decide in time: a majority of {ring:?} must be up; ask again to see whether it was done")]
+    NotDecided {
+        /// The ring members.
+        ring: Vec<ServerId>,
+    },
+    /// There is no such disk.
+    #[error("there is no disk named '{0}'; `petal disk list` shows the disks")]
+    NoSuchDisk(String),
+    /// There is no disk with that id any more.
+    #[error("the disk {0} is gone")]
+    DiskGone(VdiskId),
+    /// The server has not yet caught up with the cluster since it started.
+    #[error("{0} is starting and does not know the cluster's state yet; try again, or ask another server")]
+    Starting(ServerId),
+}
+
+/// What a client needs to reach a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hints {
+    /// State index of the answer.
+    pub state_index: StateIndex,
+    /// The disk.
+    pub vdisk: crate::translator::vdir::Vdisk,
+    /// Its family.
+    pub family: crate::translator::vdir::Family,
+    /// The highest revision that concerns the disk.
+    pub revision: Revision,
+    /// Its slots.
+    pub slots: Vec<SlotHint>,
+    /// Every server that appears in them.
+    pub servers: Vec<ServerHint>,
+}
+
+/// Who serves a slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlotHint {
+    /// Its term.
+    pub term: Term,
+    /// The members in sync, acting primary first.
+    pub in_sync: Vec<ServerId>,
+}
+
+/// How to reach a server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServerHint {
+    /// The server.
+    pub server: ServerId,
+    /// Its addresses, the best first: `unix:PATH` or `HOST:PORT`.
+    pub addresses: Vec<String>,
+}
+
+/// What a server tells of itself.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ServerStatus {
+    /// The server.
+    pub server: ServerId,
+    /// Its life.
+    pub incarnation: Incarnation,
+    /// Log entries applied.
+    pub state_index: StateIndex,
+    /// Who leads the ring, as far as it knows.
+    pub ring_leader: Option<ServerId>,
+    /// Servers that it is connected to.
+    pub connected: Vec<ServerId>,
+    /// Slots in which it acts as primary, and how many of these are served.
+    pub slots_acting: (u32, u32),
+    /// Its disks.
+    pub disks: Vec<DiskStatus>,
+    /// Counters since it started, by name.
+    pub counters: Vec<(String, u64)>,
+}
+
+/// What a server tells of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskStatus {
+    /// The disk.
+    pub disk: DiskId,
+    /// Path, as configured.
+    pub path: String,
+    /// Bytes for data.
+    pub capacity: u64,
+    /// Bytes of data in use.
+    pub used: u64,
+    /// Elements.
+    pub elements: u64,
+    /// None: works. Else why it does not.
+    pub error: Option<String>,
+}
+
+/// What a part of a verification found.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct VerifyPart {
+    /// Elements of slots in which the server acts: image of each, compared with the other replicas.
+    pub elements: u64,
+    /// Blocks read and compared with their checksums.
+    pub blocks: u64,
+    /// What is wrong, one sentence each.
+    pub complaints: Vec<String>,
+    /// Continue after this element; `None` = the end.
+    pub next: Option<ElementKey>,
+}
+
+// ------------------------------------------------------------------------------------------------
+// Replication.
+
+/// One message of the ordered stream of a slot from its acting primary to one receiver.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replicate {
+    /// The slot.
+    pub slot: SlotId,
+    /// Term by whose right the sender speaks.
+    pub term: Term,
+    /// The stream: the sender opens a new one whenever the connection is new.
+    pub stream: u64,
+    /// Number within the stream, from 1, without gaps. Apart from versions.
+    pub number: u64,
+    /// The sender's watermark of the slot.
+    pub watermark: Version,
+    /// What it carries.
+    pub part: Part,
+    /// Data of the part: blocks that are not zero, in order.
+    #[serde(skip)]
+    pub data: Payload,
+}
+
+/// What a stream carries.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Part {
+    /// A client's write.
+    Write {
+        /// The element.
+        element: ElementKey,
+        /// Its new version.
+        version: Version,
+        /// Lineage that it writes.
+        lineage: LineageId,
+        /// Epoch that it writes.
+        epoch: Epoch,
+        /// Where the row inherits from if the lineage has none yet: its ancestors, nearest first (a
+        /// clone's parents; empty otherwise).
+        parents: Vec<(LineageId, Epoch)>,
+        /// The request, for exactly-once.
+        id: RequestId,
+        /// Requests of the session below this number are finished.
+        finished_below: u64,
+        /// First block.
+        first_block: u8,
+        /// One checksum per block.
+        sums: Vec<BlockSum>,
+    },
+    /// The whole element as it must be, ids included (I7 and recovery). Data only for the blocks that
+    /// the receiver's listed image lacks: `(row, block)` for each, in order.
+    Copy {
+        /// The element.
+        element: ElementKey,
+        /// What it must be.
+        image: ElementImage,
+        /// Which blocks the data has.
+        blocks: Vec<(u16, u8)>,
+        /// True when it settles the slot, false when it brings a candidate up to date.
+        settles: bool,
+    },
+    /// The settlement is finished: the watermark moves to (term, 0).
+    SettlementDone,
+    /// A number of the version sequence that no write got.
+    Skip {
+        /// The number.
+        version: Version,
+    },
+    /// The primary had applied this state index when it sent this.
+    Mark {
+        /// The index.
+        state_index: StateIndex,
+    },
+}
+
+/// What a receiver has made stable.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamAck {
+    /// One per stream that got on.
+    pub slots: Vec<SlotAck>,
+    /// Blocks that the receiver keeps free for writes of this primary that it has not yet answered.
+    pub window: u64,
+    /// True if the window is small because the receiver is full, not because it is busy.
+    pub full: bool,
+}
+
+/// How far one stream is stable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlotAck {
+    /// The slot.
+    pub slot: SlotId,
+    /// Term of the stream.
+    pub term: Term,
+    /// The stream.
+    pub stream: u64,
+    /// Every message up to this number is stable.
+    pub through: u64,
+    /// The receiver's watermark on its disks.
+    pub durable_watermark: Version,
+}
+
+/// Watermarks told without a write to carry them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Watermarks {
+    /// `(slot, term, watermark)`.
+    pub slots: Vec<(SlotId, Term, Version)>,
+}
+
+/// Asks to promise terms.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Promise {
+    /// `(slot, term)`.
+    pub slots: Vec<(SlotId, Term)>,
+}
+
+/// Promises given: nothing older than the term will be accepted, all that was is stable.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Promised {
+    /// One per slot; the watermark is the promiser's own.
+    pub slots: Vec<(SlotId, Term, Version)>,
+    /// The window, as in `StreamAck`.
+    pub window: u64,
+    /// As in `StreamAck`.
+    pub full: bool,
+}
+
+/// Asks for elements newer than a version, in a promised term.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct List {
+    /// The slot.
+    pub slot: SlotId,
+    /// The promised term.
+    pub term: Term,
+    /// Elements with a version above this one.
+    pub above: Version,
+    /// Only elements after this one.
+    pub after: Option<ElementKey>,
+}
+
+/// Answer to `List`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Listed {
+    /// The slot.
+    pub slot: SlotId,
+    /// The promised term.
+    pub term: Term,
+    /// The elements, ascending.
+    pub elements: Vec<(ElementKey, ElementImage)>,
+    /// Ask again after this one; `None` = all told.
+    pub next: Option<ElementKey>,
+}
+
+/// Reads an element at a replica. Answered with what is there, never bounced.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fetch {
+    /// The slot.
+    pub slot: SlotId,
+    /// The promised term.
+    pub term: Term,
+    /// The element.
+    pub element: ElementKey,
+    /// `(row, block)` of the listed image whose data is wanted.
+    pub blocks: Vec<(u16, u8)>,
+}
+
+/// Answer to `Fetch`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fetched {
+    /// The slot.
+    pub slot: SlotId,
+    /// The promised term.
+    pub term: Term,
+    /// The element.
+    pub element: ElementKey,
+    /// `Ok`: the data has the blocks that were asked for, in order.
+    pub result: Result<(), Refusal>,
+    /// The blocks.
+    #[serde(skip)]
+    pub data: Payload,
+}
+
+// ------------------------------------------------------------------------------------------------
+// Global state.
+
+/// A message of the consensus library.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ring {
+    /// Ring configuration that it belongs to.
+    pub configuration: u32,
+    /// postcard of `omnipaxos::messages::Message`.
+    pub bytes: Vec<u8>,
+}
+
+/// Hands a command to a ring member, which proposes it if it has not been decided.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Propose {
+    /// Who proposes.
+    pub id: CommandId,
+    /// What.
+    pub command: Command,
+}
+
+/// Asks for decided entries.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Learn {
+    /// The sender has applied this many.
+    pub from: StateIndex,
+}
+
+/// Decided entries.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entries {
+    /// State index before the first of them.
+    pub from: StateIndex,
+    /// The entries.
+    pub entries: Vec<Entry>,
+}
+
+/// The whole state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// postcard of `global_state::State`.
+    pub state: Vec<u8>,
+}
+
+/// Asks to be told when an index is settled at the receiver: applied, and everything that it began
+/// before and that the index affects finished or refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settle {
+    /// The index.
+    pub index: StateIndex,
+}
+
+/// An index is settled at the sender.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settled {
+    /// The index.
+    pub index: StateIndex,
+}
+
+impl Body {
+    /// The bytes behind the body.
+    pub fn payload(&self) -> Option<&Payload> {
+        match self {
+            Body::Write(m) => Some(&m.data),
+            Body::ReadReply(m) => Some(&m.data),
+            Body::Replicate(m) => Some(&m.data),
+            Body::Fetched(m) => Some(&m.data),
+            _ => None,
+        }
+    }
+
+    /// Where a received payload goes; `None` if this body has none.
+    pub fn payload_mut(&mut self) -> Option<&mut Payload> {
+        match self {
+            Body::Write(m) => Some(&mut m.data),
+            Body::ReadReply(m) => Some(&mut m.data),
+            Body::Replicate(m) => Some(&mut m.data),
+            Body::Fetched(m) => Some(&mut m.data),
+            _ => None,
+        }
+    }
+}
