@@ -16,6 +16,7 @@ pub mod liveness;
 pub mod message;
 pub mod placement;
 pub mod promise;
+pub mod sabotage;
 pub mod server;
 pub mod store;
 pub mod translator;

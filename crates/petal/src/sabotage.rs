@@ -1,0 +1,122 @@
+//! Deliberately broken protocols, so that the checkers are themselves checked (docs/testing.md).
+//!
+//! A checker that never complained proves little. Each name here leaves out one rule for which a
+//! counterexample is known; the simulator's `must_fail` tests run clusters with it and demand a
+//! complaint within a bounded number of seeds. The rule is left out at the one place where it is
+//! kept, by asking `sabotage == Sabotage::Name` there, and nowhere else.
+//!
+//! A real server runs with [`Sabotage::None`]: no configuration file, flag or message can set
+//! another value.
+
+/// Which rule is left out.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub enum Sabotage {
+    /// None: the protocol as it is meant.
+    #[default]
+    None,
+
+    // ---- data access: streams, promise, settlement
+    /// The primary acknowledges when its own store has the write, before every in-sync secondary
+    /// told that it is stable there (without I5).
+    AckBeforeSecondary,
+    /// A new term begins to number and serve as soon as the promises are in: what the promises list
+    /// is thrown away, no element is made equal (without I7).
+    NoSettlement,
+    /// Settlement compares versions only: elements of equal version count as equal, and nothing is
+    /// copied although their blocks differ.
+    SettleByVersion,
+    /// Settlement copies blocks, but leaves at each replica the request ids that it had (without the
+    /// second half of I6).
+    IdsNotCopied,
+    /// A replica that has promised a term goes on to accept messages of older terms.
+    NoPromise,
+    /// A replica stores what arrives, whatever its number: a gap in a stream, an older stream and an
+    /// earlier connection are not noticed.
+    NoOrderedStream,
+    /// A secondary serves elements whose version is above its watermark without asking the primary,
+    /// and the primary serves blocks with unfinished writes.
+    ServeBusy,
+    /// The watermark moves to the newest complete write, past older ones that are unfinished.
+    WatermarkSkipsUnfinished,
+    /// A request that was applied is applied again when it is sent again (without I6).
+    ForgetIds,
+    /// An element of nothing but zeros loses its version and its ids at once.
+    DeletionWithoutVersion,
+
+    // ---- the store
+    /// Replay drops single records whose data does not match its CRC, wherever they are, and goes on
+    /// behind them.
+    ReplayDropsRecords,
+    /// A batch is acknowledged when it is durable itself, though an earlier one is not.
+    AckBatchesOutOfOrder,
+    /// Replay takes a batch for the next one by its number and its own checksum alone: the hash of the
+    /// batch before is not compared.
+    NoChain,
+    /// A freed block may be used again at once, before the batch that freed it is known durable.
+    ReuseEarly,
+    /// A start allocates and appends without first making a batch durable that records where the
+    /// journal ended.
+    NoOpenRecord,
+}
+
+impl Sabotage {
+    /// Every rule that can be left out.
+    pub const ALL: [Sabotage; 15] = [
+        Sabotage::AckBeforeSecondary,
+        Sabotage::NoSettlement,
+        Sabotage::SettleByVersion,
+        Sabotage::IdsNotCopied,
+        Sabotage::NoPromise,
+        Sabotage::NoOrderedStream,
+        Sabotage::ServeBusy,
+        Sabotage::WatermarkSkipsUnfinished,
+        Sabotage::ForgetIds,
+        Sabotage::DeletionWithoutVersion,
+        Sabotage::ReplayDropsRecords,
+        Sabotage::AckBatchesOutOfOrder,
+        Sabotage::NoChain,
+        Sabotage::ReuseEarly,
+        Sabotage::NoOpenRecord,
+    ];
+
+    /// Its name on a command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Sabotage::None => "none",
+            Sabotage::AckBeforeSecondary => "ack-before-secondary",
+            Sabotage::NoSettlement => "no-settlement",
+            Sabotage::SettleByVersion => "settle-by-version",
+            Sabotage::IdsNotCopied => "ids-not-copied",
+            Sabotage::NoPromise => "no-promise",
+            Sabotage::NoOrderedStream => "no-ordered-stream",
+            Sabotage::ServeBusy => "serve-busy",
+            Sabotage::WatermarkSkipsUnfinished => "watermark-skips-unfinished",
+            Sabotage::ForgetIds => "forget-ids",
+            Sabotage::DeletionWithoutVersion => "deletion-without-version",
+            Sabotage::ReplayDropsRecords => "replay-drops-records",
+            Sabotage::AckBatchesOutOfOrder => "ack-batches-out-of-order",
+            Sabotage::NoChain => "no-chain",
+            Sabotage::ReuseEarly => "reuse-early",
+            Sabotage::NoOpenRecord => "no-open-record",
+        }
+    }
+
+    /// The rule of that name.
+    pub fn from_name(name: &str) -> Option<Sabotage> {
+        std::iter::once(Sabotage::None).chain(Sabotage::ALL).find(|s| s.name() == name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_sabotage_is_found_by_its_name() {
+        assert_eq!(Sabotage::from_name("none"), Some(Sabotage::None));
+        for sabotage in Sabotage::ALL {
+            assert_eq!(Sabotage::from_name(sabotage.name()), Some(sabotage));
+        }
+        assert_eq!(Sabotage::from_name("sleep"), None);
+    }
+}
