@@ -100,10 +100,11 @@ impl End {
     }
 }
 
-fn in_runtime<F: Future<Output = ()> + 'static>(test: impl FnOnce(tempfile::TempDir, String) -> F + 'static) {
+fn in_runtime<F: Future<Output = ()> + 'static>(test: impl FnOnce(std::path::PathBuf, String) -> F + 'static) {
     let dir = tempfile::tempdir().unwrap();
     let address = format!("unix:{}/s", dir.path().display());
-    petal_io::run(async move { test(dir, address).await }).unwrap();
+    let path = dir.path().to_path_buf();
+    petal_io::run(async move { test(path, address).await }).unwrap();
 }
 
 #[test]
@@ -357,7 +358,7 @@ fn a_peer_that_does_not_read_is_disconnected_by_time_and_by_amount() {
         stream.write_all(&hello_bytes()).unwrap();
         let to_slow = a.connected().await;
         let data = Bytes::from(vec![7; 65_536]);
-        for n in 1..20 {
+        for n in 1..60 {
             assert!(a.transport.send(to_slow, write(n, vec![data.clone()])));
         }
         a.transport.flush();
@@ -453,7 +454,8 @@ fn two_thousand_idle_connections_cost_little_and_disturb_nobody() {
         assert_eq!(a.message().await, index(8));
         drop(idle);
         for _ in 0..2000 {
-            assert_eq!(a.closed().await, Closed::ByPeer);
+            // Reset: they never read the server's hello.
+            assert!(matches!(a.closed().await, Closed::ByPeer | Closed::Io(_)));
         }
     });
 }
@@ -466,7 +468,7 @@ fn an_address_in_use_is_an_error_and_a_dead_socket_file_is_not() {
         let first = a.transport.bind(&parsed).await.unwrap();
         assert!(matches!(a.transport.bind(&parsed).await, Err(ListenError::InUse { .. })));
         drop(first);
-        let path = dir.path().join("s");
+        let path = dir.join("s");
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         drop(a.transport.bind(&parsed).await.unwrap());
