@@ -13,6 +13,7 @@
 
 pub mod clock;
 pub mod engine;
+pub mod server;
 pub mod transport;
 
 use std::future::Future;

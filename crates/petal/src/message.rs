@@ -653,9 +653,9 @@ pub struct Fetched {
     pub term: Term,
     /// The element.
     pub element: ElementKey,
-    /// One checksum per block that was asked for, in order.
-    pub result: Result<Vec<BlockSum>, Refusal>,
-    /// The blocks that are not zero, in order.
+    /// `Ok`: the data has the blocks that were asked for, in order.
+    pub result: Result<(), Refusal>,
+    /// The blocks.
     #[serde(skip)]
     pub data: Payload,
 }

@@ -46,7 +46,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::rc::Rc;
-use std::task::{Poll, Waker};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use stdx::FastMap;
 use tokio::sync::Notify;
@@ -288,18 +288,20 @@ impl Transport {
 
     /// Ready when there are events. One task may wait at a time.
     pub async fn ready(&self) {
-        std::future::poll_fn(|cx| {
-            let mut inbox = self.shared.inbox.borrow_mut();
-            if !inbox.events.is_empty() {
-                return Poll::Ready(());
-            }
-            match &mut inbox.waker {
-                Some(waker) => waker.clone_from(cx.waker()),
-                none => *none = Some(cx.waker().clone()),
-            }
-            Poll::Pending
-        })
-        .await
+        std::future::poll_fn(|cx| self.poll_ready(cx)).await
+    }
+
+    /// As `ready`, for a driver that waits for several things.
+    pub fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut inbox = self.shared.inbox.borrow_mut();
+        if !inbox.events.is_empty() {
+            return Poll::Ready(());
+        }
+        match &mut inbox.waker {
+            Some(waker) => waker.clone_from(cx.waker()),
+            none => *none = Some(cx.waker().clone()),
+        }
+        Poll::Pending
     }
 
     /// Closes a connection; its `Disconnected` follows. A dialled one is dialled again.
