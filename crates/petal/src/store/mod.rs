@@ -2,6 +2,8 @@
 //!
 //! See docs/on-disk-format.md for the bytes. (API skeleton.)
 
+pub mod allocator;
+pub mod layout;
 pub mod superblock;
 
 use crate::ids::*;
