@@ -10,4 +10,7 @@ mod state;
 
 pub use command::{Attachment, Command, CommandError, Entry, Genesis, GenesisServer, Outcome};
 pub use room::{GlobalOutput, GlobalState};
-pub use state::{DiskState, Effects, Member, RingConfiguration, RingMember, ServerState, Session, SlotState, State};
+pub use state::{
+    DiskState, Effects, Executed, Member, RingConfiguration, RingMember, ServerState, Session, SlotState, State,
+    StateError,
+};
