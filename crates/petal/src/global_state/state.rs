@@ -890,4 +890,4 @@ fn check_addresses(addresses: &[String]) -> Result<(), CommandError> {
 
 #[cfg(test)]
 #[path = "state_tests.rs"]
-mod tests;
+pub(crate) mod tests;
