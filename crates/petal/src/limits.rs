@@ -34,6 +34,26 @@ pub const SLOTS_MAX: u32 = 1 << 16;
 pub const SERVERS_MAX: usize = 1024;
 /// Virtual disks of a cluster at most.
 pub const VDISKS_MAX: usize = 100_000;
+/// Sessions of one disk at most: a shared file system on every server, or a thousand readers.
+pub const SESSIONS_PER_DISK_MAX: usize = 1024;
+/// Disks of one server at most.
+pub const DISKS_PER_SERVER_MAX: usize = 256;
+/// Addresses of one server at most, and bytes of each.
+pub const ADDRESSES_MAX: usize = 16;
+/// Bytes of an address, or of a session's holder, at most.
+pub const TEXT_MAX: usize = 256;
+/// Proposers whose commands are remembered. Every run of the program is one; a command could be executed
+/// twice only if its second copy came after 4,096 newer proposers. 4,096 of 60 bytes are 240 KiB of state.
+pub const PROPOSERS_MAX: usize = 4096;
+/// Results remembered of one proposer: it has at most so many commands unfinished.
+pub const RESULTS_PER_PROPOSER_MAX: usize = 256;
+/// Commands that one server proposes at one time, and that a ring leader has undecided: what is more is
+/// dropped, and proposed again by whoever wants it.
+pub const PROPOSALS_MAX: usize = 4096;
+/// Entries in one message to a learner.
+pub const ENTRIES_PER_MESSAGE_MAX: usize = 512;
+/// Bytes in one value of the ring's durable metadata; what is longer is cut into parts.
+pub const RING_VALUE_MAX: usize = 128 << 10;
 /// Bytes of a disk's name at most.
 pub const NAME_MAX: usize = 200;
 /// Size of a disk at most for block clients: 2^63 - 1 rounded down to blocks.

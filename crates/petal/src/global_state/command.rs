@@ -229,4 +229,10 @@ pub enum CommandError {
         /// Of what.
         what: String,
     },
+    /// A field of the command is longer or has more members than any honest caller sends.
+    #[error("the command is malformed: {0}")]
+    Malformed(String),
+    /// The proposer had declared the command finished: a late copy of it, which changes nothing.
+    #[error("the command was executed before, and its result is forgotten")]
+    Forgotten,
 }

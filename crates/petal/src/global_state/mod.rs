@@ -5,9 +5,14 @@
 //! `room.rs` is the stepped room that owns both and talks to the other servers.
 
 mod command;
+mod ring;
 mod room;
 mod state;
 
 pub use command::{Attachment, Command, CommandError, Entry, Genesis, GenesisServer, Outcome};
+pub use ring::RingDamaged;
 pub use room::{GlobalOutput, GlobalState};
-pub use state::{DiskState, Effects, Member, RingConfiguration, RingMember, ServerState, Session, SlotState, State};
+pub use state::{
+    DiskState, Effects, Executed, Member, RingConfiguration, RingMember, ServerState, Session, SlotState, State,
+    StateError,
+};

@@ -1,12 +1,48 @@
 //! The state machine: what the log makes. Every server holds the same, at the same index.
+//!
+//! [`State::apply`] is deterministic and total: any command at any state gives a new state, a result and
+//! the effects that the rooms must act on. A command that relies on something that changed, or that asks
+//! for what cannot be, is a no-op that counts: `index` grows by one with every entry.
+//!
+//! *Ids are indexes.* A disk, family, GMap or session is named by the state index of the command that
+//! made it, so no id is ever used twice and none has to be counted apart. *Terms and revisions are
+//! indexes* too: a term is the index of the last command that changed who may act in a slot, a revision
+//! that of the last command that changed what data messages of a disk may do. A message that carries both
+//! (its `Need`) can be compared with any server's state.
+//!
+//! *Executed once.* A command is sent again until somebody sees its result, so it can be in the log twice.
+//! `executed` remembers results per proposer, from the number on that the proposer has not declared
+//! finished; the second copy changes nothing and has the same result. It is bounded: see [`Executed`].
+//!
+//! Fails: never. [`State::decode`] refuses bytes that are not a consistent state.
+//!
+//! Invariants (checked by [`State::complaint`], on every decoded state and in every simulation step):
+//! * every reference (disk to family, family to GMap, session to disk and back) leads somewhere;
+//! * names are unique; a GMap has a power of two of slots, one slot state for each;
+//! * I3: no slot is without a member in sync; the members of a tuple differ;
+//! * no id, term, revision or since is above `index`.
+//!
+//! Paper 2 (global state module), 2.1 (VDir, GMap). Next: `room.rs`, which feeds it.
 
-use super::command::{Attachment, CommandError, Outcome};
+use super::command::{Attachment, Command, CommandError, Entry, Genesis, Outcome};
 use crate::ids::*;
-
-use crate::translator::gmap::{Gmap, Scheme};
+use crate::limits::*;
+use crate::message::{CommandId, Hints, ServerHint, SlotHint};
+use crate::placement::{self, Candidate, PlanError};
+use crate::translator::gmap::{Gmap, Scheme, slot_of_element};
 use crate::translator::vdir::{Family, Vdisk};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Version of the encoding of a [`State`]: its first byte.
+const STATE_VERSION: u8 = 1;
+
+/// The first lineage of a family, and the first epoch of a lineage.
+const FIRST_LINEAGE: LineageId = LineageId(1);
+const FIRST_EPOCH: Epoch = Epoch(1);
+
+/// Smallest and largest stripe unit.
+const STRIPE_UNITS: std::ops::RangeInclusive<u64> = ELEMENT_SIZE..=1 << 30;
 
 /// The global state at one index.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,13 +71,32 @@ pub struct State {
     pub sessions: BTreeMap<SessionId, Session>,
     /// Commands executed, per proposer: low-water mark, and outcomes at or above it.
     pub executed: BTreeMap<u64, Executed>,
+    /// Look-ups that follow from the rest.
+    #[serde(skip)]
+    derived: Derived,
+}
+
+/// Look-ups that follow from the rest of the state; made anew after decoding.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Derived {
+    /// Disk of each name.
+    names: BTreeMap<String, VdiskId>,
+    /// Disks of each family.
+    members: BTreeMap<FamilyId, BTreeSet<VdiskId>>,
 }
 
 /// What is remembered of a proposer, so that a command sent again is executed once.
+///
+/// Bounded in two ways, both the same on every server because they look at the log only. Of one proposer
+/// the newest [`RESULTS_PER_PROPOSER_MAX`] results are kept. Of all proposers the
+/// [`PROPOSERS_MAX`] whose last command is newest: when one more comes, the one unheard for longest is
+/// forgotten. A command could be executed twice only if a copy of it came that late.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Executed {
     /// Every command below is finished and forgotten.
     pub finished_below: u64,
+    /// State index of its last command.
+    pub last: StateIndex,
     /// Results of the others.
     pub results: BTreeMap<u64, (StateIndex, Result<Outcome, CommandError>)>,
 }
@@ -143,6 +198,9 @@ pub struct Effects {
     pub servers: Vec<ServerId>,
     /// The command narrows what data messages may do: its caller waits until it is settled.
     pub narrows: bool,
+    /// If it narrows: the servers of the disk's GMap, ascending. It is settled when all of these have
+    /// reported the index.
+    pub concerned: Vec<ServerId>,
 }
 
 impl SlotState {
@@ -150,8 +208,686 @@ impl SlotState {
     pub fn in_sync(&self) -> impl Iterator<Item = ServerId> + '_ {
         self.tuple.iter().filter(|m| m.in_sync).map(|m| m.server)
     }
+    /// The member who is the acting primary once it holds the promises of the term: the first that is in
+    /// sync and not down. `None` while all of them are down.
+    pub fn acting(&self, servers: &BTreeMap<ServerId, ServerState>) -> Option<ServerId> {
+        self.in_sync().find(|s| servers.get(s).is_some_and(|s| !s.down))
+    }
     /// The member entry of a server.
     pub fn member(&self, server: ServerId) -> Option<&Member> {
         self.tuple.iter().find(|m| m.server == server)
     }
 }
+
+impl RingConfiguration {
+    /// The node number of a server in this configuration.
+    pub fn node_of(&self, server: ServerId) -> Option<u64> {
+        self.members.iter().find(|m| m.server == server).map(|m| m.node)
+    }
+    /// The server of a node number.
+    pub fn server_of(&self, node: u64) -> Option<ServerId> {
+        self.members.iter().find(|m| m.node == node).map(|m| m.server)
+    }
+}
+
+/// Why bytes are not a state.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StateError {
+    /// Written by a version of the program that knows more.
+    #[error("the global state has format version {0}, this program knows {STATE_VERSION}")]
+    UnknownVersion(u8),
+    /// Not an encoded state.
+    #[error("the bytes are not a global state")]
+    Malformed,
+    /// Encoded well, but it contradicts itself.
+    #[error("the global state contradicts itself: {0}")]
+    Inconsistent(String),
+}
+
+// ------------------------------------------------------------------------------------------------
+// Making, encoding, decoding.
+
+impl State {
+    /// The state at index 0.
+    pub fn genesis(genesis: &Genesis) -> State {
+        let members = (1..).zip(&genesis.ring).map(|(node, s)| RingMember { node, server: s.server }).collect();
+        let servers = genesis.ring.iter().map(|s| (s.server, ServerState::new(s.addresses.clone(), 0))).collect();
+        State {
+            index: 0,
+            cluster: genesis.cluster,
+            name: genesis.name.clone(),
+            ring: RingConfiguration { id: 1, members },
+            servers,
+            gmaps: BTreeMap::new(),
+            common: BTreeMap::new(),
+            slots: BTreeMap::new(),
+            families: BTreeMap::new(),
+            vdisks: BTreeMap::new(),
+            sessions: BTreeMap::new(),
+            executed: BTreeMap::new(),
+            derived: Derived::default(),
+        }
+    }
+
+    /// The state as bytes: a version byte, then postcard.
+    pub fn encode(&self) -> Vec<u8> {
+        postcard::to_extend(self, vec![STATE_VERSION]).expect("a state in memory can be encoded")
+    }
+
+    /// A state from bytes, consistent in itself.
+    pub fn decode(bytes: &[u8]) -> Result<State, StateError> {
+        let state = match bytes.split_first() {
+            Some((&STATE_VERSION, rest)) => postcard::from_bytes::<State>(rest).map_err(|_| StateError::Malformed)?,
+            Some((version, _)) => return Err(StateError::UnknownVersion(*version)),
+            None => return Err(StateError::Malformed),
+        };
+        let state = state.with_derived();
+        match state.complaint() {
+            None => Ok(state),
+            Some(why) => Err(StateError::Inconsistent(why)),
+        }
+    }
+
+    fn with_derived(mut self) -> State {
+        self.derived = Derived::default();
+        for disk in self.vdisks.values() {
+            self.derived.names.insert(disk.name.clone(), disk.id);
+            self.derived.members.entry(disk.family).or_default().insert(disk.id);
+        }
+        self
+    }
+
+    /// What contradicts itself, if anything does.
+    pub fn complaint(&self) -> Option<String> {
+        self.check().err()
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let here = |condition: bool, what: &dyn std::fmt::Debug, why: &str| {
+            if condition { Ok(()) } else { Err(format!("{what:?} {why}")) }
+        };
+        here(self.index < u64::MAX / 2, &self.index, "is no index that a log reaches")?;
+        let nodes: BTreeSet<u64> = self.ring.members.iter().map(|m| m.node).collect();
+        here(nodes.len() == self.ring.members.len(), &nodes, "are node numbers used twice")?;
+        here(
+            !self.ring.members.is_empty() && self.ring.members.len() <= 7,
+            &self.ring.id,
+            "has no or too many members",
+        )?;
+        for member in &self.ring.members {
+            here((1..=7).contains(&member.node), &member.server, "has a node number outside 1..=7")?;
+            here(self.servers.contains_key(&member.server), &member.server, "is in the ring and not in the cluster")?;
+        }
+        here(self.gmaps.len() == self.slots.len(), &self.gmaps.len(), "GMaps and slot tables differ in number")?;
+        for (id, gmap) in &self.gmaps {
+            self.check_gmap(*id, gmap)?;
+        }
+        for (scheme, gmap) in &self.common {
+            here(self.gmaps.get(gmap).is_some_and(|g| g.scheme == *scheme), gmap, "is no common map of its scheme")?;
+        }
+        for (id, family) in &self.families {
+            here(*id == family.id && id.0 <= self.index, id, "has another id inside")?;
+            here(self.gmaps.contains_key(&family.gmap), id, "has no GMap")?;
+            here(valid_stripe_unit(family.stripe_unit), id, "has an impossible stripe unit")?;
+            here(family.revision <= self.index, id, "has a revision from the future")?;
+            here(self.derived.members.contains_key(id), id, "has no disk")?;
+        }
+        here(self.derived.names.len() == self.vdisks.len(), &self.vdisks.len(), "disks share names")?;
+        for (id, disk) in &self.vdisks {
+            here(*id == disk.id && id.0 <= self.index, id, "has another id inside")?;
+            here(self.families.contains_key(&disk.family), id, "has no family")?;
+            here(disk.revision <= self.index, id, "has a revision from the future")?;
+            for session in &disk.sessions {
+                here(self.sessions.get(session).is_some_and(|s| s.vdisk == *id), session, "is not a session of it")?;
+            }
+        }
+        for (id, session) in &self.sessions {
+            let disk = self.vdisks.get(&session.vdisk);
+            here(*id == session.id && id.0 <= self.index, id, "has another id inside")?;
+            here(disk.is_some_and(|d| d.sessions.contains(id)), id, "is not known to its disk")?;
+        }
+        Ok(())
+    }
+
+    fn check_gmap(&self, id: GmapId, gmap: &Gmap) -> Result<(), String> {
+        let slots = self.slots.get(&id).ok_or_else(|| format!("{id} has no slots"))?;
+        let count = gmap.slots.len();
+        if gmap.id != id || id.0 > self.index || count != slots.len() {
+            return Err(format!("{id} and its slots do not belong together"));
+        }
+        if !count.is_power_of_two() || count > SLOTS_MAX as usize {
+            return Err(format!("{id} has {count} slots"));
+        }
+        for (number, slot) in (0..).zip(slots) {
+            let slot_id = SlotId { gmap: id, slot: number };
+            let members: BTreeSet<_> = slot.tuple.iter().map(|m| m.server).collect();
+            if members.len() != slot.tuple.len() {
+                return Err(format!("{slot_id:?} has a server twice"));
+            }
+            if slot.in_sync().next().is_none() {
+                return Err(format!("{slot_id:?} has no member in sync (I3)"));
+            }
+            if let Some(stranger) = members.iter().find(|s| !self.servers.contains_key(s)) {
+                return Err(format!("{slot_id:?} has {stranger}, which is not in the cluster"));
+            }
+            if slot.term > self.index || slot.tuple.iter().any(|m| m.since > slot.term) {
+                return Err(format!("{slot_id:?} has a term or a since from the future"));
+            }
+        }
+        Ok(())
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// Questions.
+
+impl State {
+    /// A disk by id.
+    pub fn vdisk(&self, id: VdiskId) -> Option<&Vdisk> {
+        self.vdisks.get(&id)
+    }
+    /// A disk by name.
+    pub fn vdisk_named(&self, name: &str) -> Option<&Vdisk> {
+        self.vdisks.get(self.derived.names.get(name)?)
+    }
+    /// A family.
+    pub fn family(&self, id: FamilyId) -> Option<&Family> {
+        self.families.get(&id)
+    }
+    /// A session.
+    pub fn session(&self, id: SessionId) -> Option<&Session> {
+        self.sessions.get(&id)
+    }
+    /// The state of a slot.
+    pub fn slot(&self, id: SlotId) -> Option<&SlotState> {
+        self.slots.get(&id.gmap)?.get(id.slot as usize)
+    }
+    /// The slot of an element of a family.
+    pub fn slot_of(&self, family: FamilyId, element: u64) -> Option<SlotId> {
+        let family = self.families.get(&family)?;
+        let slots = self.slots.get(&family.gmap)?.len() as u32;
+        let slot = slot_of_element(element, family.stripe_unit, family.shift, slots);
+        Some(SlotId { gmap: family.gmap, slot })
+    }
+    /// Who acts in a slot once it holds the promises; see [`SlotState::acting`].
+    pub fn acting(&self, slot: SlotId) -> Option<ServerId> {
+        self.slot(slot)?.acting(&self.servers)
+    }
+    /// The revision that concerns a disk: its own or its family's, whichever is higher.
+    pub fn revision_of(&self, vdisk: VdiskId) -> Option<Revision> {
+        let disk = self.vdisks.get(&vdisk)?;
+        Some(disk.revision.max(self.families.get(&disk.family)?.revision))
+    }
+    /// What a data message about this disk and slot relies on. For a disk that is gone, what it relied
+    /// on cannot be told any more: the state's own index is at least as high.
+    pub fn need(&self, vdisk: VdiskId, slot: SlotId) -> Need {
+        Need { revision: self.revision_of(vdisk).unwrap_or(self.index), term: self.slot(slot).map_or(0, |s| s.term) }
+    }
+    /// All slots in which a server is a member, in sync or not, ascending.
+    pub fn slots_of_server(&self, server: ServerId) -> impl Iterator<Item = (SlotId, &SlotState)> + '_ {
+        self.all_slots().filter(move |(_, slot)| slot.member(server).is_some())
+    }
+    /// All slots, ascending.
+    pub fn all_slots(&self) -> impl Iterator<Item = (SlotId, &SlotState)> + '_ {
+        self.slots
+            .iter()
+            .flat_map(|(gmap, slots)| (0..).zip(slots).map(|(slot, state)| (SlotId { gmap: *gmap, slot }, state)))
+    }
+    /// Every server that is a member of a slot of the family's GMap, ascending.
+    pub fn servers_of_family(&self, family: FamilyId) -> BTreeSet<ServerId> {
+        let slots = self.families.get(&family).and_then(|f| self.slots.get(&f.gmap));
+        slots.into_iter().flatten().flat_map(|s| s.tuple.iter().map(|m| m.server)).collect()
+    }
+    /// What a client needs to reach a disk.
+    pub fn hints(&self, vdisk: VdiskId) -> Option<Hints> {
+        let disk = self.vdisks.get(&vdisk)?;
+        let family = self.families.get(&disk.family)?;
+        let slots = self.slots.get(&family.gmap)?.iter().map(|slot| self.slot_hint(slot)).collect();
+        let server_hint = |server| {
+            let addresses = self.servers.get(&server).map_or_else(Vec::new, |s| s.addresses.clone());
+            ServerHint { server, addresses }
+        };
+        Some(Hints {
+            state_index: self.index,
+            vdisk: disk.clone(),
+            family: family.clone(),
+            revision: disk.revision.max(family.revision),
+            slots,
+            servers: self.servers_of_family(family.id).into_iter().map(server_hint).collect(),
+        })
+    }
+    /// The same for a disk known by name.
+    pub fn hints_by_name(&self, name: &str) -> Option<Hints> {
+        self.hints(*self.derived.names.get(name)?)
+    }
+    fn slot_hint(&self, slot: &SlotState) -> SlotHint {
+        let mut in_sync: Vec<ServerId> = slot.in_sync().collect();
+        // Stable: the members that are down go behind the others, so the acting primary comes first.
+        in_sync.sort_by_key(|s| self.servers.get(s).is_none_or(|s| s.down));
+        SlotHint { term: slot.term, in_sync }
+    }
+    /// The result of a command, if it was executed and is still remembered.
+    pub fn result(&self, id: &CommandId) -> Option<&(StateIndex, Result<Outcome, CommandError>)> {
+        self.executed.get(&id.proposer)?.results.get(&id.number)
+    }
+    /// True if a command was executed, remembered or not: it need not be proposed any more.
+    pub fn is_executed(&self, id: &CommandId) -> bool {
+        let proposer = self.executed.get(&id.proposer);
+        proposer.is_some_and(|e| id.number < e.finished_below || e.results.contains_key(&id.number))
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// Changes.
+
+/// What came of a command.
+type Applied = Result<Outcome, CommandError>;
+
+impl State {
+    /// Applies the next entry of the log. Counts it in any case.
+    pub fn apply(&mut self, entry: &Entry) -> (Applied, Effects) {
+        self.index += 1;
+        let mut effects = Effects::default();
+        if self.is_executed(&entry.id) {
+            let remembered = self.result(&entry.id).map(|(_, result)| result.clone());
+            self.hear(&entry.id);
+            return (remembered.unwrap_or(Err(CommandError::Forgotten)), effects);
+        }
+        let result = self.execute(&entry.command, &mut effects);
+        self.remember(&entry.id, result.clone());
+        debug_assert!(result.is_ok() || effects == Effects::default(), "a refused command changes nothing");
+        (result, effects)
+    }
+
+    fn remember(&mut self, id: &CommandId, result: Applied) {
+        if !self.executed.contains_key(&id.proposer) && self.executed.len() >= PROPOSERS_MAX {
+            let unheard = self.executed.iter().min_by_key(|(proposer, e)| (e.last, **proposer)).map(|(p, _)| *p);
+            self.executed.remove(&unheard.expect("there are many"));
+        }
+        let index = self.index;
+        self.executed.entry(id.proposer).or_default().results.insert(id.number, (index, result));
+        self.hear(id);
+    }
+
+    /// Notes what a command tells of its proposer.
+    fn hear(&mut self, id: &CommandId) {
+        let Some(proposer) = self.executed.get_mut(&id.proposer) else { return };
+        proposer.last = self.index;
+        // A command cannot declare itself finished.
+        proposer.finished_below = proposer.finished_below.max(id.finished_below.min(id.number));
+        proposer.results = proposer.results.split_off(&proposer.finished_below);
+        while proposer.results.len() > RESULTS_PER_PROPOSER_MAX {
+            let (oldest, _) = proposer.results.pop_first().expect("there are many");
+            proposer.finished_below = oldest + 1;
+        }
+    }
+
+    fn execute(&mut self, command: &Command, effects: &mut Effects) -> Applied {
+        match command {
+            Command::Noop => Ok(Outcome::Done),
+            Command::AddServer { addresses, token } => self.add_server(addresses, *token, effects),
+            Command::ServerUp { server, incarnation, addresses, disks } => {
+                self.server_up(*server, *incarnation, addresses, disks, effects)
+            }
+            Command::CreateDisk { name, size, scheme, stripe_unit } => {
+                self.create_disk(name, *size, *scheme, *stripe_unit, effects)
+            }
+            Command::DeleteDisk { vdisk } => self.delete_disk(*vdisk, effects),
+            Command::RenameDisk { vdisk, name } => self.rename_disk(*vdisk, name),
+            Command::ResizeDisk { vdisk, size } => self.resize_disk(*vdisk, *size, effects),
+            Command::Attach { vdisk, mode, holder, take_over } => {
+                self.attach(*vdisk, *mode, holder, *take_over, effects)
+            }
+            Command::Detach { session } => self.detach(*session, effects),
+        }
+    }
+
+    // -------------------------------------------------------------------------------- servers
+
+    fn add_server(&mut self, addresses: &[String], token: u128, effects: &mut Effects) -> Applied {
+        check_addresses(addresses)?;
+        if let Some((server, _)) = self.servers.iter().find(|(_, s)| token != 0 && s.token == token) {
+            return Ok(Outcome::Server(*server));
+        }
+        let last = self.servers.last_key_value().map_or(0, |(s, _)| s.0);
+        if self.servers.len() >= SERVERS_MAX || last == u16::MAX {
+            return Err(CommandError::TooMany { limit: SERVERS_MAX, what: "servers".into() });
+        }
+        let server = ServerId(last + 1);
+        self.servers.insert(server, ServerState::new(addresses.to_vec(), token));
+        effects.servers.push(server);
+        Ok(Outcome::Server(server))
+    }
+
+    /// A restart by itself takes the server out of nothing. But it ends what the old life had begun, so
+    /// every slot in which the server is in sync gets a new term: promise and settlement before anything
+    /// is served there again (2.1, "term").
+    fn server_up(
+        &mut self,
+        id: ServerId,
+        incarnation: Incarnation,
+        addresses: &[String],
+        disks: &[(DiskId, Incarnation, u64)],
+        effects: &mut Effects,
+    ) -> Applied {
+        check_addresses(addresses)?;
+        let server = self.servers.get(&id).ok_or(CommandError::NoSuchServer(id))?;
+        if incarnation <= server.incarnation {
+            return Err(CommandError::OldIncarnation { server: id, known: server.incarnation, given: incarnation });
+        }
+        if disks.len() > DISKS_PER_SERVER_MAX {
+            let what = format!("disks in {id}");
+            return Err(CommandError::TooMany { limit: DISKS_PER_SERVER_MAX, what });
+        }
+        let found: BTreeMap<DiskId, (Incarnation, u64)> = disks.iter().map(|(d, i, c)| (*d, (*i, *c))).collect();
+        server.check_disks(id, incarnation, &found)?;
+        let up = ServerState {
+            addresses: addresses.to_vec(),
+            incarnation,
+            token: server.token,
+            disks: found
+                .iter()
+                .map(|(d, (_, capacity))| (*d, DiskState { incarnation, capacity: *capacity }))
+                .collect(),
+            down: false,
+            suspect: None,
+            weight: found.values().fold(0, |sum: u64, (_, capacity)| sum.saturating_add(*capacity)),
+        };
+        self.servers.insert(id, up);
+        effects.servers.push(id);
+        let in_sync = |slot: &SlotState| slot.member(id).is_some_and(|m| m.in_sync);
+        effects.slots = self.all_slots().filter(|(_, slot)| in_sync(slot)).map(|(slot, _)| slot).collect();
+        for slot in self.slots.values_mut().flatten().filter(|slot| in_sync(slot)) {
+            slot.term = self.index;
+        }
+        Ok(Outcome::Done)
+    }
+
+    // -------------------------------------------------------------------------------- disks
+
+    fn create_disk(
+        &mut self,
+        name: &str,
+        size: u64,
+        scheme: Scheme,
+        stripe_unit: u64,
+        effects: &mut Effects,
+    ) -> Applied {
+        check_name(name)?;
+        self.check_free(name)?;
+        check_size(size)?;
+        if !valid_stripe_unit(stripe_unit) {
+            return Err(CommandError::BadStripeUnit(stripe_unit));
+        }
+        if self.vdisks.len() >= VDISKS_MAX {
+            return Err(CommandError::TooMany { limit: VDISKS_MAX, what: "disks".into() });
+        }
+        let gmap = self.common_gmap(scheme, effects)?;
+        let (vdisk, family) = (VdiskId(self.index), FamilyId(self.index));
+        // Spread by a fixed hash of the id: disks made one after the other begin far apart.
+        let shift = (family.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32;
+        self.families.insert(family, Family { id: family, gmap, stripe_unit, shift, revision: self.index });
+        let disk = Vdisk {
+            id: vdisk,
+            name: name.into(),
+            size,
+            family,
+            lineage: FIRST_LINEAGE,
+            epoch: FIRST_EPOCH,
+            read_only: false,
+            parent: None,
+            revision: self.index,
+            sessions: Vec::new(),
+        };
+        self.derived.names.insert(disk.name.clone(), vdisk);
+        self.derived.members.entry(family).or_default().insert(vdisk);
+        self.vdisks.insert(vdisk, disk);
+        Ok(Outcome::Disk(vdisk))
+    }
+
+    /// The common GMap of a scheme, made when it is first needed from all servers that have come up.
+    fn common_gmap(&mut self, scheme: Scheme, effects: &mut Effects) -> Result<GmapId, CommandError> {
+        if let Some(gmap) = self.common.get(&scheme) {
+            return Ok(*gmap);
+        }
+        let up = |(id, s): (&ServerId, &ServerState)| {
+            // No failure domains yet: every server is one of its own.
+            (s.incarnation.0 > 0 && !s.down).then_some(Candidate {
+                server: *id,
+                weight: s.weight,
+                domain: u32::from(id.0),
+            })
+        };
+        let candidates: Vec<Candidate> = self.servers.iter().filter_map(up).collect();
+        let id = GmapId(self.index);
+        let gmap = placement::plan(id, scheme, &candidates).map_err(|e| match e {
+            PlanError::TooFewServers { copies, servers } => CommandError::TooFewServers { copies, servers },
+            PlanError::TooManyServers(_) => CommandError::TooMany { limit: SERVERS_MAX, what: "servers".into() },
+        })?;
+        let member =
+            |server: &ServerId| Member { server: *server, in_sync: true, since: self.index, incomplete: false };
+        let slot = |tuple: &Vec<ServerId>| SlotState { tuple: tuple.iter().map(member).collect(), term: self.index };
+        self.slots.insert(id, gmap.slots.iter().map(slot).collect());
+        effects.slots.extend((0..gmap.slots.len() as u32).map(|slot| SlotId { gmap: id, slot }));
+        self.gmaps.insert(id, gmap);
+        self.common.insert(scheme, id);
+        Ok(id)
+    }
+
+    fn delete_disk(&mut self, id: VdiskId, effects: &mut Effects) -> Applied {
+        let disk = self.vdisks.get(&id).ok_or(CommandError::NoSuchDisk(id))?;
+        if let Some(session) = disk.sessions.first() {
+            return Err(self.in_use(disk, *session));
+        }
+        let (name, family) = (disk.name.clone(), disk.family);
+        self.narrow(family, effects);
+        self.vdisks.remove(&id);
+        self.derived.names.remove(&name);
+        let members = self.derived.members.entry(family).or_default();
+        members.remove(&id);
+        if members.is_empty() {
+            self.derived.members.remove(&family);
+            self.families.remove(&family);
+            effects.families_ended.push(family);
+        }
+        Ok(Outcome::Done)
+    }
+
+    /// No data message names a disk by its name: this revises nothing.
+    fn rename_disk(&mut self, id: VdiskId, name: &str) -> Applied {
+        let disk = self.vdisks.get(&id).ok_or(CommandError::NoSuchDisk(id))?;
+        if disk.name == name {
+            return Ok(Outcome::Done);
+        }
+        check_name(name)?;
+        self.check_free(name)?;
+        self.derived.names.remove(&disk.name);
+        self.derived.names.insert(name.into(), id);
+        self.vdisks.get_mut(&id).expect("found above").name = name.into();
+        Ok(Outcome::Done)
+    }
+
+    fn resize_disk(&mut self, id: VdiskId, size: u64, effects: &mut Effects) -> Applied {
+        let index = self.index;
+        check_size(size)?;
+        let disk = self.vdisks.get_mut(&id).ok_or(CommandError::NoSuchDisk(id))?;
+        if disk.size == size {
+            return Ok(Outcome::Done);
+        }
+        let shrinks = size < disk.size;
+        disk.size = size;
+        // Growing too: a server that knows the old size must catch up before it refuses the new end.
+        disk.revision = index;
+        let family = disk.family;
+        if shrinks {
+            effects.shrunk.push(id);
+            self.narrow(family, effects);
+        }
+        Ok(Outcome::Done)
+    }
+
+    // -------------------------------------------------------------------------------- sessions
+
+    /// Exclusive stands against exclusive and shared; read-only stands against nothing.
+    fn attach(
+        &mut self,
+        id: VdiskId,
+        mode: Attachment,
+        holder: &str,
+        take_over: bool,
+        effects: &mut Effects,
+    ) -> Applied {
+        if holder.len() > TEXT_MAX {
+            return Err(CommandError::Malformed(format!("a holder of {} bytes; {TEXT_MAX} at most", holder.len())));
+        }
+        let disk = self.vdisks.get(&id).ok_or(CommandError::NoSuchDisk(id))?;
+        let in_the_way = |s: &&SessionId| self.sessions.get(s).is_some_and(|s| conflict(mode, s.mode));
+        let in_the_way: Vec<SessionId> = disk.sessions.iter().filter(in_the_way).copied().collect();
+        if let (Some(session), false) = (in_the_way.first(), take_over) {
+            return Err(self.in_use(disk, *session));
+        }
+        if disk.sessions.len() - in_the_way.len() >= SESSIONS_PER_DISK_MAX {
+            let what = format!("sessions of '{}'", disk.name);
+            return Err(CommandError::TooMany { limit: SESSIONS_PER_DISK_MAX, what });
+        }
+        let family = disk.family;
+        for session in &in_the_way {
+            self.sessions.remove(session);
+        }
+        let session = SessionId(self.index);
+        self.sessions.insert(session, Session { id: session, vdisk: id, mode, holder: holder.into() });
+        let disk = self.vdisks.get_mut(&id).expect("found above");
+        disk.sessions.retain(|s| !in_the_way.contains(s));
+        disk.sessions.push(session);
+        // A server that does not know the session yet must catch up before it refuses its messages.
+        disk.revision = self.index;
+        if !in_the_way.is_empty() {
+            effects.sessions_ended = in_the_way;
+            self.narrow(family, effects);
+        }
+        Ok(Outcome::Session(session))
+    }
+
+    fn detach(&mut self, id: SessionId, effects: &mut Effects) -> Applied {
+        let session = self.sessions.remove(&id).ok_or(CommandError::NoSuchSession(id))?;
+        let disk = self.vdisks.get_mut(&session.vdisk).expect("a session has a disk");
+        disk.sessions.retain(|s| *s != id);
+        disk.revision = self.index;
+        let family = disk.family;
+        effects.sessions_ended.push(id);
+        self.narrow(family, effects);
+        Ok(Outcome::Done)
+    }
+
+    // -------------------------------------------------------------------------------- helpers
+
+    fn narrow(&self, family: FamilyId, effects: &mut Effects) {
+        effects.narrows = true;
+        effects.concerned = self.servers_of_family(family).into_iter().collect();
+    }
+
+    fn in_use(&self, disk: &Vdisk, session: SessionId) -> CommandError {
+        let holder = self.sessions.get(&session).map_or_else(String::new, |s| s.holder.clone());
+        CommandError::InUse { name: disk.name.clone(), holder }
+    }
+
+    fn check_free(&self, name: &str) -> Result<(), CommandError> {
+        if self.derived.names.contains_key(name) { Err(CommandError::NameTaken(name.into())) } else { Ok(()) }
+    }
+}
+
+impl ServerState {
+    fn new(addresses: Vec<String>, token: u128) -> ServerState {
+        ServerState {
+            addresses,
+            incarnation: Incarnation(0),
+            token,
+            disks: BTreeMap::new(),
+            down: false,
+            suspect: None,
+            weight: 0,
+        }
+    }
+
+    /// All disks that the cluster knows must be there, and none may have missed a life of the server. A
+    /// disk may have seen a life that the cluster never heard of (the server stopped before its
+    /// `ServerUp` was decided); such a life changed nothing.
+    fn check_disks(
+        &self,
+        server: ServerId,
+        incarnation: Incarnation,
+        found: &BTreeMap<DiskId, (Incarnation, u64)>,
+    ) -> Result<(), CommandError> {
+        for (disk, known) in &self.disks {
+            let (last, _) = found.get(disk).ok_or(CommandError::DiskMissing { server, disk: *disk })?;
+            if *last < known.incarnation {
+                let (disk, found, known) = (*disk, *last, known.incarnation);
+                return Err(CommandError::DiskFromThePast { server, disk, found, known });
+            }
+        }
+        match found.values().find(|(last, _)| *last >= incarnation) {
+            Some((last, _)) => Err(CommandError::OldIncarnation { server, known: *last, given: incarnation }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Whether an attachment stands in the way of another.
+fn conflict(wanted: Attachment, present: Attachment) -> bool {
+    use Attachment::{Exclusive, ReadOnly, Shared};
+    match (wanted, present) {
+        (ReadOnly, _) | (_, ReadOnly) | (Shared, Shared) => false,
+        (Exclusive, Exclusive | Shared) | (Shared, Exclusive) => true,
+    }
+}
+
+/// Names are words of a command line, of a URL and of an NBD export; `@` will stand between a disk and a
+/// snapshot of it.
+fn check_name(name: &str) -> Result<(), CommandError> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    let why = if name.is_empty() {
+        "it is empty".into()
+    } else if name.len() > NAME_MAX {
+        format!("it has {} bytes, and {NAME_MAX} is the most", name.len())
+    } else if let Some(c) = name.chars().find(|c| !allowed(*c)) {
+        format!("{c:?} is not allowed; use letters, digits, '.', '_' and '-'")
+    } else if name.starts_with(['-', '.']) {
+        "it must not begin with '-' or '.'".into()
+    } else {
+        return Ok(());
+    };
+    let name = name.chars().take(NAME_MAX).collect();
+    Err(CommandError::BadName { name, why })
+}
+
+fn check_size(size: u64) -> Result<(), CommandError> {
+    let why = if size == 0 {
+        "a disk has at least 512 bytes".into()
+    } else if size % 512 != 0 {
+        "it must be a multiple of 512 bytes".into()
+    } else if size > DISK_SIZE_MAX {
+        format!("the largest disk has {DISK_SIZE_MAX} bytes")
+    } else {
+        return Ok(());
+    };
+    Err(CommandError::BadSize { size, why })
+}
+
+fn valid_stripe_unit(bytes: u64) -> bool {
+    bytes.is_power_of_two() && STRIPE_UNITS.contains(&bytes)
+}
+
+fn check_addresses(addresses: &[String]) -> Result<(), CommandError> {
+    if addresses.len() > ADDRESSES_MAX {
+        let why = format!("{} addresses of one server; {ADDRESSES_MAX} at most", addresses.len());
+        return Err(CommandError::Malformed(why));
+    }
+    match addresses.iter().find(|a| a.is_empty() || a.len() > TEXT_MAX) {
+        Some(a) => Err(CommandError::Malformed(format!("an address of {} bytes; 1 to {TEXT_MAX}", a.len()))),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+pub(crate) mod tests;

@@ -43,3 +43,40 @@ pub fn slot_of_element(element: u64, stripe_unit: u64, shift: u32, slots: u32) -
     let unit = element / (stripe_unit / ELEMENT_SIZE);
     (unit.wrapping_add(u64::from(shift)) & u64::from(slots - 1)) as u32
 }
+
+impl Gmap {
+    /// Every server that appears in a tuple, ascending.
+    pub fn servers(&self) -> std::collections::BTreeSet<ServerId> {
+        self.slots.iter().flatten().copied().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn consecutive_stripe_units_go_to_consecutive_slots_and_wrap() {
+        let unit = 1 << 20;
+        let per_unit = unit / ELEMENT_SIZE;
+        assert_eq!(slot_of_element(0, unit, 0, 256), 0);
+        assert_eq!(slot_of_element(per_unit - 1, unit, 0, 256), 0);
+        assert_eq!(slot_of_element(per_unit, unit, 0, 256), 1);
+        assert_eq!(slot_of_element(per_unit * 256, unit, 0, 256), 0);
+        assert_eq!(slot_of_element(per_unit * 2, unit, 255, 256), 1);
+    }
+
+    #[test]
+    fn the_largest_element_with_the_largest_shift_has_a_slot() {
+        assert!(slot_of_element(u64::MAX, ELEMENT_SIZE, u32::MAX, 1 << 16) < 1 << 16);
+    }
+
+    #[test]
+    fn after_a_doubling_an_element_is_in_its_old_slot_or_in_that_plus_the_old_count() {
+        for element in (0..100_000).step_by(37) {
+            let old = slot_of_element(element, ELEMENT_SIZE, 12345, 256);
+            let new = slot_of_element(element, ELEMENT_SIZE, 12345, 512);
+            assert!(new == old || new == old + 256);
+        }
+    }
+}

@@ -1,0 +1,435 @@
+//! Tests of the state machine: one command, one result; then whole random histories.
+
+use super::*;
+use crate::global_state::GenesisServer;
+use expect_test::expect;
+use proptest::prelude::*;
+use stdx::Prng;
+
+pub(crate) fn genesis(ring: u16) -> Genesis {
+    let server = |i| GenesisServer { server: ServerId(i), addresses: vec![format!("unix:s{i}.sock")] };
+    Genesis { cluster: ClusterId(0xc1), name: "test".into(), ring: (1..=ring).map(server).collect() }
+}
+
+/// A state with a proposer of its own that counts.
+struct Fixture {
+    state: State,
+    number: u64,
+    effects: Effects,
+}
+
+impl Fixture {
+    fn new(servers: u16) -> Fixture {
+        Fixture { state: State::genesis(&genesis(servers)), number: 0, effects: Effects::default() }
+    }
+    /// All servers up, each with one disk.
+    fn up(servers: u16) -> Fixture {
+        let mut f = Fixture::new(servers);
+        for s in 1..=servers {
+            f.run(server_up(s, 1, &[(u128::from(s), 0)])).unwrap();
+        }
+        f
+    }
+    fn run(&mut self, command: Command) -> Applied {
+        self.number += 1;
+        let id = CommandId { proposer: 7, number: self.number, finished_below: self.number };
+        let (result, effects) = self.state.apply(&Entry { id, command });
+        assert_eq!(self.state.complaint(), None);
+        self.effects = effects;
+        result
+    }
+    fn disk(&mut self, name: &str) -> VdiskId {
+        match self.run(create(name)) {
+            Ok(Outcome::Disk(id)) => id,
+            other => panic!("{other:?}"),
+        }
+    }
+    fn attach(&mut self, vdisk: VdiskId, mode: Attachment, take_over: bool) -> Result<SessionId, CommandError> {
+        match self.run(Command::Attach { vdisk, mode, holder: "nbd@here".into(), take_over })? {
+            Outcome::Session(id) => Ok(id),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+fn server_up(server: u16, incarnation: u64, disks: &[(u128, u64)]) -> Command {
+    Command::ServerUp {
+        server: ServerId(server),
+        incarnation: Incarnation(incarnation),
+        addresses: vec![format!("unix:s{server}.sock")],
+        disks: disks.iter().map(|(d, last)| (DiskId(*d), Incarnation(*last), 1 << 30)).collect(),
+    }
+}
+
+fn create(name: &str) -> Command {
+    Command::CreateDisk { name: name.into(), size: 1 << 30, scheme: Scheme::Chained, stripe_unit: 1 << 20 }
+}
+
+#[test]
+fn every_entry_counts_even_a_refused_one() {
+    let mut f = Fixture::new(3);
+    f.run(Command::Noop).unwrap();
+    f.run(Command::DeleteDisk { vdisk: VdiskId(9) }).unwrap_err();
+    assert_eq!(f.state.index, 2);
+}
+
+#[test]
+fn a_command_that_comes_twice_is_executed_once_and_has_one_result() {
+    let mut f = Fixture::up(3);
+    let id = CommandId { proposer: 8, number: 1, finished_below: 0 };
+    let entry = Entry { id, command: create("a") };
+    let (first, _) = f.state.apply(&entry);
+    let (second, effects) = f.state.apply(&entry);
+    assert_eq!(first, second);
+    assert_eq!(effects, Effects::default());
+    assert_eq!(f.state.vdisks.len(), 1);
+    assert_eq!(f.state.result(&id), Some(&(4, first)));
+}
+
+#[test]
+fn a_late_copy_of_a_finished_command_changes_nothing() {
+    let mut f = Fixture::up(3);
+    let entry =
+        |number, finished_below, command| Entry { id: CommandId { proposer: 8, number, finished_below }, command };
+    f.state.apply(&entry(1, 1, create("a"))).0.unwrap();
+    f.state.apply(&entry(2, 2, Command::Noop)).0.unwrap();
+    assert_eq!(f.state.apply(&entry(1, 1, create("b"))).0, Err(CommandError::Forgotten));
+    assert_eq!(f.state.vdisks.len(), 1);
+    assert_eq!(f.state.executed[&8].results.len(), 1);
+}
+
+#[test]
+fn the_proposer_unheard_for_longest_is_forgotten_first() {
+    let mut state = State::genesis(&genesis(1));
+    let mut noop = |proposer, number| {
+        state.apply(&Entry { id: CommandId { proposer, number, finished_below: number }, command: Command::Noop })
+    };
+    for proposer in 0..PROPOSERS_MAX as u64 {
+        noop(proposer, 1).0.unwrap();
+    }
+    noop(0, 2).0.unwrap();
+    noop(u64::MAX, 1).0.unwrap();
+    assert_eq!(state.executed.len(), PROPOSERS_MAX);
+    assert!(state.executed.contains_key(&0), "it was heard again");
+    assert!(!state.executed.contains_key(&1));
+}
+
+#[test]
+fn one_proposer_has_a_bounded_number_of_results() {
+    let mut state = State::genesis(&genesis(1));
+    for number in 1..=2 * RESULTS_PER_PROPOSER_MAX as u64 {
+        let id = CommandId { proposer: 1, number, finished_below: 0 };
+        state.apply(&Entry { id, command: Command::Noop }).0.unwrap();
+        assert!(state.is_executed(&id));
+    }
+    assert_eq!(state.executed[&1].results.len(), RESULTS_PER_PROPOSER_MAX);
+    assert!(state.is_executed(&CommandId { proposer: 1, number: 1, finished_below: 0 }), "forgotten, not unknown");
+}
+
+#[test]
+fn a_restart_gives_a_new_term_to_the_slots_of_the_server_and_to_no_other() {
+    let mut f = Fixture::up(4);
+    f.disk("a");
+    let made = f.state.index;
+    f.run(server_up(2, 2, &[(2, 1)])).unwrap();
+    let of_server: Vec<SlotId> = f.state.slots_of_server(ServerId(2)).map(|(id, _)| id).collect();
+    assert_eq!(of_server.len(), 128);
+    assert_eq!(f.effects.slots, of_server);
+    for (_, slot) in f.state.all_slots() {
+        let expected = if slot.member(ServerId(2)).is_some() { f.state.index } else { made };
+        assert_eq!(slot.term, expected);
+        assert!(slot.tuple.iter().all(|m| m.in_sync && m.since == made), "nobody left");
+    }
+}
+
+#[test]
+fn the_first_server_up_registers_disks_and_later_ones_must_bring_them() {
+    let mut f = Fixture::new(1);
+    f.run(server_up(1, 1, &[(10, 0), (11, 0)])).unwrap();
+    assert_eq!(f.state.servers[&ServerId(1)].weight, 2 << 30);
+    let missing = f.run(server_up(1, 2, &[(10, 1)]));
+    assert_eq!(missing, Err(CommandError::DiskMissing { server: ServerId(1), disk: DiskId(11) }));
+    let old = f.run(server_up(1, 2, &[(10, 1), (11, 0)]));
+    assert!(matches!(old, Err(CommandError::DiskFromThePast { disk: DiskId(11), .. })), "{old:?}");
+    f.run(server_up(1, 2, &[(10, 1), (11, 1), (12, 0)])).unwrap();
+    assert_eq!(f.state.servers[&ServerId(1)].disks.len(), 3);
+}
+
+#[test]
+fn a_life_that_the_cluster_never_heard_of_does_not_spoil_a_disk() {
+    let mut f = Fixture::new(1);
+    f.run(server_up(1, 1, &[(10, 0)])).unwrap();
+    f.run(server_up(1, 3, &[(10, 2)])).unwrap();
+    let future = f.run(server_up(1, 4, &[(10, 7)]));
+    assert!(matches!(future, Err(CommandError::OldIncarnation { .. })), "{future:?}");
+}
+
+#[test]
+fn an_old_life_of_a_server_is_refused() {
+    let mut f = Fixture::up(1);
+    let again = f.run(server_up(1, 1, &[(1, 0)]));
+    assert!(matches!(again, Err(CommandError::OldIncarnation { .. })), "{again:?}");
+    assert_eq!(f.run(server_up(9, 1, &[])), Err(CommandError::NoSuchServer(ServerId(9))));
+}
+
+#[test]
+fn the_same_token_joins_once() {
+    let mut f = Fixture::new(3);
+    let join = |token| Command::AddServer { addresses: vec!["h:1".into()], token };
+    assert_eq!(f.run(join(5)), Ok(Outcome::Server(ServerId(4))));
+    assert_eq!(f.run(join(5)), Ok(Outcome::Server(ServerId(4))));
+    assert_eq!(f.run(join(6)), Ok(Outcome::Server(ServerId(5))));
+}
+
+#[test]
+fn a_disk_needs_as_many_servers_as_copies() {
+    let mut f = Fixture::new(3);
+    assert_eq!(f.run(create("a")), Err(CommandError::TooFewServers { copies: 2, servers: 0 }));
+    f.run(server_up(1, 1, &[(1, 0)])).unwrap();
+    assert_eq!(f.run(create("a")), Err(CommandError::TooFewServers { copies: 2, servers: 1 }));
+    f.run(server_up(3, 1, &[(3, 0)])).unwrap();
+    f.disk("a");
+    assert_eq!(f.state.servers_of_family(f.state.vdisk_named("a").unwrap().family).len(), 2);
+}
+
+#[test]
+fn disks_of_one_scheme_share_a_map() {
+    let mut f = Fixture::up(4);
+    f.disk("a");
+    assert_eq!(f.effects.slots.len(), 256);
+    f.disk("b");
+    assert!(f.effects.slots.is_empty());
+    assert_eq!(f.state.gmaps.len(), 1);
+    let striped =
+        Command::CreateDisk { name: "c".into(), size: 512, scheme: Scheme::Striped, stripe_unit: ELEMENT_SIZE };
+    f.run(striped).unwrap();
+    assert_eq!(f.state.gmaps.len(), 2);
+}
+
+#[test]
+fn bad_names_are_refused_with_the_reason() {
+    let mut f = Fixture::up(2);
+    let long = "x".repeat(NAME_MAX + 1);
+    for name in ["", "-a", ".a", "a@b", "a b", "ä", "a/b", long.as_str()] {
+        assert!(matches!(f.run(create(name)), Err(CommandError::BadName { .. })), "{name}");
+    }
+    f.disk(&"x".repeat(NAME_MAX));
+    f.disk("A.b_c-1");
+    assert_eq!(f.run(create("A.b_c-1")), Err(CommandError::NameTaken("A.b_c-1".into())));
+}
+
+#[test]
+fn bad_sizes_and_stripe_units_are_refused() {
+    let mut f = Fixture::up(2);
+    let create =
+        |size, stripe_unit| Command::CreateDisk { name: "a".into(), size, scheme: Scheme::Chained, stripe_unit };
+    for size in [0, 511, 513, DISK_SIZE_MAX + 512, u64::MAX] {
+        assert!(matches!(f.run(create(size, 1 << 20)), Err(CommandError::BadSize { .. })), "{size}");
+    }
+    for unit in [0, 1, 4096, 3 << 16, 1 << 31, u64::MAX] {
+        assert_eq!(f.run(create(512, unit)), Err(CommandError::BadStripeUnit(unit)));
+    }
+    f.run(create(DISK_SIZE_MAX, 1 << 30)).unwrap();
+}
+
+#[test]
+fn an_attached_disk_is_not_deleted() {
+    let mut f = Fixture::up(2);
+    let disk = f.disk("a");
+    let session = f.attach(disk, Attachment::ReadOnly, false).unwrap();
+    let refused = f.run(Command::DeleteDisk { vdisk: disk });
+    assert_eq!(refused, Err(CommandError::InUse { name: "a".into(), holder: "nbd@here".into() }));
+    f.run(Command::Detach { session }).unwrap();
+    assert!(f.effects.narrows);
+    assert_eq!(f.effects.sessions_ended, [session]);
+    f.run(Command::DeleteDisk { vdisk: disk }).unwrap();
+    assert_eq!(f.effects.families_ended.len(), 1);
+    assert_eq!(f.effects.concerned, [ServerId(1), ServerId(2)]);
+    assert!(f.state.families.is_empty());
+    f.disk("a");
+}
+
+#[test]
+fn attachments_stand_in_each_others_way_as_their_modes_say() {
+    use Attachment::*;
+    let clash = [(Exclusive, Exclusive), (Exclusive, Shared), (Shared, Exclusive)];
+    for present in [Exclusive, Shared, ReadOnly] {
+        for wanted in [Exclusive, Shared, ReadOnly] {
+            let mut f = Fixture::up(2);
+            let disk = f.disk("a");
+            f.attach(disk, present, false).unwrap();
+            assert_eq!(f.attach(disk, wanted, false).is_err(), clash.contains(&(wanted, present)), "{wanted:?}");
+        }
+    }
+}
+
+#[test]
+fn taking_over_ends_the_sessions_in_the_way_and_no_other() {
+    let mut f = Fixture::up(2);
+    let disk = f.disk("a");
+    let reader = f.attach(disk, Attachment::ReadOnly, false).unwrap();
+    let writer = f.attach(disk, Attachment::Exclusive, false).unwrap();
+    let before = f.state.revision_of(disk);
+    let next = f.attach(disk, Attachment::Exclusive, true).unwrap();
+    assert_eq!(f.effects.sessions_ended, [writer]);
+    assert!(f.effects.narrows);
+    assert_eq!(f.state.vdisk(disk).unwrap().sessions, [reader, next]);
+    assert!(f.state.session(writer).is_none());
+    assert!(f.state.revision_of(disk) > before);
+}
+
+#[test]
+fn a_resize_revises_the_disk_and_only_shrinking_narrows() {
+    let mut f = Fixture::up(2);
+    let disk = f.disk("a");
+    f.run(Command::ResizeDisk { vdisk: disk, size: 2 << 30 }).unwrap();
+    assert_eq!((f.state.revision_of(disk), f.effects.narrows), (Some(f.state.index), false));
+    f.run(Command::ResizeDisk { vdisk: disk, size: 512 }).unwrap();
+    assert_eq!((f.state.revision_of(disk), f.effects.narrows), (Some(f.state.index), true));
+    assert_eq!(f.effects.shrunk, [disk]);
+    f.run(Command::ResizeDisk { vdisk: disk, size: 512 }).unwrap();
+    assert_eq!(f.effects, Effects::default());
+}
+
+#[test]
+fn a_new_name_revises_nothing() {
+    let mut f = Fixture::up(2);
+    let (a, b) = (f.disk("a"), f.disk("b"));
+    let revision = f.state.revision_of(a);
+    assert_eq!(f.run(Command::RenameDisk { vdisk: a, name: "b".into() }), Err(CommandError::NameTaken("b".into())));
+    f.run(Command::RenameDisk { vdisk: a, name: "c".into() }).unwrap();
+    assert_eq!(f.state.revision_of(a), revision);
+    assert_eq!(f.state.vdisk_named("c").unwrap().id, a);
+    assert!(f.state.vdisk_named("a").is_none());
+    f.run(Command::RenameDisk { vdisk: b, name: "a".into() }).unwrap();
+}
+
+#[test]
+fn hints_name_the_acting_primary_first() {
+    let mut f = Fixture::up(4);
+    let disk = f.disk("a");
+    f.state.servers.get_mut(&ServerId(1)).unwrap().down = true;
+    let hints = f.state.hints_by_name("a").unwrap();
+    assert_eq!(hints.slots[0].in_sync, [ServerId(2), ServerId(1)]);
+    assert_eq!(hints.slots[1].in_sync, [ServerId(2), ServerId(3)]);
+    assert_eq!(hints.slots[3].in_sync, [ServerId(4), ServerId(1)]);
+    assert_eq!(hints.servers.len(), 4);
+    let slot = f.state.slot_of(hints.family.id, 0).unwrap();
+    assert_eq!(f.state.acting(slot), Some(hints.slots[slot.slot as usize].in_sync[0]));
+    let need = f.state.need(disk, slot);
+    assert_eq!(need, Need { revision: hints.revision, term: hints.slots[0].term });
+}
+
+#[test]
+fn the_bytes_of_a_small_state_never_change() {
+    let mut f = Fixture::new(1);
+    f.run(server_up(1, 1, &[(10, 0)])).unwrap();
+    expect!["01 01 c1 01 04 74 65 73 74 01 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 01 00 01 0a 01 80 80 80 80 04 00 00 80 80 80 80 04 00 00 00 00 00 00 01 07 01 01 01 01 01 00 00"]
+        .assert_eq(&hex(&f.state.encode()));
+    let entry = Entry { id: CommandId { proposer: 300, number: 2, finished_below: 1 }, command: create("vol0") };
+    expect![[r#"ac 02 02 01 03 04 76 6f 6c 30 80 80 80 80 04 01 80 80 40"#]]
+        .assert_eq(&hex(&postcard::to_stdvec(&entry).unwrap()));
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn a_state_survives_being_bytes_and_hostile_bytes_are_refused() {
+    let mut f = Fixture::up(3);
+    let disk = f.disk("a");
+    f.attach(disk, Attachment::Shared, false).unwrap();
+    let bytes = f.state.encode();
+    assert_eq!(State::decode(&bytes), Ok(f.state.clone()));
+    assert_eq!(State::decode(&[]), Err(StateError::Malformed));
+    assert_eq!(State::decode(&[9, 1]), Err(StateError::UnknownVersion(9)));
+    let mut prng = Prng::new(1);
+    for _ in 0..20_000 {
+        let mut damaged = bytes.clone();
+        for _ in 0..prng.between(1, 4) {
+            let at = prng.below(damaged.len() as u64) as usize;
+            damaged[at] = prng.next_u64() as u8;
+        }
+        damaged.truncate(prng.between(1, damaged.len() as u64) as usize);
+        if let Ok(mut state) = State::decode(&damaged) {
+            // Whatever is accepted can be used.
+            let _ = (state.hints(disk), state.slot_of(FamilyId(disk.0), 77), state.encode());
+            let id = CommandId { proposer: 99, number: 1, finished_below: 1 };
+            if state.index < u64::MAX {
+                let _ = state.apply(&Entry { id, command: Command::DeleteDisk { vdisk: disk } });
+            }
+        }
+    }
+}
+
+/// A command that may or may not make sense.
+fn random_command(prng: &mut Prng, state: &State) -> Command {
+    let vdisk = VdiskId(prng.below(state.index + 2));
+    let name = format!("d{}", prng.below(6));
+    let server = prng.between(1, 5) as u16;
+    match prng.below(10) {
+        0 => Command::AddServer { addresses: vec!["h:1".into()], token: u128::from(prng.between(1, 3)) },
+        1 => {
+            let now = state.servers.get(&ServerId(server)).map_or(0, |s| s.incarnation.0);
+            server_up(server, now + prng.below(3), &[(u128::from(server), now)])
+        }
+        2 | 3 => Command::CreateDisk {
+            name,
+            size: prng.below(3) * 512,
+            scheme: *prng.pick(&[Scheme::Striped, Scheme::Chained, Scheme::Chained3]),
+            stripe_unit: ELEMENT_SIZE << prng.below(3),
+        },
+        4 => Command::DeleteDisk { vdisk },
+        5 => Command::RenameDisk { vdisk, name },
+        6 => Command::ResizeDisk { vdisk, size: prng.below(4) * 512 },
+        7 | 8 => Command::Attach {
+            vdisk,
+            mode: *prng.pick(&[Attachment::Exclusive, Attachment::Shared, Attachment::ReadOnly]),
+            holder: "h".into(),
+            take_over: prng.chance(1, 2),
+        },
+        _ => Command::Detach { session: SessionId(prng.below(state.index + 2)) },
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn any_history_leaves_a_consistent_state_that_is_the_same_everywhere(seed: u64) {
+        let mut prng = Prng::new(seed);
+        let (mut a, mut b) = (State::genesis(&genesis(3)), State::genesis(&genesis(3)));
+        let mut log: Vec<Entry> = Vec::new();
+        for step in 1..=120u64 {
+            let again = !log.is_empty() && prng.chance(1, 8);
+            let entry = if again {
+                prng.pick(&log).clone()
+            } else {
+                let (proposer, number) = (step % 3, step);
+                let finished_below = number.saturating_sub(prng.below(9));
+                Entry { id: CommandId { proposer, number, finished_below }, command: random_command(&mut prng, &a) }
+            };
+            log.push(entry.clone());
+            let before = a.clone();
+            let (result, effects) = a.apply(&entry);
+            prop_assert_eq!(b.apply(&entry), (result.clone(), effects.clone()));
+            prop_assert_eq!(a.complaint(), None);
+            prop_assert_eq!(a.index, step);
+            if result.is_err() {
+                prop_assert_eq!(&effects, &Effects::default());
+                prop_assert_eq!(&a.vdisks, &before.vdisks);
+                prop_assert_eq!(&a.slots, &before.slots);
+            }
+            for (id, slot) in a.all_slots() {
+                let old = before.slot(id).map_or(0, |s| s.term);
+                prop_assert_eq!(effects.slots.contains(&id), slot.term != old, "a new term is told: {:?}", id);
+            }
+            // A server that starts from the other's bytes goes on the same way.
+            if prng.chance(1, 16) {
+                b = State::decode(&a.encode()).unwrap();
+            }
+        }
+        prop_assert_eq!(a, b);
+    }
+}
