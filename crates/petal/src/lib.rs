@@ -9,6 +9,7 @@
 
 pub mod client;
 pub mod data_access;
+pub mod desk;
 pub mod global_state;
 pub mod ids;
 pub mod limits;

@@ -492,7 +492,9 @@ pub struct Replicate {
     pub term: Term,
     /// The stream: the sender opens a new one whenever the connection is new.
     pub stream: u64,
-    /// Number within the stream, from 1, without gaps. Apart from versions.
+    /// Number of the message within (slot, term, receiver), from 1, without gaps. Apart from versions. A
+    /// new stream of the same term goes on with the first number that is not known stable, so that what
+    /// arrives twice is known by its number.
     pub number: u64,
     /// The sender's watermark of the slot.
     pub watermark: Version,
@@ -583,8 +585,21 @@ pub struct SlotAck {
 /// Watermarks told without a write to carry them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Watermarks {
-    /// `(slot, term, watermark)`.
-    pub slots: Vec<(SlotId, Term, Version)>,
+    /// One per slot whose watermark has moved.
+    pub slots: Vec<SlotWatermark>,
+}
+
+/// A primary's word about a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlotWatermark {
+    /// The slot.
+    pub slot: SlotId,
+    /// The primary's term.
+    pub term: Term,
+    /// Every write up to here is complete.
+    pub watermark: Version,
+    /// The lowest durable watermark of all members: nobody will ask for changes up to here again.
+    pub lowest: Version,
 }
 
 /// Asks to promise terms.

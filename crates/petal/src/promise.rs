@@ -1,1 +1,760 @@
-//! (to be written)
+//! Promise and settlement (2.6): the one mechanism for every change of authority over a slot.
+//!
+//! ```text
+//!  new term -> Promising -> Listing -> Settling -> Serving
+//!                 |            |           |
+//!     every in-sync member     |     every element in which members differ is made equal
+//!     has promised the term    every member has told its elements newer than the lowest watermark
+//! ```
+//!
+//! A member that has promised a term accepts nothing older, and promises only when all that it had
+//! accepted is stable. So the lists are final: what is on no list is on no disk, and what was
+//! acknowledged is on every one. Of each listed element the highest version wins (ties: the new
+//! primary's), and the *whole* element, request ids included, is made equal by its checksums, not by
+//! its version: two replicas can have the same version and different blocks (docs/petal.md, "why
+//! settlement compares content").
+//!
+//! Nothing of the slot is served before. Lost connections: promises, lists and fetches are asked for
+//! again when the connection is back; streams resend by themselves.
+
+use crate::data_access::{
+    Context, DataAccess, Incoming, LoadWaiter, OpNumber, Outgoing, ReadOwner, SlotIndex, TicketOwner,
+};
+use crate::ids::*;
+use crate::limits::LIST_ELEMENTS_MAX;
+use crate::message::*;
+use crate::sabotage::Sabotage;
+use crate::server::Peer;
+use crate::store::{BlockSum, Change, DiskError, ElementImage, Loaded, ReadBlocks, ReadError, ReadId};
+use bytes::Bytes;
+use smallvec::SmallVec;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// Elements of a slot that are settled side by side.
+const SETTLING_MAX: usize = 8;
+
+/// A primary's state in one term of one slot.
+pub(crate) struct Acting {
+    phase: Phase,
+    /// Highest sequence given to a write.
+    pub sequence: u64,
+    /// Writes that are not complete, by sequence.
+    pub unfinished: BTreeMap<u64, Unfinished>,
+    /// The other in-sync members.
+    pub receivers: SmallVec<[ServerId; 3]>,
+    /// One stream to each.
+    pub streams: BTreeMap<ServerId, Outgoing>,
+    /// Watermark on the disks of each.
+    pub durable: BTreeMap<ServerId, Version>,
+}
+
+/// A write that has a version and is not complete.
+pub(crate) struct Unfinished {
+    /// Whose it is.
+    pub operation: OpNumber,
+    /// Servers that have not made it stable.
+    pub waits: SmallVec<[ServerId; 3]>,
+}
+
+type Lists = BTreeMap<ServerId, BTreeMap<ElementKey, ElementImage>>;
+
+enum Phase {
+    Promising { promised: BTreeMap<ServerId, Version> },
+    Listing { lowest: Version, lists: Lists, done: BTreeSet<ServerId> },
+    Settling { todo: VecDeque<Difference>, active: BTreeMap<ElementKey, Settling> },
+    Serving,
+}
+
+/// An element in which the members differ.
+struct Difference {
+    element: ElementKey,
+    /// What it must be.
+    image: ElementImage,
+    /// Who has that.
+    winner: ServerId,
+    /// What every other member has instead (`None`: nothing newer than the lowest watermark).
+    others: BTreeMap<ServerId, Option<ElementImage>>,
+}
+
+/// An element being settled.
+struct Settling {
+    difference: Difference,
+    step: Step,
+}
+
+/// ```text
+///  (winner elsewhere) Fetching -> Replacing -> Reading -> copies sent
+///  (winner here) ------------------------------^
+/// ```
+enum Step {
+    /// Blocks that this server lacks are on their way from the winner.
+    Fetching { blocks: Vec<(u16, u8)> },
+    /// They have come and wait for the entry.
+    Fetched { data: Vec<(u16, u8, Bytes)> },
+    /// The element is being made durable here.
+    Replacing,
+    /// Blocks that others lack are to be read here.
+    ToRead,
+    /// They are being read.
+    Reading { blocks: Vec<(u16, u8)> },
+}
+
+/// A list being put together, for the primary or for oneself.
+pub(crate) struct Listing {
+    slot: SlotIndex,
+    term: Term,
+    above: Version,
+    to: Option<ServerId>,
+    keys: VecDeque<ElementKey>,
+    images: Vec<(ElementKey, ElementImage)>,
+    next: Option<ElementKey>,
+    scan: Option<ReadId>,
+}
+
+/// A fetch being answered.
+pub(crate) struct FetchJob {
+    to: ServerId,
+    request: Fetch,
+}
+
+impl Acting {
+    /// Promise and settlement are over.
+    pub fn is_serving(&self) -> bool {
+        matches!(self.phase, Phase::Serving)
+    }
+
+    /// True if this server's promise is asked for and has not come.
+    pub fn waits_for_promise_of(&self, server: ServerId) -> bool {
+        let Phase::Promising { promised } = &self.phase else { return false };
+        self.receivers.contains(&server) && !promised.contains_key(&server)
+    }
+}
+
+impl DataAccess {
+    /// The state has a new term for the slot: whatever was under way in the old one ends here.
+    pub(crate) fn change_term(
+        &mut self,
+        ctx: &mut Context,
+        index: SlotIndex,
+        asks: &mut BTreeMap<ServerId, Vec<(SlotId, Term)>>,
+    ) {
+        let id = self.slots[index].id;
+        let state = &ctx.state.slots[&id.gmap][id.slot as usize];
+        let is_down = |s: &ServerId| ctx.state.servers.get(s).is_none_or(|s| s.down);
+        let in_sync: SmallVec<[ServerId; 3]> = state.in_sync().collect();
+        let primary = in_sync.iter().copied().find(|s| !is_down(s));
+        self.listings.retain(|_, l| l.slot != index);
+        self.park_operations(index);
+        let slot = &mut self.slots[index];
+        if let Some(old) = slot.acting.take() {
+            // What was on its way in the old term is refused from now on, or stable before the promise.
+            for (receiver, outgoing) in &old.streams {
+                let window = self.windows.entry(*receiver).or_default();
+                window.in_flight = window.in_flight.saturating_sub(outgoing.cost());
+            }
+        }
+        slot.incoming = None;
+        slot.promise_due = None;
+        slot.term = state.term;
+        slot.primary = primary;
+        if let Some(member) = state.member(self.me)
+            && slot.watermark.term < member.since
+        {
+            slot.watermark = Version::ZERO; // 2.1, "since": copies of an earlier membership count as nothing.
+        }
+        slot.in_sync = in_sync;
+        if primary == Some(self.me) {
+            self.begin_to_act(index, asks);
+            self.on_outstanding_changed(ctx, index);
+        } else {
+            self.unpark_operations(ctx, index);
+        }
+        self.answer_early_promise(ctx, id);
+    }
+
+    fn begin_to_act(&mut self, index: SlotIndex, asks: &mut BTreeMap<ServerId, Vec<(SlotId, Term)>>) {
+        let slot = &mut self.slots[index];
+        slot.promised = slot.term;
+        let receivers: SmallVec<[ServerId; 3]> = slot.in_sync.iter().copied().filter(|s| *s != self.me).collect();
+        let mut streams = BTreeMap::new();
+        for receiver in &receivers {
+            self.next_stream += 1;
+            streams.insert(*receiver, Outgoing::new(self.next_stream));
+            if self.connected.contains(receiver) {
+                asks.entry(*receiver).or_default().push((slot.id, slot.term));
+            }
+        }
+        slot.acting = Some(Box::new(Acting {
+            phase: Phase::Promising { promised: BTreeMap::new() },
+            sequence: 0,
+            unfinished: BTreeMap::new(),
+            durable: receivers.iter().map(|r| (*r, Version::ZERO)).collect(),
+            receivers,
+            streams,
+        }));
+    }
+
+    pub(crate) fn send_promises(&mut self, ctx: &mut Context, asks: BTreeMap<ServerId, Vec<(SlotId, Term)>>) {
+        for (to, slots) in asks {
+            ctx.send(Peer::Server(to), Body::Promise(Promise { slots }));
+        }
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Promising.
+
+    /// A server that acts under a newer term asks for promises.
+    pub fn on_promise(&mut self, ctx: &mut Context, from: ServerId, m: Promise) {
+        for (id, term) in m.slots {
+            let known = self.by_id.get(&id).map(|index| (*index, self.slots[*index].term));
+            match known {
+                Some((index, present)) if present == term => {
+                    let slot = &mut self.slots[index];
+                    if slot.primary != Some(from) || !slot.in_sync.contains(&self.me) {
+                        continue;
+                    }
+                    slot.promised = term;
+                    if slot.incoming.as_ref().is_none_or(|i| i.term != term) {
+                        slot.incoming = Some(Incoming::new(from, term));
+                    }
+                    slot.promise_due = Some(from);
+                    self.on_outstanding_changed(ctx, index);
+                }
+                Some((_, present)) if present > term => {} // It will learn.
+                // This server is behind: it answers when it has caught up.
+                _ => {
+                    self.early_promises.insert(id, (from, term));
+                }
+            }
+        }
+    }
+
+    fn answer_early_promise(&mut self, ctx: &mut Context, id: SlotId) {
+        if let Some((from, term)) = self.early_promises.remove(&id) {
+            self.on_promise(ctx, from, Promise { slots: vec![(id, term)] });
+        }
+    }
+
+    /// Called whenever a change of the slot has become stable: promises and settlements wait for that.
+    pub(crate) fn on_outstanding_changed(&mut self, ctx: &mut Context, index: SlotIndex) {
+        let slot = &mut self.slots[index];
+        if slot.outstanding > 0 {
+            return;
+        }
+        if let Some(to) = slot.promise_due.take() {
+            self.promised_due.entry(to).or_default().push((slot.id, slot.term, slot.watermark));
+        }
+        let own = (self.me, slot.watermark);
+        if let Some(acting) = slot.acting.as_mut()
+            && let Phase::Promising { promised } = &mut acting.phase
+        {
+            promised.insert(own.0, own.1);
+            self.list_if_all_promised(ctx, index);
+        }
+        self.settlement_may_be_done(ctx, index);
+    }
+
+    /// Promises given in this round, one message per primary.
+    pub(crate) fn send_promised(&mut self, ctx: &mut Context) {
+        for (to, slots) in std::mem::take(&mut self.promised_due) {
+            let (window, full) = self.grant(ctx, to);
+            ctx.send(Peer::Server(to), Body::Promised(Promised { slots, window, full }));
+        }
+    }
+
+    /// Promises have come.
+    pub fn on_promised(&mut self, ctx: &mut Context, from: ServerId, m: Promised) {
+        let window = self.windows.entry(from).or_default();
+        window.limit = m.window;
+        window.full = m.full;
+        for (id, term, watermark) in m.slots {
+            let Some(&index) = self.by_id.get(&id) else { continue };
+            let slot = &mut self.slots[index];
+            let since = ctx.state.slots[&id.gmap][id.slot as usize].member(from).map_or(0, |m| m.since);
+            let watermark = if watermark.term < since { Version::ZERO } else { watermark };
+            if slot.term != term {
+                continue;
+            }
+            let Some(acting) = slot.acting.as_mut() else { continue };
+            if let Phase::Promising { promised } = &mut acting.phase {
+                promised.insert(from, watermark);
+                self.list_if_all_promised(ctx, index);
+            }
+        }
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Listing.
+
+    fn list_if_all_promised(&mut self, ctx: &mut Context, index: SlotIndex) {
+        let slot = &mut self.slots[index];
+        let (id, term, in_sync) = (slot.id, slot.term, slot.in_sync.clone());
+        let acting = slot.acting.as_mut().expect("only an acting primary collects promises");
+        let Phase::Promising { promised } = &acting.phase else { return };
+        if !in_sync.iter().all(|s| promised.contains_key(s)) {
+            return;
+        }
+        let lowest = promised.values().copied().min().expect("its own at least");
+        acting.phase = Phase::Listing { lowest, lists: Lists::new(), done: BTreeSet::new() };
+        for to in acting.receivers.clone() {
+            ctx.send(Peer::Server(to), Body::List(List { slot: id, term, above: lowest, after: None }));
+        }
+        self.begin_listing(ctx, index, lowest, None, None);
+    }
+
+    fn begin_listing(
+        &mut self,
+        ctx: &mut Context,
+        index: SlotIndex,
+        above: Version,
+        after: Option<ElementKey>,
+        to: Option<ServerId>,
+    ) {
+        let slot = &self.slots[index];
+        let mut listing = Listing {
+            slot: index,
+            term: slot.term,
+            above,
+            to,
+            keys: VecDeque::new(),
+            images: Vec::new(),
+            next: None,
+            scan: None,
+        };
+        match ctx.stores.newer(slot.id, above) {
+            Some(mut keys) => {
+                keys.retain(|k| after.is_none_or(|a| *k > a));
+                if keys.len() > LIST_ELEMENTS_MAX {
+                    keys.truncate(LIST_ELEMENTS_MAX);
+                    listing.next = keys.last().copied();
+                }
+                listing.keys = keys.into();
+            }
+            None => listing.scan = Some(ctx.stores.scan_all(after, LIST_ELEMENTS_MAX)),
+        }
+        for key in &listing.keys {
+            let _ = ctx.stores.load(*key); // Side by side; `advance_listing` waits for each in turn.
+        }
+        let job = self.next_job;
+        self.next_job += 1;
+        self.listings.insert(job, listing);
+        self.advance_listing(ctx, job);
+    }
+
+    /// The fall-back where the change index does not reach back far enough.
+    pub(crate) fn on_listing_scanned(
+        &mut self,
+        ctx: &mut Context,
+        scan: ReadId,
+        elements: Result<Vec<(ElementKey, Version)>, DiskError>,
+    ) {
+        let Some(job) = self.listings.iter().find(|(_, l)| l.scan == Some(scan)).map(|(job, _)| *job) else { return };
+        let listing = self.listings.get_mut(&job).expect("just found");
+        let Ok(elements) = elements else { return }; // The disk's failure is told apart; the slot waits.
+        listing.scan = None;
+        if elements.len() >= LIST_ELEMENTS_MAX {
+            listing.next = elements.last().map(|(key, _)| *key);
+        }
+        let id = self.slots[listing.slot].id;
+        let above = listing.above;
+        let of_slot = |key: &ElementKey| slot_of(ctx.state, *key) == Some(id);
+        listing.keys = elements.iter().filter(|(k, v)| *v > above && of_slot(k)).map(|(k, _)| *k).collect();
+        self.advance_listing(ctx, job);
+    }
+
+    pub(crate) fn advance_listing(&mut self, ctx: &mut Context, job: u64) {
+        let Some(listing) = self.listings.get_mut(&job) else { return };
+        if listing.scan.is_some() {
+            return;
+        }
+        while let Some(&key) = listing.keys.front() {
+            match ctx.stores.load(key) {
+                Loaded::Ready => {
+                    listing.keys.pop_front();
+                    let image = ctx.stores.image(key);
+                    if image.version > listing.above {
+                        listing.images.push((key, image));
+                    }
+                }
+                Loaded::Pending => return self.wait_for_load(key, LoadWaiter::Listing(job)),
+                Loaded::Failed => return,
+            }
+        }
+        let listing = self.listings.remove(&job).expect("just found");
+        let slot = self.slots[listing.slot].id;
+        match listing.to {
+            Some(to) => {
+                let (term, elements, next) = (listing.term, listing.images, listing.next);
+                ctx.send(Peer::Server(to), Body::Listed(Listed { slot, term, elements, next }));
+            }
+            None => self.on_list_part(ctx, listing.slot, self.me, listing.images, listing.next),
+        }
+    }
+
+    /// The primary asks for what is newer than a version.
+    pub fn on_list(&mut self, ctx: &mut Context, from: ServerId, m: List) {
+        let Some(&index) = self.by_id.get(&m.slot) else { return };
+        let slot = &self.slots[index];
+        if slot.promised == m.term && slot.term == m.term && slot.primary == Some(from) {
+            self.begin_listing(ctx, index, m.above, m.after, Some(from));
+        }
+    }
+
+    /// A list has come.
+    pub fn on_listed(&mut self, ctx: &mut Context, from: ServerId, m: Listed) {
+        let Some(&index) = self.by_id.get(&m.slot) else { return };
+        if self.slots[index].term == m.term {
+            self.on_list_part(ctx, index, from, m.elements, m.next);
+        }
+    }
+
+    fn on_list_part(
+        &mut self,
+        ctx: &mut Context,
+        index: SlotIndex,
+        from: ServerId,
+        elements: Vec<(ElementKey, ElementImage)>,
+        next: Option<ElementKey>,
+    ) {
+        let slot = &mut self.slots[index];
+        let (id, term, in_sync) = (slot.id, slot.term, slot.in_sync.clone());
+        let Some(acting) = slot.acting.as_mut() else { return };
+        let Phase::Listing { lowest, lists, done } = &mut acting.phase else { return };
+        if !in_sync.contains(&from) || done.contains(&from) {
+            return;
+        }
+        lists.entry(from).or_default().extend(elements);
+        let above = *lowest;
+        match next {
+            Some(after) if from == self.me => self.begin_listing(ctx, index, above, Some(after), None),
+            Some(after) => {
+                let list = List { slot: id, term, above, after: Some(after) };
+                ctx.send(Peer::Server(from), Body::List(list));
+            }
+            None => {
+                done.insert(from);
+                if in_sync.iter().all(|s| done.contains(s)) {
+                    self.begin_settling(ctx, index);
+                }
+            }
+        }
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Settling (I7).
+
+    fn begin_settling(&mut self, ctx: &mut Context, index: SlotIndex) {
+        let slot = &mut self.slots[index];
+        let acting = slot.acting.as_mut().expect("only an acting primary settles");
+        let settling = Phase::Settling { todo: VecDeque::new(), active: BTreeMap::new() };
+        let Phase::Listing { lists, .. } = std::mem::replace(&mut acting.phase, settling) else {
+            unreachable!("settling follows listing")
+        };
+        let Phase::Settling { todo, .. } = &mut acting.phase else { unreachable!("just set") };
+        *todo = differences(&lists, &slot.in_sync, self.me, self.sabotage);
+        self.counters.settled_elements += todo.len() as u64;
+        self.settle_more(ctx, index);
+        self.settlement_may_be_done(ctx, index);
+    }
+
+    fn settle_more(&mut self, ctx: &mut Context, index: SlotIndex) {
+        let mut begun = Vec::new();
+        let slot = &mut self.slots[index];
+        let (id, term) = (slot.id, slot.term);
+        let Some(acting) = slot.acting.as_mut() else { return };
+        let Phase::Settling { todo, active } = &mut acting.phase else { return };
+        while active.len() < SETTLING_MAX {
+            let Some(difference) = todo.pop_front() else { break };
+            let element = difference.element;
+            let mine = difference.others.get(&self.me);
+            let step = match mine {
+                None => Step::ToRead,
+                Some(mine) => {
+                    let blocks = lacking(&difference.image, mine.as_ref());
+                    if blocks.is_empty() {
+                        Step::Fetched { data: Vec::new() }
+                    } else {
+                        let fetch = Fetch { slot: id, term, element, blocks: blocks.clone() };
+                        ctx.send(Peer::Server(difference.winner), Body::Fetch(fetch));
+                        Step::Fetching { blocks }
+                    }
+                }
+            };
+            active.insert(element, Settling { difference, step });
+            begun.push(element);
+        }
+        for element in begun {
+            self.advance_settling(ctx, index, element);
+        }
+    }
+
+    /// Takes an element's next step, if it waits for nothing but this server's memory.
+    pub(crate) fn advance_settling(&mut self, ctx: &mut Context, index: SlotIndex, element: ElementKey) {
+        let slot = &mut self.slots[index];
+        let term = slot.term;
+        let Some(Phase::Settling { active, .. }) = slot.acting.as_mut().map(|a| &mut a.phase) else { return };
+        let Some(settling) = active.get_mut(&element) else { return };
+        if !matches!(settling.step, Step::Fetched { .. } | Step::ToRead) {
+            return;
+        }
+        match ctx.stores.load(element) {
+            Loaded::Ready => {}
+            Loaded::Pending => return self.wait_for_load(element, LoadWaiter::Settling(index, element)),
+            Loaded::Failed => return,
+        }
+        match std::mem::replace(&mut settling.step, Step::Replacing) {
+            Step::Fetched { data } => {
+                let image = settling.difference.image.clone();
+                let change = Change::Replace { element, slot: slot.id, image, data, watermark: slot.watermark };
+                // Space was reserved by the write that made the difference; the reserve pays otherwise.
+                let Ok(ticket) = ctx.stores.stage(change) else { return };
+                slot.outstanding += 1;
+                self.tickets.insert(ticket, TicketOwner::Settling { slot: index, term, element });
+            }
+            Step::ToRead => {
+                let mut blocks = BTreeSet::new();
+                for (server, other) in &settling.difference.others {
+                    if *server != self.me {
+                        blocks.extend(lacking(&settling.difference.image, other.as_ref()));
+                    }
+                }
+                let blocks: Vec<(u16, u8)> = blocks.into_iter().collect();
+                let read = ctx.stores.read_image(element, &blocks);
+                settling.step = Step::Reading { blocks };
+                self.reads.insert(read, ReadOwner::Settling { slot: index, term, element });
+            }
+            _ => unreachable!("checked above"),
+        }
+    }
+
+    /// Blocks that this server lacked have come.
+    pub fn on_fetched(&mut self, ctx: &mut Context, m: Fetched) {
+        let Some(&index) = self.by_id.get(&m.slot) else { return };
+        let slot = &mut self.slots[index];
+        if slot.term != m.term {
+            return;
+        }
+        let Some(Phase::Settling { active, .. }) = slot.acting.as_mut().map(|a| &mut a.phase) else { return };
+        let Some(settling) = active.get_mut(&m.element) else { return };
+        let Step::Fetching { blocks } = &settling.step else { return };
+        let data = m.data.to_bytes();
+        let image = &settling.difference.image;
+        let good = m.result.is_ok()
+            && data.len() == blocks.len() * BLOCK_SIZE as usize
+            && blocks.iter().zip(data.chunks(BLOCK_SIZE as usize)).all(|((row, block), bytes)| {
+                image.rows[usize::from(*row)].sums[usize::from(*block)] == BlockSum::Crc(stdx::checksum::crc32c(bytes))
+            });
+        if !good {
+            // The winner's copy cannot be read: the slot is not served, rather than wrong.
+            self.counters.bad_blocks += 1;
+            return;
+        }
+        let pieces = blocks.iter().enumerate().map(|(i, (row, block))| {
+            (*row, *block, data.slice(i * BLOCK_SIZE as usize..(i + 1) * BLOCK_SIZE as usize))
+        });
+        settling.step = Step::Fetched { data: pieces.collect() };
+        self.advance_settling(ctx, index, m.element);
+    }
+
+    pub(crate) fn on_settling_stable(&mut self, ctx: &mut Context, index: SlotIndex, element: ElementKey) {
+        let acting = self.slots[index].acting.as_mut();
+        let Some(Phase::Settling { active, .. }) = acting.map(|a| &mut a.phase) else { return };
+        let Some(settling) = active.get_mut(&element) else { return };
+        settling.step = Step::ToRead;
+        self.advance_settling(ctx, index, element);
+    }
+
+    pub(crate) fn on_settling_read(
+        &mut self,
+        ctx: &mut Context,
+        index: SlotIndex,
+        element: ElementKey,
+        result: Result<ReadBlocks, ReadError>,
+    ) {
+        let slot = &mut self.slots[index];
+        let Some(acting) = slot.acting.as_mut() else { return };
+        let Phase::Settling { active, .. } = &mut acting.phase else { return };
+        let Some(settling) = active.get(&element) else { return };
+        let Step::Reading { blocks } = &settling.step else { return };
+        let Ok(read) = result else {
+            self.counters.bad_blocks += 1;
+            return; // As above: not served, rather than wrong.
+        };
+        let bytes = read.data.iter().flat_map(|piece| {
+            (0..piece.len() / BLOCK_SIZE as usize)
+                .map(|i| piece.slice(i * BLOCK_SIZE as usize..(i + 1) * BLOCK_SIZE as usize))
+        });
+        let data: BTreeMap<(u16, u8), Bytes> = blocks.iter().copied().zip(bytes).collect();
+        let settling = active.remove(&element).expect("just found");
+        let image = settling.difference.image;
+        for (server, other) in settling.difference.others.iter().filter(|(s, _)| **s != self.me) {
+            let blocks = lacking(&image, other.as_ref());
+            let payload = Payload(blocks.iter().map(|place| data[place].clone()).collect());
+            let part = Part::Copy { element, image: image.clone(), blocks, settles: true };
+            let outgoing = acting.streams.get_mut(server).expect("a stream to every other in-sync member");
+            self.windows.entry(*server).or_default().in_flight += payload.len() as u64 / BLOCK_SIZE;
+            let m = outgoing.push(slot.id, slot.term, slot.watermark, part, payload, None);
+            if self.connected.contains(server) {
+                ctx.send(Peer::Server(*server), Body::Replicate(m));
+            }
+        }
+        self.settle_more(ctx, index);
+        self.settlement_may_be_done(ctx, index);
+    }
+
+    /// The settlement is finished when everything is equal and stable everywhere.
+    pub(crate) fn settlement_may_be_done(&mut self, ctx: &mut Context, index: SlotIndex) {
+        let slot = &mut self.slots[index];
+        let Some(acting) = slot.acting.as_mut() else { return };
+        let Phase::Settling { todo, active } = &acting.phase else { return };
+        let equal = todo.is_empty() && active.is_empty() && acting.streams.values().all(Outgoing::is_empty);
+        if !equal || slot.outstanding > 0 {
+            return;
+        }
+        acting.phase = Phase::Serving;
+        slot.watermark = slot.watermark.max(Version { term: slot.term, sequence: 0 });
+        self.counters.settlements += 1;
+        for (server, outgoing) in &mut acting.streams {
+            let (part, payload) = (Part::SettlementDone, Payload::default());
+            let m = outgoing.push(slot.id, slot.term, slot.watermark, part, payload, None);
+            if self.connected.contains(server) {
+                ctx.send(Peer::Server(*server), Body::Replicate(m));
+            }
+        }
+        let change = Change::Watermark { slot: slot.id, watermark: slot.watermark };
+        if let Ok(ticket) = ctx.stores.stage(change) {
+            slot.outstanding += 1;
+            self.tickets.insert(ticket, TicketOwner::Background { slot: index });
+        }
+        self.unpark_operations(ctx, index);
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Fetches, at the replica.
+
+    /// The primary reads an element here. Answered with what is there, never bounced.
+    pub fn on_fetch(&mut self, ctx: &mut Context, from: ServerId, m: Fetch) {
+        let Some(&index) = self.by_id.get(&m.slot) else { return };
+        let slot = &self.slots[index];
+        if slot.promised != m.term || slot.term != m.term || slot.primary != Some(from) {
+            return;
+        }
+        let job = self.next_job;
+        self.next_job += 1;
+        self.fetches.insert(job, FetchJob { to: from, request: m });
+        self.advance_fetch(ctx, job);
+    }
+
+    pub(crate) fn advance_fetch(&mut self, ctx: &mut Context, job: u64) {
+        let Some(fetch) = self.fetches.get(&job) else { return };
+        let element = fetch.request.element;
+        match ctx.stores.load(element) {
+            Loaded::Ready => {}
+            Loaded::Pending => return self.wait_for_load(element, LoadWaiter::Fetch(job)),
+            Loaded::Failed => return self.answer_fetch(ctx, job, Err(Refusal::BadCopy)),
+        }
+        let image = ctx.stores.image(element);
+        let is_there = |(row, block): &(u16, u8)| {
+            image.rows.get(usize::from(*row)).is_some_and(|r| usize::from(*block) < r.sums.len())
+        };
+        if !fetch.request.blocks.iter().all(is_there) {
+            return self.answer_fetch(ctx, job, Err(Refusal::Malformed));
+        }
+        let read = ctx.stores.read_image(element, &fetch.request.blocks);
+        self.reads.insert(read, ReadOwner::Fetch(job));
+    }
+
+    pub(crate) fn on_fetch_read(&mut self, ctx: &mut Context, job: u64, result: Result<ReadBlocks, ReadError>) {
+        if result.is_err() {
+            self.counters.bad_blocks += 1;
+        }
+        self.answer_fetch(ctx, job, result.map_err(|_| Refusal::BadCopy));
+    }
+
+    fn answer_fetch(&mut self, ctx: &mut Context, job: u64, result: Result<ReadBlocks, Refusal>) {
+        let FetchJob { to, request } = self.fetches.remove(&job).expect("an answered fetch exists");
+        let (result, data) = match result {
+            Ok(read) => (Ok(()), Payload(read.data)),
+            Err(refusal) => (Err(refusal), Payload::default()),
+        };
+        let fetched = Fetched { slot: request.slot, term: request.term, element: request.element, result, data };
+        ctx.send(Peer::Server(to), Body::Fetched(fetched));
+    }
+
+    /// A connection is back: what was asked over the old one is asked again.
+    pub(crate) fn ask_again(&mut self, ctx: &mut Context, index: SlotIndex, server: ServerId) {
+        let slot = &mut self.slots[index];
+        let (id, term) = (slot.id, slot.term);
+        let Some(acting) = slot.acting.as_mut().filter(|a| a.receivers.contains(&server)) else { return };
+        match &acting.phase {
+            Phase::Listing { lowest, lists, done } if !done.contains(&server) => {
+                let after = lists.get(&server).and_then(|l| l.last_key_value()).map(|(k, _)| *k);
+                ctx.send(Peer::Server(server), Body::List(List { slot: id, term, above: *lowest, after }));
+            }
+            Phase::Settling { active, .. } => {
+                for settling in active.values().filter(|s| s.difference.winner == server) {
+                    if let Step::Fetching { blocks } = &settling.step {
+                        let (element, blocks) = (settling.difference.element, blocks.clone());
+                        ctx.send(Peer::Server(server), Body::Fetch(Fetch { slot: id, term, element, blocks }));
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The elements in which the members differ, and what each must be.
+fn differences(lists: &Lists, in_sync: &[ServerId], me: ServerId, sabotage: Sabotage) -> VecDeque<Difference> {
+    if sabotage == Sabotage::NoSettlement {
+        return VecDeque::new();
+    }
+    let elements: BTreeSet<ElementKey> = lists.values().flat_map(|l| l.keys().copied()).collect();
+    let mut found = VecDeque::new();
+    for element in elements {
+        let image_at = |s: &ServerId| lists.get(s).and_then(|l| l.get(&element));
+        // Ties go to the new primary: any choice is right, this one copies least.
+        let winner = in_sync
+            .iter()
+            .copied()
+            .filter(|s| image_at(s).is_some())
+            .max_by_key(|s| (image_at(s).map(|i| i.version), *s == me))
+            .expect("somebody listed it");
+        let image = image_at(&winner).expect("the winner listed it").clone();
+        let differs = |other: Option<&ElementImage>| match (other, sabotage) {
+            (Some(other), Sabotage::SettleByVersion) => other.version != image.version,
+            (Some(other), _) => *other != image,
+            (None, _) => true,
+        };
+        let others: BTreeMap<ServerId, Option<ElementImage>> = in_sync
+            .iter()
+            .filter(|s| **s != winner && differs(image_at(s)))
+            .map(|s| (*s, image_at(s).cloned()))
+            .collect();
+        if !others.is_empty() {
+            found.push_back(Difference { element, image, winner, others });
+        }
+    }
+    found
+}
+
+/// The blocks of `image`, as `(row, block)`, that a replica with `present` does not have.
+fn lacking(image: &ElementImage, present: Option<&ElementImage>) -> Vec<(u16, u8)> {
+    let mut blocks = Vec::new();
+    for (r, row) in image.rows.iter().enumerate() {
+        let same = present.and_then(|p| p.rows.iter().find(|o| (o.lineage, o.epoch) == (row.lineage, row.epoch)));
+        for (b, sum) in row.sums.iter().enumerate() {
+            if *sum != BlockSum::Zero && same.is_none_or(|s| s.sums[b] != *sum) {
+                blocks.push((r as u16, b as u8));
+            }
+        }
+    }
+    blocks
+}
+
+fn slot_of(state: &crate::global_state::State, key: ElementKey) -> Option<SlotId> {
+    let family = state.families.get(&key.family)?;
+    let slots = state.slots.get(&family.gmap)?.len() as u32;
+    let slot = crate::translator::gmap::slot_of_element(key.element, family.stripe_unit, family.shift, slots);
+    Some(SlotId { gmap: family.gmap, slot })
+}

@@ -1,8 +1,16 @@
 //! A Petal server: owns its rooms, and is the only file that routes between them.
 
+use crate::data_access::{Context, DataAccess};
+use crate::desk::Desk;
+use crate::global_state::{Command, Effects, Genesis, GlobalOutput, GlobalState, State};
 use crate::ids::*;
-use crate::message::Message;
-use crate::store::{DiskCommand, DiskResult, OpId};
+use crate::liveness::Liveness;
+use crate::message::*;
+use crate::sabotage::Sabotage;
+use crate::store::{Change, DiskCommand, DiskResult, Event, OpId, OpenDisk, StoreConfig, Stores, Ticket};
+use bytes::Bytes;
+use std::collections::{BTreeMap, VecDeque};
+use stdx::{Duration, FastMap, Instant, Machine};
 
 /// Number of a client connection, given by the driver; never used twice in one server life.
 pub type ClientId = u64;
@@ -87,9 +95,6 @@ pub enum Output {
     Stopped,
 }
 
-use crate::store::{OpenDisk, StoreConfig};
-use stdx::{Instant, Machine};
-
 /// What a server is started with.
 #[derive(Clone, Debug)]
 pub struct ServerConfig {
@@ -97,51 +102,586 @@ pub struct ServerConfig {
     pub addresses: Vec<String>,
     /// Bounds of memory.
     pub store: StoreConfig,
+    /// A rule left out, to test the checkers. Always `Sabotage::None` in a real server.
+    pub sabotage: Sabotage,
+}
+
+/// Where a server's life is.
+///
+/// ```text
+///  Opening (disks replay) -> Joining (ServerUp is proposed) -> Running -> Stopping
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// The disks are being opened; nothing is sent.
+    Opening,
+    /// Follows the log, and waits for its own `ServerUp`.
+    Joining { server_up: CommandId },
+    /// Serves.
+    Running,
+    /// Takes no new requests; ends when those in progress have.
+    Stopping { deadline: Instant },
+}
+
+/// A data message that needs a state that this server does not have yet.
+struct Deferred {
+    from: Peer,
+    body: Body,
 }
 
 /// A Petal server.
-pub struct Server;
+pub struct Server {
+    me: ServerId,
+    incarnation: Incarnation,
+    cluster: ClusterId,
+    genesis: Genesis,
+    addresses: Vec<String>,
+    /// As the disks were found: id, last incarnation, capacity.
+    disks_found: Vec<(DiskId, Incarnation, u64)>,
+    stage: Stage,
+    stores: Stores,
+    global: Option<GlobalState>,
+    liveness: Liveness,
+    data: DataAccess,
+    admin: Desk,
+    /// Tickets of the global state's writes, and the number to tell it.
+    persists: FastMap<Ticket, u64>,
+    persist_waits: BTreeMap<u64, usize>,
+    deferred: VecDeque<Deferred>,
+    connected: BTreeMap<ServerId, Incarnation>,
+    /// What came before the disks were open.
+    early: VecDeque<Input>,
+    now: Instant,
+    out: VecDeque<Output>,
+    flushed: bool,
+}
 
-#[allow(unused_variables, missing_docs, clippy::unimplemented)]
 impl Server {
     /// Starts a new life on these disks (all of the server's, in the order of their superblocks' list).
     /// Identity, cluster and ring come from the superblocks. Sends nothing before the new incarnation
     /// is durable on every disk.
     pub fn start(now: Instant, config: ServerConfig, disks: Vec<OpenDisk>) -> Server {
-        unimplemented!()
+        let superblock = &disks.first().expect("a server has at least one disk").superblock;
+        let (me, genesis) = (superblock.server, superblock.genesis.clone());
+        let last = disks.iter().map(|d| d.superblock.incarnation.0).max().expect("at least one");
+        let incarnation = Incarnation(last + 1);
+        let disks_found =
+            disks.iter().map(|d| (d.superblock.disk, d.superblock.incarnation, d.superblock.data_capacity())).collect();
+        let store = StoreConfig { sabotage: config.sabotage, ..config.store };
+        Server {
+            me,
+            incarnation,
+            cluster: genesis.cluster,
+            genesis,
+            addresses: config.addresses,
+            disks_found,
+            stage: Stage::Opening,
+            stores: Stores::open(disks, incarnation, store),
+            global: None,
+            liveness: Liveness::default(),
+            data: DataAccess::new(me, incarnation, config.sabotage),
+            admin: Desk::default(),
+            persists: FastMap::new(),
+            persist_waits: BTreeMap::new(),
+            deferred: VecDeque::new(),
+            connected: BTreeMap::new(),
+            early: VecDeque::new(),
+            now,
+            out: VecDeque::new(),
+            flushed: false,
+        }
     }
+
     /// Who it is.
     pub fn id(&self) -> ServerId {
-        unimplemented!()
+        self.me
     }
+
     /// Its life; known at once, durable before anything is sent.
     pub fn incarnation(&self) -> Incarnation {
-        unimplemented!()
+        self.incarnation
     }
+
     /// The cluster.
     pub fn cluster(&self) -> ClusterId {
-        unimplemented!()
+        self.cluster
     }
-    /// The state, for checkers and status.
-    pub fn state(&self) -> &crate::global_state::State {
-        unimplemented!()
+
+    /// The state as applied; `None` while the disks are being opened.
+    pub fn state(&self) -> Option<&State> {
+        self.global.as_ref().map(GlobalState::state)
+    }
+
+    /// True when it serves.
+    pub fn is_running(&self) -> bool {
+        self.stage == Stage::Running
+    }
+
+    /// The disks, for checkers.
+    pub fn stores(&self) -> &Stores {
+        &self.stores
+    }
+
+    /// The disks, for checkers that must load entries.
+    pub fn stores_mut(&mut self) -> &mut Stores {
+        &mut self.stores
+    }
+
+    /// Data access, for checkers.
+    pub fn data(&self) -> &DataAccess {
+        &self.data
+    }
+
+    /// The driver was told to stop.
+    pub fn shut_down(&mut self, now: Instant) {
+        if !matches!(self.stage, Stage::Stopping { .. }) {
+            self.stage = Stage::Stopping { deadline: now + STOP_DEADLINE };
+        }
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Routing.
+
+    fn route(&mut self, input: Input) {
+        match input {
+            Input::Connected { peer: Peer::Server(server), incarnation } => self.on_connected(server, incarnation),
+            Input::Connected { peer: Peer::Client(_), .. } => {}
+            Input::Disconnected { peer: Peer::Server(server) } => self.on_disconnected(server),
+            Input::Disconnected { peer: Peer::Client(client) } => {
+                self.deferred.retain(|d| d.from != Peer::Client(client));
+                self.data.on_client_gone(client);
+                self.admin.on_client_gone(client);
+            }
+            Input::Message { from, message } => self.on_message(from, message),
+            Input::Disk { .. } | Input::Tick => unreachable!("handled before routing"),
+        }
+    }
+
+    fn on_connected(&mut self, server: ServerId, incarnation: Incarnation) {
+        self.connected.insert(server, incarnation);
+        let now = self.now;
+        self.global().on_connected(now, server);
+        self.with_data(|data, ctx| data.on_connected(ctx, server, incarnation));
+        for index in self.admin.unsettled_at(server) {
+            self.send(server, Body::Settle(Settle { index }));
+        }
+    }
+
+    fn on_disconnected(&mut self, server: ServerId) {
+        self.connected.remove(&server);
+        let now = self.now;
+        self.global().on_disconnected(now, server);
+        self.data.on_disconnected(server);
+        self.deferred.retain(|d| d.from != Peer::Server(server));
+    }
+
+    fn on_message(&mut self, from: Peer, message: Message) {
+        let now = self.now;
+        if let Peer::Server(server) = from {
+            let global = self.global();
+            if message.state_index > global.state().index {
+                global.on_index(now, server, message.state_index);
+            }
+        }
+        match (from, message.body) {
+            (Peer::Server(server), body @ (Body::Ring(_) | Body::Propose(_) | Body::Learn(_))) => {
+                self.global().on_message(now, server, body);
+            }
+            (Peer::Server(server), body @ (Body::Entries(_) | Body::Snapshot(_))) => {
+                self.global().on_message(now, server, body);
+            }
+            (_, Body::Index) => {}
+            (Peer::Client(client), Body::Admin(admin)) => self.on_admin(client, admin),
+            (from, body) => self.on_data_message(from, body),
+        }
+    }
+
+    /// Data messages rely on a state: who knows less than the sender catches up before it acts (2.4).
+    fn on_data_message(&mut self, from: Peer, body: Body) {
+        let applied = self.global().state().index;
+        let ready = matches!(self.stage, Stage::Running | Stage::Stopping { .. });
+        if !ready || need_of(&body) > applied {
+            if self.deferred.len() < DEFERRED_MAX {
+                self.deferred.push_back(Deferred { from, body });
+            }
+            return;
+        }
+        let stopping = matches!(self.stage, Stage::Stopping { .. });
+        if let (Peer::Server(server), Body::Settled(m)) = (from, &body) {
+            return self.admin.on_settled(server, m.index, &mut self.out);
+        }
+        self.with_data(|data, ctx| match (from, body) {
+            (Peer::Client(client), body @ (Body::Read(_) | Body::Write(_) | Body::Zero(_) | Body::Map(_))) => {
+                if !stopping {
+                    data.on_request(ctx, client, body);
+                }
+            }
+            (Peer::Server(s), Body::Replicate(m)) => data.on_replicate(ctx, s, m),
+            (Peer::Server(s), Body::StreamAck(m)) => data.on_stream_ack(ctx, s, m),
+            (Peer::Server(s), Body::Watermarks(m)) => data.on_watermarks(ctx, s, m),
+            (Peer::Server(s), Body::Promise(m)) => data.on_promise(ctx, s, m),
+            (Peer::Server(s), Body::Promised(m)) => data.on_promised(ctx, s, m),
+            (Peer::Server(s), Body::List(m)) => data.on_list(ctx, s, m),
+            (Peer::Server(s), Body::Listed(m)) => data.on_listed(ctx, s, m),
+            (Peer::Server(s), Body::Fetch(m)) => data.on_fetch(ctx, s, m),
+            (Peer::Server(_), Body::Fetched(m)) => data.on_fetched(ctx, m),
+            (Peer::Server(_), Body::Settle(m)) => data.on_settle(ctx, from, m.index),
+            _ => {} // A message that this peer has no business to send.
+        });
+    }
+
+    fn global(&mut self) -> &mut GlobalState {
+        self.global.as_mut().expect("messages are handled when the disks are open")
+    }
+
+    fn with_data<R>(&mut self, f: impl FnOnce(&mut DataAccess, &mut Context) -> R) -> R {
+        let global = self.global.as_ref().expect("messages are handled when the disks are open");
+        let mut ctx = Context {
+            now: self.now,
+            stores: &mut self.stores,
+            state: global.state(),
+            liveness: &self.liveness,
+            out: &mut self.out,
+        };
+        f(&mut self.data, &mut ctx)
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Management.
+
+    fn on_admin(&mut self, client: ClientId, m: Admin) {
+        let Admin { tag, request } = m;
+        let result = match request {
+            AdminRequest::Execute { id, command, deadline_millis } => {
+                return self.on_execute(client, tag, id, command, deadline_millis);
+            }
+            AdminRequest::Shutdown => {
+                self.shut_down(self.now);
+                Ok(AdminResponse::ShuttingDown)
+            }
+            AdminRequest::ServerStatus => Ok(AdminResponse::ServerStatus(Box::new(self.status()))),
+            _ if matches!(self.stage, Stage::Opening | Stage::Joining { .. }) => Err(AdminError::Starting(self.me)),
+            AdminRequest::Hints { name } => {
+                let state = self.global().state();
+                state.hints_by_name(&name).map(hints).ok_or(AdminError::NoSuchDisk(name))
+            }
+            AdminRequest::HintsById { vdisk } => {
+                self.global().state().hints(vdisk).map(hints).ok_or(AdminError::DiskGone(vdisk))
+            }
+            AdminRequest::State => Ok(AdminResponse::State(self.global().state().encode())),
+            AdminRequest::Verify { after } => {
+                return self.with_data(|data, ctx| data.on_verify(ctx, client, tag, after));
+            }
+        };
+        self.reply_admin(client, tag, result);
+    }
+
+    fn reply_admin(&mut self, client: ClientId, tag: Tag, result: Result<AdminResponse, AdminError>) {
+        let state_index = self.state().map_or(0, |s| s.index);
+        let message = Message { state_index, body: Body::AdminReply(AdminReply { tag, result }) };
+        self.out.push_back(Output::Send { to: Peer::Client(client), message });
+    }
+
+    fn on_execute(&mut self, client: ClientId, tag: Tag, id: CommandId, command: Command, deadline_millis: u32) {
+        let now = self.now;
+        let deadline = now + Duration::from_millis(u64::from(deadline_millis));
+        self.admin.expect(client, tag, id, deadline);
+        if self.global().state().is_executed(&id) {
+            // Sent again: it has been done. It may not have been settled, so that is asked again.
+            self.on_executed(id, true);
+        } else {
+            self.global().propose(now, id, command);
+        }
+    }
+
+    /// A command of the log has been applied; somebody may wait for it here.
+    fn on_executed(&mut self, id: CommandId, narrows: bool) {
+        let global = self.global.as_ref().expect("commands are applied when the disks are open");
+        let state = global.state();
+        let Some(&(index, ref result)) = state.result(&id) else { return };
+        let servers: Vec<ServerId> = state.servers_with_slots();
+        let settles = narrows && result.is_ok();
+        let result = result.clone();
+        if !self.admin.on_executed(id, index, result, settles.then(|| servers.clone()), &mut self.out) {
+            return;
+        }
+        for server in servers {
+            if server == self.me {
+                self.with_data(|data, ctx| data.on_settle(ctx, Peer::Server(server), index));
+            } else {
+                self.send(server, Body::Settle(Settle { index }));
+            }
+        }
+    }
+
+    fn send(&mut self, to: ServerId, body: Body) {
+        let state_index = self.state().map_or(0, |s| s.index);
+        self.out.push_back(Output::Send { to: Peer::Server(to), message: Message { state_index, body } });
+    }
+
+    fn status(&self) -> ServerStatus {
+        let counters = &self.data.counters;
+        let counter = |name: &str, value: u64| (name.to_string(), value);
+        ServerStatus {
+            server: self.me,
+            incarnation: self.incarnation,
+            state_index: self.state().map_or(0, |s| s.index),
+            ring_leader: self.global.as_ref().and_then(GlobalState::leader),
+            connected: self.connected.keys().copied().collect(),
+            slots_acting: self.data.acting(),
+            disks: self.stores.status(),
+            counters: vec![
+                counter("reads", counters.reads),
+                counter("writes", counters.writes),
+                counter("refused", counters.refused),
+                counter("replicated", counters.replicated),
+                counter("settlements", counters.settlements),
+                counter("settled_elements", counters.settled_elements),
+                counter("bad_blocks", counters.bad_blocks),
+            ],
+        }
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // What the rooms want.
+
+    /// Puts in order what an input has set in motion, until nothing moves any more.
+    fn maintain(&mut self) {
+        loop {
+            let mut moved = false;
+            while let Some(event) = self.stores.poll_event() {
+                self.on_store_event(event);
+                moved = true;
+            }
+            while let Some(output) = self.global.as_mut().and_then(GlobalState::poll_output) {
+                self.on_global_output(output);
+                moved = true;
+            }
+            for index in self.data.take_settled_here() {
+                self.admin.on_settled(self.me, index, &mut self.out);
+                moved = true;
+            }
+            if !moved {
+                return;
+            }
+        }
+    }
+
+    fn on_store_event(&mut self, event: Event) {
+        match event {
+            Event::Opened => self.on_opened(),
+            Event::DiskFailed { disk, reason } => self.out.push_back(Output::Fatal(format!("disk {disk}: {reason}"))),
+            Event::Loaded(element) => self.with_data(|data, ctx| data.on_loaded(ctx, element)),
+            Event::Stable(ticket) => {
+                if let Some(number) = self.persists.remove(&ticket) {
+                    self.on_persisted(number);
+                } else {
+                    self.with_data(|data, ctx| data.on_stable(ctx, ticket));
+                }
+            }
+            Event::Read { read, result } => self.with_data(|data, ctx| data.on_read_done(ctx, read, result)),
+            Event::Scanned { scan, elements } => self.with_data(|data, ctx| data.on_scanned(ctx, scan, elements)),
+        }
+    }
+
+    fn on_persisted(&mut self, number: u64) {
+        let waits = self.persist_waits.get_mut(&number).expect("a persist in progress is counted");
+        *waits -= 1;
+        // Changes become stable in order, so the numbers do too.
+        if *waits == 0 {
+            self.persist_waits.remove(&number);
+            self.global().on_persisted(number);
+        }
+    }
+
+    fn on_opened(&mut self) {
+        let proposer = (u64::from(self.me.0) << 48) | (self.incarnation.0 & ((1 << 48) - 1));
+        let durable = self.stores.meta_prefix(b"ring/");
+        let mut global = GlobalState::open(self.me, &self.genesis, proposer, durable);
+        let command = Command::ServerUp {
+            server: self.me,
+            incarnation: self.incarnation,
+            addresses: self.addresses.clone(),
+            disks: self.disks_found.clone(),
+        };
+        let server_up = global.propose_own(self.now, command);
+        self.stage = Stage::Joining { server_up };
+        self.global = Some(global);
+        for input in std::mem::take(&mut self.early) {
+            self.route(input);
+        }
+    }
+
+    fn on_global_output(&mut self, output: GlobalOutput) {
+        match output {
+            GlobalOutput::Send { to, body } => {
+                let state_index = self.global().state().index;
+                let message = Message { state_index, body };
+                self.out.push_back(Output::Send { to: Peer::Server(to), message });
+            }
+            GlobalOutput::Persist { number, writes } => self.on_persist(number, writes),
+            GlobalOutput::Applied { id, effects, .. } => self.on_applied(id, effects),
+            GlobalOutput::Jumped => {
+                self.follow_state(None);
+                self.data.want_sweep();
+            }
+            GlobalOutput::Dial { server, addresses } => self.out.push_back(Output::Dial { server, addresses }),
+        }
+    }
+
+    fn on_persist(&mut self, number: u64, writes: Vec<(Bytes, Option<Bytes>)>) {
+        self.persist_waits.insert(number, writes.len());
+        for (key, value) in writes {
+            match self.stores.stage(Change::Meta { key, value }) {
+                Ok(ticket) => {
+                    self.persists.insert(ticket, number);
+                }
+                Err(error) => {
+                    let why = format!("the global state cannot be stored: {error:?}; check this server's disks");
+                    self.out.push_back(Output::Fatal(why));
+                }
+            }
+        }
+    }
+
+    fn on_applied(&mut self, id: CommandId, effects: Effects) {
+        if let Stage::Joining { server_up } = self.stage {
+            if (server_up.proposer, server_up.number) == (id.proposer, id.number) {
+                self.on_own_server_up(id);
+            }
+        } else {
+            self.follow_state(Some(&effects.slots));
+            if !effects.families_ended.is_empty() {
+                self.data.want_sweep();
+            }
+        }
+        self.on_executed(id, effects.narrows);
+        self.retry_deferred();
+    }
+
+    /// From here on this server acts: it knows that its last life is over everywhere.
+    fn on_own_server_up(&mut self, id: CommandId) {
+        let result = self.global().state().result(&id).map(|(_, result)| result.clone());
+        match result {
+            Some(Err(error)) => self.out.push_back(Output::Fatal(error.to_string())),
+            _ => {
+                self.stage = Stage::Running;
+                self.follow_state(None);
+                self.data.want_sweep();
+                self.out.push_back(Output::Ready);
+            }
+        }
+    }
+
+    fn follow_state(&mut self, changed: Option<&[SlotId]>) {
+        if matches!(self.stage, Stage::Running | Stage::Stopping { .. }) {
+            self.with_data(|data, ctx| data.on_state(ctx, changed));
+        } else if changed.is_none()
+            && let Stage::Joining { server_up } = self.stage
+            && self.global().state().is_executed(&server_up)
+        {
+            // A snapshot that contains its own ServerUp.
+            self.on_own_server_up(server_up);
+        }
+    }
+
+    fn retry_deferred(&mut self) {
+        for Deferred { from, body } in std::mem::take(&mut self.deferred) {
+            self.on_data_message(from, body);
+        }
+    }
+
+    fn flush(&mut self) {
+        if self.global.is_some() {
+            self.with_data(|data, ctx| data.flush(ctx));
+        }
+        self.stores.flush();
+        self.maintain();
+        self.check_stopping();
+    }
+
+    fn check_stopping(&mut self) {
+        if let Stage::Stopping { deadline } = self.stage
+            && (self.data.operations() == 0 || self.now >= deadline)
+        {
+            self.out.push_back(Output::Stopped);
+        }
     }
 }
 
-#[allow(unused_variables, clippy::unimplemented)]
 impl Machine for Server {
     type Input = Input;
     type Output = Output;
+
     fn handle(&mut self, now: Instant, input: Input) {
-        unimplemented!()
+        self.now = self.now.max(now);
+        self.flushed = false;
+        match input {
+            Input::Disk { disk, op, result } => self.stores.on_disk(disk, op, result),
+            Input::Tick => {
+                if let Some(global) = &mut self.global {
+                    global.tick(now);
+                }
+                let ring: Vec<ServerId> =
+                    self.state().map_or_else(Vec::new, |s| s.ring.members.iter().map(|m| m.server).collect());
+                self.admin.tick(now, &ring, &mut self.out);
+            }
+            input if self.global.is_none() => self.early.push_back(input),
+            input => self.route(input),
+        }
+        self.maintain();
     }
+
     fn poll_output(&mut self) -> Option<Output> {
-        unimplemented!()
+        // Group commit and the merging of acknowledgements: what waits is put together when the driver
+        // has no more inputs.
+        if !self.flushed {
+            self.flushed = true;
+            self.flush();
+        }
+        if let Some((disk, op, command)) = self.stores.poll_command() {
+            return Some(Output::Disk { disk, op, command });
+        }
+        self.out.pop_front()
     }
+
     fn next_timeout(&self) -> Option<Instant> {
-        unimplemented!()
+        let stopping = match self.stage {
+            Stage::Stopping { deadline } => Some(deadline),
+            _ => None,
+        };
+        let global = self.global.as_ref().and_then(GlobalState::next_timeout);
+        [global, self.data.next_timeout(), self.admin.next_timeout(), stopping].into_iter().flatten().min()
     }
+
     fn check_invariants(&self) {
-        unimplemented!()
+        self.stores.check_invariants();
+        self.data.check_invariants();
+        if let Some(global) = &self.global {
+            global.check_invariants();
+        }
+        assert!(self.deferred.len() <= DEFERRED_MAX);
     }
+}
+
+/// How long a stop waits for requests in progress.
+const STOP_DEADLINE: Duration = Duration::from_secs(2);
+/// Messages that wait for a newer state: what all peers may have in flight in a moment.
+const DEFERRED_MAX: usize = 65536;
+
+/// The state index that a message needs its receiver to have applied.
+fn need_of(body: &Body) -> StateIndex {
+    let of = |a: &Access| a.need.revision.max(a.need.term);
+    match body {
+        Body::Read(m) => of(&m.access),
+        Body::Write(m) => of(&m.access),
+        Body::Zero(m) => of(&m.access),
+        Body::Map(m) => of(&m.access),
+        Body::Settle(m) => m.index,
+        _ => 0,
+    }
+}
+
+fn hints(hints: Hints) -> AdminResponse {
+    AdminResponse::Hints(Box::new(hints))
 }

@@ -522,8 +522,11 @@ impl Log {
         let values: BTreeMap<&[u8], &Bytes> = durable.iter().map(|(k, v)| (&k[..], v)).collect();
         let mut log = Log::new(genesis);
         let mut headers = BTreeMap::new();
-        for (key, value) in values.range(LOG_PREFIX.as_bytes()..).take_while(|(k, _)| k.starts_with(LOG_PREFIX.as_bytes())) {
-            let sequence = std::str::from_utf8(&key[LOG_PREFIX.len()..]).ok().and_then(|s| u64::from_str_radix(s, 16).ok());
+        for (key, value) in
+            values.range(LOG_PREFIX.as_bytes()..).take_while(|(k, _)| k.starts_with(LOG_PREFIX.as_bytes()))
+        {
+            let sequence =
+                std::str::from_utf8(&key[LOG_PREFIX.len()..]).ok().and_then(|s| u64::from_str_radix(s, 16).ok());
             let Some(sequence) = sequence else { return damaged("a record has no number") };
             headers.insert(sequence, decode_header(value)?);
         }
@@ -604,7 +607,13 @@ fn part_key(sequence: u64, part: u32) -> Bytes {
 }
 
 /// Adds a record's writes, parts first; tells the number of parts.
-fn encode_record(configuration: u32, kind: RecordKind, sequence: u64, payload: Vec<u8>, writes: &mut Vec<Write>) -> u32 {
+fn encode_record(
+    configuration: u32,
+    kind: RecordKind,
+    sequence: u64,
+    payload: Vec<u8>,
+    writes: &mut Vec<Write>,
+) -> u32 {
     let crc = crc32c(&payload);
     let payload = Bytes::from(payload);
     let parts = if payload.len() <= RING_VALUE_MAX { 0 } else { payload.len().div_ceil(RING_VALUE_MAX) as u32 };
@@ -645,7 +654,11 @@ fn record_payload(
             None => return damaged(format!("part {part} of record {sequence} is missing")),
         }
     }
-    if crc32c(&payload) == header.crc { Ok(payload) } else { damaged(format!("record {sequence} has a wrong checksum")) }
+    if crc32c(&payload) == header.crc {
+        Ok(payload)
+    } else {
+        damaged(format!("record {sequence} has a wrong checksum"))
+    }
 }
 
 fn decode<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, RingDamaged> {
@@ -935,7 +948,8 @@ impl Ring {
     /// The next message that may leave: `(node, bytes)`.
     pub fn poll_message(&mut self) -> Option<(u64, Bytes)> {
         let durable = self.log.get().durable;
-        let (node, queue) = self.held.iter_mut().find(|(_, q)| q.front().is_some_and(|(write, _)| *write <= durable))?;
+        let (node, queue) =
+            self.held.iter_mut().find(|(_, q)| q.front().is_some_and(|(write, _)| *write <= durable))?;
         queue.pop_front().map(|(_, bytes)| (*node, bytes))
     }
 
@@ -1003,7 +1017,9 @@ impl Ring {
             PaxosMsg::Prepare(m) => m.n.pid == from,
             PaxosMsg::Promise(m) => {
                 let snapshot = m.log_sync.as_ref().and_then(|s| s.decided_snapshot.as_ref());
-                m.n.pid == self.node && snapshot.is_none_or(right_kind) && m.log_sync.iter().all(|s| s.stopsign.is_none())
+                m.n.pid == self.node
+                    && snapshot.is_none_or(right_kind)
+                    && m.log_sync.iter().all(|s| s.stopsign.is_none())
             }
             PaxosMsg::AcceptSync(m) => {
                 let sync = &m.log_sync;
@@ -1048,8 +1064,7 @@ fn waits_for(log: &Log, message: &Message<Entry>) -> u64 {
 }
 
 fn build(node: u64, members: &[u64], configuration: u32, log: SharedLog) -> OmniPaxos<Entry, SharedLog> {
-    let cluster =
-        ClusterConfig { configuration_id: configuration, nodes: members.to_vec(), flexible_quorum: None };
+    let cluster = ClusterConfig { configuration_id: configuration, nodes: members.to_vec(), flexible_quorum: None };
     let server = ServerConfig {
         pid: node,
         election_tick_timeout: ELECTION_TICKS,

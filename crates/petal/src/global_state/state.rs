@@ -349,6 +349,12 @@ impl State {
         Ok(())
     }
 
+    /// Every server that is a member of some slot: those that settle commands about data.
+    pub fn servers_with_slots(&self) -> Vec<ServerId> {
+        let members = self.slots.values().flatten().flat_map(|slot| slot.tuple.iter().map(|m| m.server));
+        members.collect::<BTreeSet<ServerId>>().into_iter().collect()
+    }
+
     fn check_gmap(&self, id: GmapId, gmap: &Gmap) -> Result<(), String> {
         let slots = self.slots.get(&id).ok_or_else(|| format!("{id} has no slots"))?;
         let count = gmap.slots.len();

@@ -1,14 +1,29 @@
-//! One physical disk, or all of a server's: durable elements, and a little durable metadata.
+//! One physical disk, or all of a server's: durable elements, and a little durable metadata (2.10).
 //!
-//! See docs/on-disk-format.md for the bytes. (API skeleton.)
+//! [`Stores`] is what the other rooms see; `disk.rs` is one disk, `recovery.rs` how it is opened,
+//! `journal.rs`, `superblock.rs`, `layout.rs` and `element.rs` the bytes, `allocator.rs` the free map.
+//! docs/on-disk-format.md has the pictures.
+//!
+//! Invariants: I8, every address in use is referred to by exactly one element, and every other block is
+//! free. I9, after a crash at any instant, with any subset of un-flushed sectors lost or torn, every
+//! acknowledged write is readable.
 
 pub mod allocator;
+mod audit;
+mod disk;
+pub mod element;
+pub mod journal;
+pub mod keys;
 pub mod layout;
+mod recovery;
 pub mod superblock;
 
 use crate::ids::*;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use stdx::FastMap;
 
 /// Checksum of a block of an element, or that it is all zeros. What replicas compare.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
@@ -320,121 +335,482 @@ pub struct OpenDisk {
     pub frontier: u64,
 }
 
-/// Bounds of memory.
+/// What the stores are started with.
 #[derive(Clone, Debug)]
 pub struct StoreConfig {
-    /// Clean element entries kept in memory, over all disks.
+    /// Clean element entries kept in memory, per disk.
     pub cache_elements: usize,
+    /// A rule left out, to test the checkers. Always `Sabotage::None` in a real server.
+    pub sabotage: crate::sabotage::Sabotage,
 }
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        StoreConfig { cache_elements: 65536, sabotage: crate::sabotage::Sabotage::None }
+    }
+}
+
+/// How far a disk's watermark of a slot may fall behind before it is told although nothing is written
+/// there.
+const WATERMARK_LAG_MAX: u64 = 256;
 
 /// All disks of one server, stepped: finds which disk has an element, groups staged changes into
 /// batches, replays journals at start, checkpoints.
 ///
-/// A loaded entry stays in memory at least until the next `flush`.
-pub struct Stores;
+/// A loaded entry stays in memory at least until the next `flush`. An element lives on exactly one disk;
+/// a new one goes to the disk with most room.
+#[derive(Debug)]
+pub struct Stores {
+    disks: Vec<disk::Disk>,
+    next_ticket: Ticket,
+    next_read: ReadId,
+    /// Disks that have not yet made a metadata value stable.
+    copies: FastMap<Ticket, u8>,
+    /// Disks that have not yet told whether they have an element.
+    loads: FastMap<ElementKey, u8>,
+    scans: BTreeMap<ReadId, MergedScan>,
+    watermarks: BTreeMap<SlotId, Version>,
+    generation: u64,
+    opening: usize,
+    events: VecDeque<Event>,
+}
 
-#[allow(unused_variables, missing_docs, clippy::unimplemented)]
+#[derive(Debug)]
+struct MergedScan {
+    waits: usize,
+    limit: usize,
+    elements: Result<BTreeMap<ElementKey, Version>, DiskError>,
+}
+
 impl Stores {
     /// Begins to open: first writes the incarnation to every superblock, then replays. `Event::Opened`
     /// or `Event::DiskFailed` follows.
     pub fn open(disks: Vec<OpenDisk>, incarnation: Incarnation, config: StoreConfig) -> Stores {
-        unimplemented!()
+        let disks = disks.into_iter().map(|mut open| {
+            open.superblock.incarnation = incarnation;
+            let mut disk = disk::Disk::new(open, &config);
+            disk.begin_recovery();
+            disk
+        });
+        let disks: Vec<disk::Disk> = disks.collect();
+        Stores {
+            opening: disks.len(),
+            disks,
+            next_ticket: 1,
+            next_read: 1,
+            copies: FastMap::new(),
+            loads: FastMap::new(),
+            scans: BTreeMap::new(),
+            watermarks: BTreeMap::new(),
+            generation: 0,
+            events: VecDeque::new(),
+        }
     }
+
     /// A disk command is done.
     pub fn on_disk(&mut self, disk: usize, op: OpId, result: DiskResult) {
-        unimplemented!()
+        self.disks[disk].on_result(op, result);
     }
-    /// Puts what is staged into batches (group commit). Called once per round of the driver, after all inputs.
+
+    /// Puts what is staged into batches (group commit). Called once per round of the driver, after all
+    /// inputs.
     pub fn flush(&mut self) {
-        unimplemented!()
+        for disk in &mut self.disks {
+            disk.flush();
+        }
     }
+
     /// Next disk command.
     pub fn poll_command(&mut self) -> Option<(usize, OpId, DiskCommand)> {
-        unimplemented!()
+        self.disks.iter_mut().enumerate().find_map(|(i, d)| d.commands.pop_front().map(|(op, c)| (i, op, c)))
     }
+
     /// Next event.
     pub fn poll_event(&mut self) -> Option<Event> {
-        unimplemented!()
+        loop {
+            if let Some(event) = self.events.pop_front() {
+                return Some(event);
+            }
+            let (i, event) =
+                self.disks.iter_mut().enumerate().find_map(|(i, d)| d.events.pop_front().map(|e| (i, e)))?;
+            self.on_disk_event(i, event);
+        }
     }
+
+    fn on_disk_event(&mut self, disk: usize, event: disk::DiskEvent) {
+        match event {
+            disk::DiskEvent::Opened => {
+                self.opening -= 1;
+                if self.opening == 0 {
+                    self.on_all_open();
+                }
+            }
+            disk::DiskEvent::Failed(reason) => self.events.push_back(Event::DiskFailed { disk, reason }),
+            disk::DiskEvent::Loaded(element) => {
+                let Some(waits) = self.loads.get_mut(&element) else { return };
+                *waits -= 1;
+                if *waits == 0 {
+                    self.loads.remove(&element);
+                    self.events.push_back(Event::Loaded(element));
+                }
+            }
+            disk::DiskEvent::Stable(ticket) => {
+                if let Some(copies) = self.copies.get_mut(&ticket) {
+                    *copies -= 1;
+                    if *copies > 0 {
+                        return;
+                    }
+                    self.copies.remove(&ticket);
+                }
+                self.events.push_back(Event::Stable(ticket));
+            }
+            disk::DiskEvent::Read { read, result } => self.events.push_back(Event::Read { read, result }),
+            disk::DiskEvent::Scanned { scan, elements } => self.on_part_scanned(scan, elements),
+        }
+    }
+
+    fn on_all_open(&mut self) {
+        // 2.6: after a start a slot's watermark is the lowest that its disks show. A disk that has nothing
+        // of the slot shows none. What a disk lost that had acknowledged it is above this, and the other
+        // replicas list it.
+        for disk in &self.disks {
+            for (slot, watermark) in &disk.watermarks {
+                let lowest = self.watermarks.entry(*slot).or_insert(*watermark);
+                *lowest = (*lowest).min(*watermark);
+            }
+        }
+        self.reconcile_meta();
+        self.events.push_back(Event::Opened);
+    }
+
+    /// Both copies of the metadata get the same writes in the same order, so one is a later state of the
+    /// other: the one that got on further counts, the other is made equal.
+    fn reconcile_meta(&mut self) {
+        let copies = self.disks.len().min(META_COPIES);
+        let newest = (0..copies).max_by_key(|d| self.disks[*d].meta_generation).expect("a server has a disk");
+        self.generation = self.disks[newest].meta_generation;
+        let right = self.disks[newest].meta.clone();
+        for d in (0..copies).filter(|d| *d != newest) {
+            let keys: BTreeSet<Bytes> = self.disks[d].meta.keys().chain(right.keys()).cloned().collect();
+            for key in keys {
+                if self.disks[d].meta.get(&key) == right.get(&key) {
+                    continue;
+                }
+                let ticket = self.ticket();
+                self.disks[d].stage_meta(ticket, self.generation, &key, right.get(&key));
+            }
+        }
+    }
+
+    fn ticket(&mut self) -> Ticket {
+        self.next_ticket += 1;
+        self.next_ticket
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Entries.
+
     /// Brings an element's entry into memory.
     pub fn load(&mut self, element: ElementKey) -> Loaded {
-        unimplemented!()
+        let mut missing = 0;
+        for disk in &mut self.disks {
+            if disk.failed.is_some() {
+                return Loaded::Failed;
+            }
+            missing += u8::from(!disk.touch(element));
+        }
+        if missing == 0 {
+            return Loaded::Ready;
+        }
+        if !self.loads.contains_key(&element) {
+            // Every disk is asked that does not know; an element is on one of them or nowhere.
+            self.loads.insert(element, missing);
+            for disk in self.disks.iter_mut().filter(|d| !d.knows(element)) {
+                disk.load(element);
+            }
+        }
+        Loaded::Pending
     }
+
+    fn home(&self, element: ElementKey) -> Option<usize> {
+        self.disks.iter().position(|d| d.entry(element).is_some())
+    }
+
+    fn entry(&self, element: ElementKey) -> Option<&element::Entry> {
+        self.disks.iter().find_map(|d| d.entry(element))
+    }
+
     /// Version of a loaded element (staged changes included); zero if it does not exist.
     pub fn version(&self, element: ElementKey) -> Version {
-        unimplemented!()
+        self.entry(element).map_or(Version::ZERO, |e| e.version)
     }
+
     /// Request ids of a loaded element.
     pub fn ids(&self, element: ElementKey) -> &[RequestId] {
-        unimplemented!()
+        self.entry(element).map_or(&[], |e| &e.ids)
     }
+
     /// Image of a loaded element.
     pub fn image(&self, element: ElementKey) -> ElementImage {
-        unimplemented!()
+        self.entry(element).map_or_else(ElementImage::default, element::Entry::image)
     }
+
     /// Bit n is set if block n of the row seen by `view` is not zero. Loaded elements.
     pub fn mask(&self, element: ElementKey, view: &[(LineageId, Epoch)]) -> u16 {
-        unimplemented!()
+        let row = self.entry(element).and_then(|e| e.row_in_view(view));
+        row.map_or(0, |r| (0..BLOCKS_PER_ELEMENT).fold(0, |m, b| m | (u16::from(r.sum(b) != BlockSum::Zero) << b)))
     }
+
+    // --------------------------------------------------------------------------------------------
+    // Changes.
+
     /// Stages a change; it is in memory at once, and stable when its ticket is told. The elements of
     /// `Write`, `Replace` and `Drop` must be loaded.
     pub fn stage(&mut self, change: Change) -> Result<Ticket, StageError> {
-        unimplemented!()
+        let ticket = self.ticket();
+        match &change {
+            Change::Write { element, slot, watermark, .. } | Change::Replace { element, slot, watermark, .. } => {
+                let (slot, watermark) = (*slot, *watermark);
+                let home = match self.home(*element) {
+                    Some(home) => home,
+                    None => self.emptiest()?,
+                };
+                self.disks[home].stage(ticket, change)?;
+                self.note_watermark(slot, watermark, home);
+            }
+            Change::Drop { element } => {
+                let home = self.home(*element).unwrap_or(0);
+                self.disks[home].stage(ticket, change)?;
+            }
+            Change::Watermark { slot, watermark } => {
+                let (slot, watermark) = (*slot, *watermark);
+                let home = self.disks.iter().position(|d| d.watermarks.contains_key(&slot)).unwrap_or(0);
+                self.disks[home].stage(ticket, change)?;
+                let known = self.watermarks.entry(slot).or_default();
+                *known = (*known).max(watermark);
+                for disk in self.disks.iter_mut().skip(home + 1).filter(|d| d.watermarks.contains_key(&slot)) {
+                    disk.stage_watermark(slot, watermark);
+                }
+            }
+            Change::Meta { key, value } => {
+                self.generation += 1;
+                let copies = self.disks.len().min(META_COPIES);
+                for disk in &mut self.disks[..copies] {
+                    if disk.failed.is_some() {
+                        return Err(StageError::DiskFailed);
+                    }
+                    disk.stage_meta(ticket, self.generation, key, value.as_ref());
+                }
+                if copies > 1 {
+                    self.copies.insert(ticket, copies as u8);
+                }
+            }
+        }
+        Ok(ticket)
     }
+
+    fn emptiest(&self) -> Result<usize, StageError> {
+        let working = (0..self.disks.len()).filter(|d| self.disks[*d].failed.is_none());
+        working.max_by_key(|d| (self.disks[*d].free_blocks(), usize::MAX - d)).ok_or(StageError::DiskFailed)
+    }
+
+    /// The other disks that have elements of the slot are told now and then, so that none of them makes
+    /// the slot's watermark look old after a start.
+    fn note_watermark(&mut self, slot: SlotId, watermark: Version, home: usize) {
+        let known = self.watermarks.entry(slot).or_default();
+        *known = (*known).max(watermark);
+        if self.disks.len() == 1 {
+            return;
+        }
+        for (_, disk) in self.disks.iter_mut().enumerate().filter(|(d, _)| *d != home) {
+            let Some(told) = disk.watermarks.get(&slot) else { continue };
+            let behind = told.term != watermark.term || watermark.sequence > told.sequence + WATERMARK_LAG_MAX;
+            if behind && watermark > *told {
+                disk.stage_watermark(slot, watermark);
+            }
+        }
+    }
+
+    /// True if so many blocks can be had now on whatever disk they go to; false while a disk's file is
+    /// being grown.
+    pub fn is_ready_for(&self, blocks: u64) -> bool {
+        self.disks.iter().all(|d| d.is_ready_for(blocks))
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Reads and scans.
+
+    fn read_id(&mut self) -> ReadId {
+        self.next_read += 1;
+        self.next_read
+    }
+
     /// Captures addresses now and reads them. The view is `(lineage, epoch)` followed by its ancestors:
     /// the first lineage with a row of that epoch or an older one answers. Loaded elements. If nothing
     /// must be read from the disk the event is there at once.
     pub fn read(&mut self, element: ElementKey, view: &[(LineageId, Epoch)], first_block: u8, blocks: u8) -> ReadId {
-        unimplemented!()
+        let read = self.read_id();
+        let home = self.home(element).unwrap_or(0);
+        let row = self.disks[home].entry(element).and_then(|e| e.row_in_view(view));
+        let captured: SmallVec<[(u8, u64, BlockSum); 16]> = (first_block..first_block + blocks)
+            .map(|b| match row {
+                Some(row) => (b, row.addresses[usize::from(b)], row.sum(usize::from(b))),
+                None => (b, element::NOWHERE, BlockSum::Zero),
+            })
+            .collect();
+        self.disks[home].read(read, &captured);
+        read
     }
+
     /// Captures and reads single blocks of the element's image, `(row, block)`. Loaded elements.
     pub fn read_image(&mut self, element: ElementKey, blocks: &[(u16, u8)]) -> ReadId {
-        unimplemented!()
+        let read = self.read_id();
+        let home = self.home(element).unwrap_or(0);
+        let entry = self.disks[home].entry(element);
+        let captured: Vec<(u8, u64, BlockSum)> = blocks
+            .iter()
+            .map(|(r, b)| match entry.and_then(|e| e.rows.get(usize::from(*r))) {
+                Some(row) => (*b, row.addresses[usize::from(*b)], row.sum(usize::from(*b))),
+                None => (*b, element::NOWHERE, BlockSum::Zero),
+            })
+            .collect();
+        self.disks[home].read(read, &captured);
+        read
     }
+
     /// Elements of a family from `first` (inclusive) to `end` (exclusive), at most `limit`, ascending.
     pub fn scan(&mut self, family: FamilyId, first: u64, end: u64, limit: usize) -> ReadId {
-        unimplemented!()
+        let from = ElementKey { family, element: first };
+        self.begin_scan(from, Some(ElementKey { family, element: end }), limit)
     }
+
     /// Elements of every family after `after`, at most `limit`, ascending.
     pub fn scan_all(&mut self, after: Option<ElementKey>, limit: usize) -> ReadId {
-        unimplemented!()
+        let from = match after {
+            None => ElementKey { family: FamilyId(0), element: 0 },
+            Some(ElementKey { family, element: u64::MAX }) => {
+                ElementKey { family: FamilyId(family.0.saturating_add(1)), element: 0 }
+            }
+            Some(ElementKey { family, element }) => ElementKey { family, element: element + 1 },
+        };
+        self.begin_scan(from, None, limit)
     }
+
+    fn begin_scan(&mut self, from: ElementKey, end: Option<ElementKey>, limit: usize) -> ReadId {
+        let scan = self.read_id();
+        self.scans.insert(scan, MergedScan { waits: self.disks.len(), limit, elements: Ok(BTreeMap::new()) });
+        for disk in &mut self.disks {
+            disk.scan(scan, from, end, limit);
+        }
+        scan
+    }
+
+    fn on_part_scanned(&mut self, scan: ReadId, part: Result<Vec<(ElementKey, Version)>, DiskError>) {
+        let merged = self.scans.get_mut(&scan).expect("a part belongs to a scan");
+        merged.waits -= 1;
+        match (&mut merged.elements, part) {
+            (Ok(all), Ok(part)) => all.extend(part),
+            (elements, Err(error)) => *elements = Err(error),
+            (Err(_), Ok(_)) => {}
+        }
+        if merged.waits == 0 {
+            let merged = self.scans.remove(&scan).expect("just seen");
+            // Every disk told its first `limit`, so the first `limit` of all are among them.
+            let elements = merged.elements.map(|all| all.into_iter().take(merged.limit).collect());
+            self.events.push_back(Event::Scanned { scan, elements });
+        }
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Change index, watermarks, metadata.
+
     /// Elements of a slot with a version above `above`, from the change index; ascending by key. `None`
     /// if the index no longer reaches back so far (then a scan must be made).
     pub fn newer(&self, slot: SlotId, above: Version) -> Option<Vec<ElementKey>> {
-        unimplemented!()
+        let mut all = BTreeSet::new();
+        for disk in &self.disks {
+            if disk.floors.get(&slot).is_some_and(|floor| above < *floor) {
+                return None;
+            }
+            let Some(index) = disk.changes.get(&slot) else { continue };
+            let after = (std::ops::Bound::Excluded(above), std::ops::Bound::Unbounded);
+            all.extend(index.range(after).map(|(_, element)| *element));
+        }
+        Some(all.into_iter().collect())
     }
+
     /// Nobody will ask for changes of the slot at or below this version again.
     pub fn forget_changes(&mut self, slot: SlotId, through: Version) {
-        unimplemented!()
+        for disk in &mut self.disks {
+            let Some(index) = disk.changes.get_mut(&slot) else { continue };
+            let floor = disk.floors.entry(slot).or_default();
+            if through <= *floor {
+                continue;
+            }
+            *floor = through;
+            while index.first_key_value().is_some_and(|(version, _)| *version <= through) {
+                index.pop_first();
+            }
+        }
     }
+
     /// The newest watermark handed in for the slot; after a start the lowest that the disks show
     /// (2.6: "the lowest that its disks' last records or checkpoints show").
     pub fn watermark(&self, slot: SlotId) -> Version {
-        unimplemented!()
+        self.watermarks.get(&slot).copied().unwrap_or(Version::ZERO)
     }
-    /// The watermark of the slot that is on stable storage.
+
+    /// The watermark of the slot that is on stable storage: the lowest of the disks that have one.
     pub fn durable_watermark(&self, slot: SlotId) -> Version {
-        unimplemented!()
+        self.disks.iter().filter_map(|d| d.durable_watermarks.get(&slot)).min().copied().unwrap_or(Version::ZERO)
     }
+
     /// A durable metadata value (staged ones included).
     pub fn meta(&self, key: &[u8]) -> Option<Bytes> {
-        unimplemented!()
+        self.disks[0].meta.get(key).cloned()
     }
+
     /// All metadata whose key begins with `prefix`, ascending.
     pub fn meta_prefix(&self, prefix: &[u8]) -> Vec<(Bytes, Bytes)> {
-        unimplemented!()
+        let from = Bytes::copy_from_slice(prefix);
+        let all = self.disks[0].meta.range(from..).take_while(|(key, _)| key.starts_with(prefix));
+        all.map(|(key, value)| (key.clone(), value.clone())).collect()
     }
+
+    // --------------------------------------------------------------------------------------------
+    // Telling.
+
     /// Free blocks on the fullest disk, beyond the reserve for deletes, settlements and metadata.
     pub fn free_blocks(&self) -> u64 {
-        unimplemented!()
+        self.disks.iter().map(disk::Disk::free_blocks).min().unwrap_or(0)
     }
+
     /// What each disk tells of itself.
     pub fn status(&self) -> Vec<crate::message::DiskStatus> {
-        unimplemented!()
+        let of = |d: &disk::Disk| crate::message::DiskStatus {
+            disk: d.superblock.disk,
+            path: d.path.clone(),
+            capacity: d.superblock.data_capacity(),
+            used: d.allocator.referenced() * BLOCK_SIZE,
+            elements: d.elements,
+            error: d.failed.clone(),
+        };
+        self.disks.iter().map(of).collect()
     }
-    /// Earliest moment at which something must be done without an input (none so far).
+
+    /// Compares a disk's entries with its free map (I8); one sentence for each contradiction. `rows` is
+    /// its whole table of rows. Only where nothing is staged.
+    pub fn audit(&self, disk: usize, rows: &[(Bytes, Bytes)]) -> Vec<String> {
+        audit::audit(&self.disks[disk], rows)
+    }
+
+    /// Panics if the stores contradict themselves.
     pub fn check_invariants(&self) {
-        unimplemented!()
+        for disk in &self.disks {
+            disk.check_invariants();
+        }
     }
 }
+
+/// Copies of the metadata, on the server's first disks.
+const META_COPIES: usize = 2;

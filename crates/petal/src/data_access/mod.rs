@@ -1,0 +1,1450 @@
+//! Data access (paper 2.4; design 2.6): reads and writes of clients, and the copies of them.
+//!
+//! ```text
+//!             Write                       Replicate (ordered stream)
+//!   client ----------> acting primary ------------------------------> other in-sync replicas
+//!          <----------      |    ^                                       |    |
+//!            WriteReply     v    `---------------------------------------'    v
+//!                         store              StreamAck (stable)             store
+//! ```
+//!
+//! One operation concerns one element. A write waits in the element's queue for operations on the same
+//! blocks, gets a version, and is staged here and sent to every other in-sync replica in the same step.
+//! It is complete, and acknowledged, when all of them have it on stable storage (I5).
+//!
+//! Who acts in a slot, and how it begins to, is `promise.rs`. Invariants kept here:
+//! * I5: an acknowledgement is sent only when every in-sync replica has the write on stable storage.
+//! * I6: request ids live in the element's entry; equal requests in progress are joined.
+//! * The watermark is a prefix: it never passes an unfinished write.
+//!
+//! Reads: the primary lets a read wait for unfinished writes of its blocks; a secondary refuses a read
+//! of an element that is newer than its watermark (`Refusal::Busy`), and the client asks the primary.
+
+mod queue;
+mod replica;
+mod stream;
+mod sweep;
+mod verify;
+mod window;
+
+use crate::global_state::State;
+use crate::ids::*;
+use crate::limits::*;
+use crate::liveness::Liveness;
+use crate::message::*;
+use crate::promise::Acting;
+use crate::sabotage::Sabotage;
+use crate::server::{ClientId, Output, Peer};
+use crate::store::{BlockData, BlockSum, Change, Loaded, ReadBlocks, ReadError, ReadId, StageError, Stores, Ticket};
+use bytes::{Bytes, BytesMut};
+use queue::ElementQueue;
+use smallvec::{SmallVec, smallvec};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use stdx::checksum::crc32c;
+use stdx::{FastMap, FastSet, Instant};
+pub(crate) use stream::{Incoming, Outgoing};
+pub(crate) use window::Window;
+
+/// Number of an operation in progress; grows by one with each.
+pub type OpNumber = u64;
+/// Position in `DataAccess::slots`.
+pub(crate) type SlotIndex = usize;
+
+/// What data access needs of its server to handle one input.
+pub struct Context<'a> {
+    /// Read after the input was received.
+    pub now: Instant,
+    /// The disks.
+    pub stores: &'a mut Stores,
+    /// The global state, as applied.
+    pub state: &'a State,
+    /// Who asks for leases.
+    pub liveness: &'a Liveness,
+    /// Outputs of the server.
+    pub out: &'a mut VecDeque<Output>,
+}
+
+impl Context<'_> {
+    fn reply(&mut self, client: ClientId, body: Body) {
+        self.send(Peer::Client(client), body);
+    }
+    pub(crate) fn send(&mut self, to: Peer, body: Body) {
+        self.out.push_back(Output::Send { to, message: Message { state_index: self.state.index, body } });
+    }
+}
+
+/// The state of a slot at this server, which is a member of it.
+pub(crate) struct Slot {
+    pub id: SlotId,
+    /// Present term, as applied.
+    pub term: Term,
+    /// In-sync members, in order.
+    pub in_sync: SmallVec<[ServerId; 3]>,
+    /// Who may act in the term.
+    pub primary: Option<ServerId>,
+    /// Highest term promised; nothing older is accepted.
+    pub promised: Term,
+    /// Every write up to here is complete.
+    pub watermark: Version,
+    /// Nobody asks for changes up to here any more.
+    pub lowest_durable: Version,
+    /// Changes of this slot that are staged and not stable, of any term.
+    pub outstanding: usize,
+    /// As primary of the term.
+    pub acting: Option<Box<Acting>>,
+    /// As replica in the term.
+    pub incoming: Option<Incoming>,
+    /// An acknowledgement is due.
+    pub ack_due: bool,
+    /// The watermark is to be told.
+    pub watermark_due: bool,
+    /// The primary asked for a promise that waits until everything older is stable.
+    pub promise_due: Option<ServerId>,
+}
+
+/// One operation of a client.
+struct Operation {
+    client: ClientId,
+    access: Access,
+    element: ElementKey,
+    slot: SlotIndex,
+    /// Blocks that it touches.
+    mask: u16,
+    kind: Kind,
+    phase: Phase,
+    /// It holds its blocks in the element's queue.
+    holds: bool,
+    /// The same request, sent again while this one is in progress.
+    joined: SmallVec<[(ClientId, Tag); 1]>,
+}
+
+enum Kind {
+    Read { first_block: u8, blocks: u8 },
+    Write(Box<WriteKind>),
+}
+
+/// A write or zero, after its checks.
+struct WriteKind {
+    id: RequestId,
+    finished_below: u64,
+    offset: u32,
+    length: u32,
+    /// `None`: zeros.
+    data: Option<Bytes>,
+    crcs: Vec<u32>,
+}
+
+/// Where an operation is.
+///
+/// ```text
+///  admit -> Loading -> Queued -> (read) Reading ----------------------------> replied
+///                        |
+///                        `-> (write) [Modifying] -> [Starved] -> Unfinished -> replied
+/// ```
+/// A new term parks every operation of the slot; served again, they begin at `admit`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Waits for the element's entry.
+    Loading,
+    /// Waits for operations on the same blocks.
+    Queued,
+    /// Its addresses are captured and being read.
+    Reading,
+    /// Its blocks are held; the edges of an unaligned write are being read.
+    Modifying,
+    /// Its blocks are held; no replica has room for it at the moment.
+    Starved,
+    /// It has a version.
+    Unfinished { sequence: u64 },
+    /// The slot is between two terms.
+    Parked,
+}
+
+/// Who waits for an entry.
+#[derive(Clone, Copy)]
+pub(crate) enum LoadWaiter {
+    Operation(OpNumber),
+    Incoming(SlotIndex),
+    Listing(u64),
+    Map(u64),
+    Settling(SlotIndex, ElementKey),
+    Fetch(u64),
+    Drop,
+    Verify,
+}
+
+/// Who waits for a ticket.
+pub(crate) enum TicketOwner {
+    Write { slot: SlotIndex, term: Term, sequence: u64 },
+    Incoming { slot: SlotIndex, term: Term, number: u64, from: ServerId, cost: u64 },
+    Settling { slot: SlotIndex, term: Term, element: ElementKey },
+    Background { slot: SlotIndex },
+}
+
+/// Who waits for a read.
+pub(crate) enum ReadOwner {
+    Operation(OpNumber),
+    Modify(OpNumber),
+    Settling { slot: SlotIndex, term: Term, element: ElementKey },
+    Fetch(u64),
+}
+
+struct MapRequest {
+    client: ClientId,
+    tag: Tag,
+    view: View,
+    elements: BTreeMap<u64, u16>,
+    waiting: BTreeSet<u64>,
+    family: FamilyId,
+    complete_below: u64,
+    not_here: Vec<u32>,
+}
+
+/// `(lineage, epoch)` that a disk shows, followed by its ancestors.
+pub(crate) type View = SmallVec<[(LineageId, Epoch); 2]>;
+
+/// The room.
+pub struct DataAccess {
+    pub(crate) me: ServerId,
+    pub(crate) sabotage: Sabotage,
+    pub(crate) slots: Vec<Slot>,
+    pub(crate) by_id: BTreeMap<SlotId, SlotIndex>,
+    operations: BTreeMap<OpNumber, Operation>,
+    next_operation: OpNumber,
+    queues: FastMap<ElementKey, ElementQueue>,
+    in_progress: FastMap<RequestId, OpNumber>,
+    loading: FastMap<ElementKey, SmallVec<[LoadWaiter; 2]>>,
+    pub(crate) tickets: FastMap<Ticket, TicketOwner>,
+    pub(crate) reads: FastMap<ReadId, ReadOwner>,
+    maps: BTreeMap<u64, MapRequest>,
+    map_scans: BTreeMap<ReadId, u64>,
+    verifications: Vec<verify::Verification>,
+    pub(crate) windows: BTreeMap<ServerId, Window>,
+    pub(crate) connected: BTreeSet<ServerId>,
+    session_low: FastMap<SessionId, u64>,
+    starved: VecDeque<OpNumber>,
+    pub(crate) acks_due: Vec<SlotIndex>,
+    window_due: BTreeSet<ServerId>,
+    watermarks_due: Vec<SlotIndex>,
+    watermark_timer: Option<Instant>,
+    pub(crate) next_stream: u64,
+    /// Promises asked for in terms that this server does not know yet.
+    pub(crate) early_promises: BTreeMap<SlotId, (ServerId, Term)>,
+    pub(crate) promised_due: BTreeMap<ServerId, Vec<(SlotId, Term, Version)>>,
+    pub(crate) listings: BTreeMap<u64, crate::promise::Listing>,
+    pub(crate) fetches: BTreeMap<u64, crate::promise::FetchJob>,
+    pub(crate) next_job: u64,
+    client_requests: FastMap<ClientId, usize>,
+    gone_clients: FastSet<ClientId>,
+    /// `(asked by, index, operations that must end first)`.
+    settles: Vec<(Peer, StateIndex, BTreeSet<OpNumber>)>,
+    /// Indices that this server itself waited for, and that are settled here.
+    settled_here: Vec<StateIndex>,
+    /// Elements of families that ended, being dropped.
+    sweep: sweep::Sweep,
+    /// Counters for status.
+    pub counters: Counters,
+}
+
+/// What is counted for status; since the server started.
+#[derive(Debug, Default, Clone)]
+pub struct Counters {
+    /// Reads answered.
+    pub reads: u64,
+    /// Writes and zeroes acknowledged.
+    pub writes: u64,
+    /// Requests refused, whatever the reason.
+    pub refused: u64,
+    /// Messages of streams applied as replica.
+    pub replicated: u64,
+    /// Settlements finished.
+    pub settlements: u64,
+    /// Elements that a settlement had to change on some replica.
+    pub settled_elements: u64,
+    /// Blocks whose checksum did not match, or that could not be read.
+    pub bad_blocks: u64,
+}
+
+impl DataAccess {
+    /// A room that knows of no slot yet.
+    pub fn new(me: ServerId, incarnation: Incarnation, sabotage: Sabotage) -> Self {
+        DataAccess {
+            me,
+            sabotage,
+            slots: Vec::new(),
+            by_id: BTreeMap::new(),
+            operations: BTreeMap::new(),
+            next_operation: 1,
+            queues: FastMap::new(),
+            in_progress: FastMap::new(),
+            loading: FastMap::new(),
+            tickets: FastMap::new(),
+            reads: FastMap::new(),
+            maps: BTreeMap::new(),
+            map_scans: BTreeMap::new(),
+            verifications: Vec::new(),
+            windows: BTreeMap::new(),
+            connected: BTreeSet::new(),
+            session_low: FastMap::new(),
+            starved: VecDeque::new(),
+            acks_due: Vec::new(),
+            window_due: BTreeSet::new(),
+            watermarks_due: Vec::new(),
+            watermark_timer: None,
+            // A restarted server's streams are newer than those of its last life.
+            next_stream: incarnation.0 << 32,
+            early_promises: BTreeMap::new(),
+            promised_due: BTreeMap::new(),
+            listings: BTreeMap::new(),
+            fetches: BTreeMap::new(),
+            next_job: 1,
+            client_requests: FastMap::new(),
+            gone_clients: FastSet::new(),
+            settles: Vec::new(),
+            settled_here: Vec::new(),
+            sweep: sweep::Sweep::default(),
+            counters: Counters::default(),
+        }
+    }
+
+    pub(crate) fn is_sabotaged(&self, what: Sabotage) -> bool {
+        self.sabotage == what
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Requests of clients.
+
+    /// A data request of a client. `Map` too.
+    pub fn on_request(&mut self, ctx: &mut Context, client: ClientId, body: Body) {
+        let (access, result) = match body {
+            Body::Read(m) => (m.access, self.on_read(ctx, client, m).map_err(Answer::Read)),
+            Body::Write(m) => (m.access, self.on_write(ctx, client, m).map_err(Answer::Write)),
+            Body::Zero(m) => (m.access, self.on_zero(ctx, client, m).map_err(Answer::Write)),
+            Body::Map(m) => (m.access, self.on_map(ctx, client, m).map_err(Answer::Map)),
+            _ => return,
+        };
+        let Err(answer) = result else { return };
+        self.counters.refused += 1;
+        let (tag, need) = (access.tag, access.need);
+        let body = match answer {
+            Answer::Read(r) => Body::ReadReply(ReadReply { tag, need, result: Err(r), data: Payload::default() }),
+            Answer::Write(r) => Body::WriteReply(WriteReply { tag, need, result: Err(r) }),
+            Answer::Map(r) => Body::MapReply(MapReply { tag, result: Err(r) }),
+        };
+        ctx.reply(client, body);
+    }
+
+    fn on_read(&mut self, ctx: &mut Context, client: ClientId, m: Read) -> Result<(), Refusal> {
+        let end = (u64::from(m.first_block) + u64::from(m.blocks)) * BLOCK_SIZE;
+        if m.blocks == 0 || end > ELEMENT_SIZE {
+            return Err(Refusal::Malformed);
+        }
+        let mask = block_mask(m.first_block, m.blocks);
+        let first = u64::from(m.first_block) * BLOCK_SIZE;
+        let (element, slot) = self.locate(ctx.state, &m.access, m.element, first, false)?;
+        let kind = Kind::Read { first_block: m.first_block, blocks: m.blocks };
+        self.admit_new(ctx, client, m.access, element, slot, mask, kind)
+    }
+
+    fn on_write(&mut self, ctx: &mut Context, client: ClientId, m: Write) -> Result<(), Refusal> {
+        let length = m.data.len() as u64;
+        let range = ByteRange::new(m.offset, length)?;
+        let data = m.data.to_bytes();
+        if m.crcs.len() != range.blocks() as usize {
+            return Err(Refusal::Malformed);
+        }
+        for (piece, crc) in range.pieces(&data).zip(&m.crcs) {
+            if crc32c(piece) != *crc {
+                return Err(Refusal::Damaged);
+            }
+        }
+        let (element, slot) = self.locate(ctx.state, &m.access, m.element, range.end() - 1, true)?;
+        let id = RequestId { session: m.access.session, number: m.number };
+        let kind = Kind::Write(Box::new(WriteKind {
+            id,
+            finished_below: m.finished_below,
+            offset: m.offset,
+            length: length as u32,
+            data: Some(data),
+            crcs: m.crcs,
+        }));
+        self.admit_new(ctx, client, m.access, element, slot, range.mask(), kind)
+    }
+
+    fn on_zero(&mut self, ctx: &mut Context, client: ClientId, m: Zero) -> Result<(), Refusal> {
+        let range = ByteRange::new(m.offset, u64::from(m.length))?;
+        let (element, slot) = self.locate(ctx.state, &m.access, m.element, range.end() - 1, true)?;
+        let id = RequestId { session: m.access.session, number: m.number };
+        let kind = Kind::Write(Box::new(WriteKind {
+            id,
+            finished_below: m.finished_below,
+            offset: m.offset,
+            length: m.length,
+            data: None,
+            crcs: Vec::new(),
+        }));
+        self.admit_new(ctx, client, m.access, element, slot, range.mask(), kind)
+    }
+
+    /// Step 1 of 2.6 as far as the state alone decides it.
+    fn locate(
+        &self,
+        state: &State,
+        access: &Access,
+        element: u64,
+        last_byte: u64,
+        writes: bool,
+    ) -> Result<(ElementKey, SlotIndex), Refusal> {
+        let session = state.sessions.get(&access.session).ok_or(Refusal::SessionEnded)?;
+        let vdisk = state.vdisks.get(&access.vdisk).ok_or(Refusal::SessionEnded)?;
+        if session.vdisk != access.vdisk {
+            return Err(Refusal::SessionEnded);
+        }
+        if writes && (vdisk.read_only || session.mode == crate::global_state::Attachment::ReadOnly) {
+            return Err(Refusal::ReadOnly);
+        }
+        let start = element.checked_mul(ELEMENT_SIZE).ok_or(Refusal::BeyondEnd)?;
+        if start.checked_add(last_byte).is_none_or(|last| last >= vdisk.size) {
+            return Err(Refusal::BeyondEnd);
+        }
+        let family = state.families.get(&vdisk.family).ok_or(Refusal::SessionEnded)?;
+        let slots = state.slots.get(&family.gmap).map_or(0, Vec::len) as u32;
+        let slot = crate::translator::gmap::slot_of_element(element, family.stripe_unit, family.shift, slots);
+        let slot = SlotId { gmap: family.gmap, slot };
+        let index = *self.by_id.get(&slot).ok_or(Refusal::StaleMap)?;
+        let s = &self.slots[index];
+        match s.primary {
+            Some(primary) if primary == self.me => {}
+            _ if !writes && s.in_sync.contains(&self.me) => {}
+            _ => return Err(Refusal::StaleMap),
+        }
+        Ok((ElementKey { family: vdisk.family, element }, index))
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn admit_new(
+        &mut self,
+        ctx: &mut Context,
+        client: ClientId,
+        access: Access,
+        element: ElementKey,
+        slot: SlotIndex,
+        mask: u16,
+        kind: Kind,
+    ) -> Result<(), Refusal> {
+        let count = self.client_requests.get_or_insert_with(client, || 0);
+        if *count >= CLIENT_REQUESTS_MAX {
+            return Err(Refusal::TooMany);
+        }
+        if let Kind::Write(w) = &kind {
+            if w.id.number < self.session_low.get(&w.id.session).copied().unwrap_or(0) {
+                return Err(Refusal::Finished);
+            }
+            let low = self.session_low.get_or_insert_with(w.id.session, || 0);
+            *low = (*low).max(w.finished_below);
+            if let Some(running) = self.in_progress.get(&w.id) {
+                let op = self.operations.get_mut(running).expect("an operation in progress exists");
+                op.joined.push((client, access.tag));
+                *self.client_requests.get_mut(&client).expect("just made") += 1;
+                return Ok(());
+            }
+        }
+        *self.client_requests.get_mut(&client).expect("just made") += 1;
+        let number = self.next_operation;
+        self.next_operation += 1;
+        if let Kind::Write(w) = &kind {
+            self.in_progress.insert(w.id, number);
+        }
+        let phase = Phase::Parked;
+        let op = Operation { client, access, element, slot, mask, kind, phase, holds: false, joined: SmallVec::new() };
+        self.operations.insert(number, op);
+        self.admit(ctx, number);
+        Ok(())
+    }
+
+    /// Begins an operation, or begins it again in a new term.
+    fn admit(&mut self, ctx: &mut Context, number: OpNumber) {
+        let op = self.operations.get_mut(&number).expect("admitted operations exist");
+        let slot = &self.slots[op.slot];
+        let writes = matches!(op.kind, Kind::Write(_));
+        let acts = slot.primary == Some(self.me);
+        if acts && !slot.acting.as_ref().is_some_and(|a| a.is_serving()) {
+            // Promise and settlement come first; a client that waits for them here is served at once after.
+            op.phase = Phase::Parked;
+            return;
+        }
+        if !acts && (writes || !slot.in_sync.contains(&self.me)) {
+            return self.refuse(ctx, number, Refusal::StaleMap);
+        }
+        match ctx.stores.load(op.element) {
+            Loaded::Ready => self.on_operation_loaded(ctx, number),
+            Loaded::Pending => {
+                op.phase = Phase::Loading;
+                let element = op.element;
+                self.wait_for_load(element, LoadWaiter::Operation(number));
+            }
+            Loaded::Failed => self.refuse(ctx, number, Refusal::BadCopy),
+        }
+    }
+
+    pub(crate) fn wait_for_load(&mut self, element: ElementKey, waiter: LoadWaiter) {
+        self.loading.get_or_insert_with(element, SmallVec::new).push(waiter);
+    }
+
+    fn on_operation_loaded(&mut self, ctx: &mut Context, number: OpNumber) {
+        let op = self.operations.get_mut(&number).expect("a loading operation exists");
+        if self.slots[op.slot].primary != Some(self.me) {
+            return self.read_as_secondary(ctx, number);
+        }
+        if let Kind::Write(w) = &op.kind {
+            // P4: what the element already holds was applied, and in a served term nothing that it holds
+            // is unfinished but what `in_progress` knows.
+            if ctx.stores.ids(op.element).contains(&w.id) && self.sabotage != Sabotage::ForgetIds {
+                return self.finish_write(ctx, number, Ok(()));
+            }
+        }
+        let (element, mask) = (op.element, op.mask);
+        let queue = self.queues.get_or_insert_with(element, ElementQueue::default);
+        if queue.is_free(mask) || (self.sabotage == Sabotage::ServeBusy && matches!(op.kind, Kind::Read { .. })) {
+            if matches!(op.kind, Kind::Write(_)) {
+                queue.hold(mask);
+                op.holds = true;
+            } else if queue.is_idle() {
+                self.queues.remove(&element);
+            }
+            self.start(ctx, number);
+        } else {
+            queue.wait(number, mask);
+            op.phase = Phase::Queued;
+        }
+    }
+
+    /// At a secondary an element above the watermark may hold a write that is not complete: only the
+    /// primary knows.
+    fn read_as_secondary(&mut self, ctx: &mut Context, number: OpNumber) {
+        let op = &self.operations[&number];
+        let slot = &self.slots[op.slot];
+        let busy = ctx.stores.version(op.element) > slot.watermark;
+        if busy && !self.is_sabotaged(Sabotage::ServeBusy) {
+            return self.refuse(ctx, number, Refusal::Busy);
+        }
+        self.capture(ctx, number);
+    }
+
+    /// The operation's turn has come; a write holds its blocks.
+    fn start(&mut self, ctx: &mut Context, number: OpNumber) {
+        match &self.operations[&number].kind {
+            Kind::Read { .. } => self.capture(ctx, number),
+            Kind::Write(w) if (ByteRange { offset: w.offset, length: w.length }).ragged() => self.modify(ctx, number),
+            Kind::Write(_) => self.assign(ctx, number),
+        }
+    }
+
+    /// Lease check and capture of addresses are one step: what is captured now is what is served.
+    fn capture(&mut self, ctx: &mut Context, number: OpNumber) {
+        let Some(_lease) = ctx.liveness.lease(ctx.now) else {
+            return self.refuse(ctx, number, Refusal::NotReady);
+        };
+        let op = self.operations.get_mut(&number).expect("a reading operation exists");
+        let Kind::Read { first_block, blocks } = op.kind else { unreachable!("only reads are captured") };
+        let view = view_of(ctx.state, op.access.vdisk);
+        match ctx.stores.load(op.element) {
+            Loaded::Ready => {}
+            Loaded::Pending => {
+                // Evicted while it waited in the queue: begin again.
+                return self.admit(ctx, number);
+            }
+            Loaded::Failed => return self.refuse(ctx, number, Refusal::BadCopy),
+        }
+        op.phase = Phase::Reading;
+        let read = ctx.stores.read(op.element, &view, first_block, blocks);
+        self.reads.insert(read, ReadOwner::Operation(number));
+    }
+
+    /// Reads the blocks that an unaligned write covers only in part.
+    fn modify(&mut self, ctx: &mut Context, number: OpNumber) {
+        let op = self.operations.get_mut(&number).expect("a modifying operation exists");
+        let (first, count) = mask_range(op.mask);
+        let view = view_of(ctx.state, op.access.vdisk);
+        op.phase = Phase::Modifying;
+        match ctx.stores.load(op.element) {
+            Loaded::Ready => {
+                let read = ctx.stores.read(op.element, &view, first, count);
+                self.reads.insert(read, ReadOwner::Modify(number));
+            }
+            Loaded::Pending => {
+                let element = op.element;
+                self.wait_for_load(element, LoadWaiter::Operation(number));
+            }
+            Loaded::Failed => self.refuse(ctx, number, Refusal::BadCopy),
+        }
+    }
+
+    fn on_modify_read(&mut self, ctx: &mut Context, number: OpNumber, result: Result<ReadBlocks, ReadError>) {
+        let Some(op) = self.operations.get_mut(&number) else { return };
+        if op.phase != Phase::Modifying {
+            return; // A new term has parked it; it will be admitted again.
+        }
+        let old = match result {
+            Ok(old) => old,
+            Err(_) => {
+                self.counters.bad_blocks += 1;
+                return self.refuse(ctx, number, Refusal::BadCopy);
+            }
+        };
+        let Kind::Write(w) = &mut op.kind else { unreachable!("only writes are modified") };
+        let (first, count) = mask_range(op.mask);
+        let mut bytes = BytesMut::zeroed(usize::from(count) * BLOCK_SIZE as usize);
+        let mut at = old.data.iter().flat_map(|piece| piece.chunks(BLOCK_SIZE as usize));
+        for (i, sum) in old.sums.iter().enumerate() {
+            if *sum != BlockSum::Zero {
+                let block = at.next().expect("one block of data for each that is not zero");
+                bytes[i * BLOCK_SIZE as usize..][..BLOCK_SIZE as usize].copy_from_slice(block);
+            }
+        }
+        let from = w.offset as usize - usize::from(first) * BLOCK_SIZE as usize;
+        let target = &mut bytes[from..][..w.length as usize];
+        match &w.data {
+            Some(data) => target.copy_from_slice(data),
+            None => target.fill(0),
+        }
+        w.crcs = bytes.chunks(BLOCK_SIZE as usize).map(crc32c).collect();
+        w.data = Some(bytes.freeze());
+        w.offset = u32::from(first) * BLOCK_SIZE as u32;
+        w.length = u32::from(count) * BLOCK_SIZE as u32;
+        self.assign(ctx, number);
+    }
+
+    /// Step 2 and 3 of 2.6: the write gets its version, is staged here, and sent to the others.
+    fn assign(&mut self, ctx: &mut Context, number: OpNumber) {
+        let op = self.operations.get_mut(&number).expect("an operation to assign exists");
+        let Kind::Write(w) = &op.kind else { unreachable!("only writes get versions") };
+        if ctx.liveness.lease(ctx.now).is_none() {
+            return self.refuse(ctx, number, Refusal::NotReady);
+        }
+        // The session may have ended while the operation waited (P5).
+        let Some(vdisk) = ctx.state.vdisks.get(&op.access.vdisk) else {
+            return self.refuse(ctx, number, Refusal::SessionEnded);
+        };
+        if !ctx.state.sessions.contains_key(&op.access.session) {
+            return self.refuse(ctx, number, Refusal::SessionEnded);
+        }
+        let last = op.element.element * ELEMENT_SIZE + u64::from(w.offset) + u64::from(w.length) - 1;
+        if last >= round_up(vdisk.size, BLOCK_SIZE) {
+            return self.refuse(ctx, number, Refusal::BeyondEnd);
+        }
+        match ctx.stores.load(op.element) {
+            Loaded::Ready => {}
+            Loaded::Pending => {
+                op.phase = Phase::Starved;
+                let element = op.element;
+                return self.wait_for_load(element, LoadWaiter::Operation(number));
+            }
+            Loaded::Failed => return self.refuse(ctx, number, Refusal::BadCopy),
+        }
+        let blocks = block_data(w);
+        let cost = blocks.iter().filter(|b| matches!(b, BlockData::Data { .. })).count() as u64;
+        let (lineage, epoch) = (vdisk.lineage, vdisk.epoch);
+        let parents: Vec<_> = vdisk.parent.into_iter().collect();
+        let slot = &mut self.slots[op.slot];
+        let acting = slot.acting.as_mut().expect("writes are assigned by an acting primary");
+        match room(&self.windows, self.me, &acting.receivers, acting.unfinished.len(), ctx.stores.free_blocks(), cost) {
+            Room::Yes => {}
+            Room::Later => {
+                op.phase = Phase::Starved;
+                self.starved.push_back(number);
+                return;
+            }
+            Room::No => return self.refuse(ctx, number, Refusal::NoSpace),
+        }
+        let version = Version { term: slot.term, sequence: acting.sequence + 1 };
+        let finished_below = w.finished_below.max(self.session_low.get(&w.id.session).copied().unwrap_or(0));
+        let change = Change::Write {
+            element: op.element,
+            slot: slot.id,
+            version,
+            lineage,
+            epoch,
+            parents: parents.clone(),
+            id: Some(w.id),
+            finished_below,
+            first_block: (w.offset / BLOCK_SIZE as u32) as u8,
+            blocks,
+            watermark: slot.watermark,
+        };
+        let sums = sums_of(&change);
+        let payload = w.data.clone().map(Payload::from).unwrap_or_default();
+        let ticket = match ctx.stores.stage(change) {
+            Ok(ticket) => ticket,
+            Err(StageError::NoSpace) => return self.refuse(ctx, number, Refusal::NoSpace),
+            Err(_) => return self.refuse(ctx, number, Refusal::BadCopy),
+        };
+        acting.sequence += 1;
+        slot.outstanding += 1;
+        op.phase = Phase::Unfinished { sequence: version.sequence };
+        self.tickets.insert(ticket, TicketOwner::Write { slot: op.slot, term: slot.term, sequence: version.sequence });
+        let mut waits: SmallVec<[ServerId; 3]> = smallvec![self.me];
+        let part = Part::Write {
+            element: op.element,
+            version,
+            lineage,
+            epoch,
+            parents,
+            id: w.id,
+            finished_below,
+            first_block: (w.offset / BLOCK_SIZE as u32) as u8,
+            sums,
+        };
+        for (receiver, outgoing) in &mut acting.streams {
+            waits.push(*receiver);
+            self.windows.entry(*receiver).or_default().in_flight += cost;
+            let m = outgoing.push(
+                slot.id,
+                slot.term,
+                slot.watermark,
+                part.clone(),
+                payload.clone(),
+                Some(version.sequence),
+            );
+            if self.connected.contains(receiver) {
+                let message = Message { state_index: ctx.state.index, body: Body::Replicate(m) };
+                ctx.out.push_back(Output::Send { to: Peer::Server(*receiver), message });
+            }
+        }
+        if self.sabotage == Sabotage::AckBeforeSecondary {
+            waits.truncate(1);
+        }
+        acting.unfinished.insert(version.sequence, crate::promise::Unfinished { operation: number, waits });
+        // The write carries the watermark; nobody needs to be told it apart until it moves again.
+        slot.watermark_due = false;
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Completion.
+
+    /// A receiver (or this server) has made a write stable.
+    pub(crate) fn on_write_stable(&mut self, ctx: &mut Context, index: SlotIndex, sequence: u64, at: ServerId) {
+        let slot = &mut self.slots[index];
+        let Some(acting) = slot.acting.as_mut() else { return };
+        let Some(unfinished) = acting.unfinished.get_mut(&sequence) else { return };
+        unfinished.waits.retain(|s| *s != at);
+        if !unfinished.waits.is_empty() || ctx.liveness.lease(ctx.now).is_none() {
+            return;
+        }
+        // I5: complete. The watermark is a prefix.
+        let operation = acting.unfinished.remove(&sequence).expect("just found").operation;
+        let prefix = match acting.unfinished.first_key_value() {
+            Some(_) if self.sabotage == Sabotage::WatermarkSkipsUnfinished => sequence,
+            Some((first, _)) => first - 1,
+            None => acting.sequence,
+        };
+        slot.watermark = slot.watermark.max(Version { term: slot.term, sequence: prefix });
+        self.watermark_moved(ctx.now, index);
+        self.finish_write(ctx, operation, Ok(()));
+    }
+
+    fn watermark_moved(&mut self, now: Instant, index: SlotIndex) {
+        let slot = &mut self.slots[index];
+        if !slot.watermark_due {
+            slot.watermark_due = true;
+            self.watermarks_due.push(index);
+            self.watermark_timer.get_or_insert(now + WATERMARK_DELAY);
+        }
+    }
+
+    fn finish_write(&mut self, ctx: &mut Context, number: OpNumber, result: Result<(), Refusal>) {
+        let op = self.operations.remove(&number).expect("an operation to finish exists");
+        let Kind::Write(w) = &op.kind else { unreachable!("only writes finish as writes") };
+        self.in_progress.remove(&w.id);
+        if result.is_ok() {
+            self.counters.writes += 1;
+        } else {
+            self.counters.refused += 1;
+        }
+        let need = self.need(ctx.state, op.access.vdisk, op.slot);
+        let askers = std::iter::once((op.client, op.access.tag)).chain(op.joined.iter().copied());
+        for (client, tag) in askers {
+            self.answered(client);
+            ctx.reply(client, Body::WriteReply(WriteReply { tag, need, result }));
+        }
+        self.leave_queue(ctx, number, op.element, op.mask, op.holds);
+        self.operation_ended(ctx, number);
+    }
+
+    fn leave_queue(&mut self, ctx: &mut Context, number: OpNumber, element: ElementKey, mask: u16, holds: bool) {
+        let Some(queue) = self.queues.get_mut(&element) else { return };
+        if holds {
+            queue.release(mask);
+        } else {
+            queue.forget(number);
+        }
+        let operations = &mut self.operations;
+        let next = queue.take_startable(|op| matches!(operations[&op].kind, Kind::Write(_)));
+        for number in &next {
+            let op = operations.get_mut(number).expect("waiting operations exist");
+            if matches!(op.kind, Kind::Write(_)) {
+                queue.hold(op.mask);
+                op.holds = true;
+            }
+        }
+        if queue.is_idle() {
+            self.queues.remove(&element);
+        }
+        for operation in next {
+            self.start(ctx, operation);
+        }
+    }
+
+    fn answered(&mut self, client: ClientId) {
+        if let Some(count) = self.client_requests.get_mut(&client) {
+            *count -= 1;
+            if *count == 0 && self.gone_clients.remove(&client) {
+                self.client_requests.remove(&client);
+            }
+        }
+    }
+
+    fn operation_ended(&mut self, ctx: &mut Context, number: OpNumber) {
+        for (_, _, waits) in &mut self.settles {
+            waits.remove(&number);
+        }
+        self.tell_settled(ctx);
+    }
+
+    fn refuse(&mut self, ctx: &mut Context, number: OpNumber, refusal: Refusal) {
+        if matches!(self.operations[&number].kind, Kind::Write(_)) {
+            self.finish_write(ctx, number, Err(refusal));
+        } else {
+            self.finish_read(ctx, number, Err(refusal));
+        }
+    }
+
+    fn finish_read(&mut self, ctx: &mut Context, number: OpNumber, result: Result<ReadBlocks, Refusal>) {
+        let op = self.operations.remove(&number).expect("a read to finish exists");
+        if op.phase == Phase::Queued {
+            self.leave_queue(ctx, number, op.element, op.mask, false);
+        }
+        let need = self.need(ctx.state, op.access.vdisk, op.slot);
+        let (result, data) = match result {
+            Ok(blocks) => {
+                self.counters.reads += 1;
+                (Ok(blocks.sums), Payload(blocks.data))
+            }
+            Err(refusal) => {
+                self.counters.refused += 1;
+                (Err(refusal), Payload::default())
+            }
+        };
+        self.answered(op.client);
+        ctx.reply(op.client, Body::ReadReply(ReadReply { tag: op.access.tag, need, result, data }));
+        self.operation_ended(ctx, number);
+    }
+
+    fn need(&self, state: &State, vdisk: VdiskId, slot: SlotIndex) -> Need {
+        Need { revision: revision_of(state, vdisk), term: self.slots[slot].term }
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // What the stores tell.
+
+    /// An element's entry is in memory.
+    pub fn on_loaded(&mut self, ctx: &mut Context, element: ElementKey) {
+        let Some(waiters) = self.loading.remove(&element) else { return };
+        for waiter in waiters {
+            match waiter {
+                LoadWaiter::Operation(number) => self.on_load_for_operation(ctx, number),
+                LoadWaiter::Incoming(slot) => self.advance_incoming(ctx, slot),
+                LoadWaiter::Listing(job) => self.advance_listing(ctx, job),
+                LoadWaiter::Map(map) => self.on_map_loaded(ctx, map, element),
+                LoadWaiter::Settling(slot, element) => self.advance_settling(ctx, slot, element),
+                LoadWaiter::Fetch(job) => self.advance_fetch(ctx, job),
+                LoadWaiter::Drop => self.drop_element(ctx, element),
+                LoadWaiter::Verify => self.verify_element(ctx, element),
+            }
+        }
+    }
+
+    fn on_load_for_operation(&mut self, ctx: &mut Context, number: OpNumber) {
+        // Ended or parked meanwhile: somebody else takes care.
+        let Some(op) = self.operations.get(&number) else { return };
+        match op.phase {
+            Phase::Loading => match ctx.stores.load(op.element) {
+                Loaded::Ready => self.on_operation_loaded(ctx, number),
+                Loaded::Pending => self.admit(ctx, number),
+                Loaded::Failed => self.refuse(ctx, number, Refusal::BadCopy),
+            },
+            Phase::Modifying => self.modify(ctx, number),
+            Phase::Starved => self.assign(ctx, number),
+            _ => {}
+        }
+    }
+
+    /// A staged change is on stable storage.
+    pub fn on_stable(&mut self, ctx: &mut Context, ticket: Ticket) -> bool {
+        let Some(owner) = self.tickets.remove(&ticket) else { return false };
+        let (TicketOwner::Write { slot: index, .. }
+        | TicketOwner::Incoming { slot: index, .. }
+        | TicketOwner::Settling { slot: index, .. }
+        | TicketOwner::Background { slot: index }) = owner;
+        self.slots[index].outstanding -= 1;
+        match owner {
+            TicketOwner::Write { slot, term, sequence } => {
+                if self.slots[slot].term == term {
+                    self.on_write_stable(ctx, slot, sequence, self.me);
+                }
+            }
+            TicketOwner::Incoming { slot, term, number, from, cost } => {
+                self.on_incoming_stable(slot, term, number, from, cost);
+            }
+            TicketOwner::Settling { slot, term, element } => {
+                if self.slots[slot].term == term {
+                    self.on_settling_stable(ctx, slot, element);
+                }
+            }
+            TicketOwner::Background { .. } => {}
+        }
+        self.on_outstanding_changed(ctx, index);
+        true
+    }
+
+    /// A read is done.
+    pub fn on_read_done(&mut self, ctx: &mut Context, read: ReadId, result: Result<ReadBlocks, ReadError>) {
+        match self.reads.remove(&read) {
+            Some(ReadOwner::Operation(number)) => {
+                if !self.operations.get(&number).is_some_and(|op| op.phase == Phase::Reading) {
+                    return;
+                }
+                let result = result.map_err(|_| {
+                    self.counters.bad_blocks += 1;
+                    Refusal::BadCopy
+                });
+                self.finish_read(ctx, number, result);
+            }
+            Some(ReadOwner::Modify(number)) => self.on_modify_read(ctx, number, result),
+            Some(ReadOwner::Settling { slot, term, element }) => {
+                if self.slots[slot].term == term {
+                    self.on_settling_read(ctx, slot, element, result);
+                }
+            }
+            Some(ReadOwner::Fetch(job)) => self.on_fetch_read(ctx, job, result),
+            None => {
+                self.on_verify_read(ctx, read, &result);
+            }
+        }
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Maps.
+
+    fn on_map(&mut self, ctx: &mut Context, client: ClientId, m: Map) -> Result<(), Refusal> {
+        let session = ctx.state.sessions.get(&m.access.session).ok_or(Refusal::SessionEnded)?;
+        let vdisk = ctx.state.vdisks.get(&m.access.vdisk).ok_or(Refusal::SessionEnded)?;
+        if session.vdisk != m.access.vdisk {
+            return Err(Refusal::SessionEnded);
+        }
+        if m.first_element > m.end_element {
+            return Err(Refusal::Malformed);
+        }
+        let family = ctx.state.families.get(&vdisk.family).ok_or(Refusal::SessionEnded)?;
+        let count = self.client_requests.get_or_insert_with(client, || 0);
+        if *count >= CLIENT_REQUESTS_MAX {
+            return Err(Refusal::TooMany);
+        }
+        *count += 1;
+        let not_here = (0..ctx.state.slots.get(&family.gmap).map_or(0, Vec::len) as u32)
+            .filter(|slot| !self.serves(SlotId { gmap: family.gmap, slot: *slot }))
+            .collect();
+        let map = MapRequest {
+            client,
+            tag: m.access.tag,
+            view: view_of(ctx.state, m.access.vdisk),
+            elements: BTreeMap::new(),
+            waiting: BTreeSet::new(),
+            family: vdisk.family,
+            complete_below: m.end_element,
+            not_here,
+        };
+        let job = self.next_job;
+        self.next_job += 1;
+        self.maps.insert(job, map);
+        let scan = ctx.stores.scan(vdisk.family, m.first_element, m.end_element, LIST_ELEMENTS_MAX);
+        self.map_scans.insert(scan, job);
+        Ok(())
+    }
+
+    fn serves(&self, slot: SlotId) -> bool {
+        let index = self.by_id.get(&slot);
+        index.is_some_and(|i| self.slots[*i].acting.as_ref().is_some_and(|a| a.is_serving()))
+    }
+
+    /// A scan is done; true if it was one of this room's.
+    pub fn on_scanned(
+        &mut self,
+        ctx: &mut Context,
+        scan: ReadId,
+        elements: Result<Vec<(ElementKey, Version)>, crate::store::DiskError>,
+    ) {
+        if let Some(job) = self.map_scans.remove(&scan) {
+            return self.on_map_scanned(ctx, job, elements);
+        }
+        if self.sweep.owns(scan) {
+            return self.on_sweep_scanned(ctx, elements);
+        }
+        if !self.on_verify_scanned(ctx, scan, &elements) {
+            self.on_listing_scanned(ctx, scan, elements);
+        }
+    }
+
+    fn on_map_scanned(
+        &mut self,
+        ctx: &mut Context,
+        job: u64,
+        elements: Result<Vec<(ElementKey, Version)>, crate::store::DiskError>,
+    ) {
+        let Some(map) = self.maps.get_mut(&job) else { return };
+        let Ok(elements) = elements else { return self.refuse_map(ctx, job) };
+        if elements.len() >= LIST_ELEMENTS_MAX {
+            map.complete_below = elements.last().expect("many").0.element + 1;
+        }
+        let Some(family) = ctx.state.families.get(&map.family) else {
+            return self.answer_map_if_whole(ctx, job);
+        };
+        let slots = ctx.state.slots.get(&family.gmap).map_or(0, Vec::len) as u32;
+        let wanted: Vec<ElementKey> = elements
+            .into_iter()
+            .map(|(key, _)| key)
+            .filter(|key| {
+                let slot =
+                    crate::translator::gmap::slot_of_element(key.element, family.stripe_unit, family.shift, slots);
+                map.not_here.binary_search(&slot).is_err()
+            })
+            .collect();
+        map.waiting = wanted.iter().map(|k| k.element).collect();
+        for key in wanted {
+            match ctx.stores.load(key) {
+                Loaded::Pending => self.wait_for_load(key, LoadWaiter::Map(job)),
+                Loaded::Ready => self.note_mapped(ctx, job, key),
+                Loaded::Failed => return self.refuse_map(ctx, job),
+            }
+        }
+        self.answer_map_if_whole(ctx, job);
+    }
+
+    fn refuse_map(&mut self, ctx: &mut Context, job: u64) {
+        let Some(map) = self.maps.remove(&job) else { return };
+        self.answered(map.client);
+        ctx.reply(map.client, Body::MapReply(MapReply { tag: map.tag, result: Err(Refusal::BadCopy) }));
+    }
+
+    fn note_mapped(&mut self, ctx: &mut Context, job: u64, key: ElementKey) {
+        let Some(map) = self.maps.get_mut(&job) else { return };
+        map.waiting.remove(&key.element);
+        let mask = ctx.stores.mask(key, &map.view);
+        if mask != 0 {
+            map.elements.insert(key.element, mask);
+        }
+    }
+
+    fn on_map_loaded(&mut self, ctx: &mut Context, job: u64, key: ElementKey) {
+        self.note_mapped(ctx, job, key);
+        self.answer_map_if_whole(ctx, job);
+    }
+
+    fn answer_map_if_whole(&mut self, ctx: &mut Context, job: u64) {
+        if !self.maps.get(&job).is_some_and(|m| m.waiting.is_empty()) {
+            return;
+        }
+        let map = self.maps.remove(&job).expect("just found");
+        self.answered(map.client);
+        let part = MapPart {
+            elements: map.elements.into_iter().collect(),
+            complete_below: map.complete_below,
+            not_here: map.not_here,
+        };
+        ctx.reply(map.client, Body::MapReply(MapReply { tag: map.tag, result: Ok(part) }));
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Terms, settling, clients, time.
+
+    /// The global state has moved; the slots of this server follow it. `None`: all of them.
+    pub fn on_state(&mut self, ctx: &mut Context, changed: Option<&[SlotId]>) {
+        let all: Vec<SlotId>;
+        let changed = match changed {
+            Some(changed) => changed,
+            None => {
+                all = ctx
+                    .state
+                    .slots
+                    .iter()
+                    .flat_map(|(gmap, slots)| {
+                        (0..slots.len() as u32).map(|slot| SlotId { gmap: *gmap, slot }).collect::<Vec<_>>()
+                    })
+                    .collect();
+                &all
+            }
+        };
+        let mut asks: BTreeMap<ServerId, Vec<(SlotId, Term)>> = BTreeMap::new();
+        for id in changed {
+            let Some(slot) = ctx.state.slots.get(&id.gmap).and_then(|s| s.get(id.slot as usize)) else { continue };
+            if slot.member(self.me).is_none() {
+                continue;
+            }
+            let index = self.slot_index(ctx, *id);
+            if self.slots[index].term != slot.term {
+                self.change_term(ctx, index, &mut asks);
+            }
+        }
+        self.send_promises(ctx, asks);
+    }
+
+    fn slot_index(&mut self, ctx: &mut Context, id: SlotId) -> SlotIndex {
+        if let Some(index) = self.by_id.get(&id) {
+            return *index;
+        }
+        let watermark = ctx.stores.watermark(id);
+        self.slots.push(Slot {
+            id,
+            term: 0,
+            in_sync: SmallVec::new(),
+            primary: None,
+            promised: 0,
+            watermark,
+            lowest_durable: Version::ZERO,
+            outstanding: 0,
+            acting: None,
+            incoming: None,
+            ack_due: false,
+            watermark_due: false,
+            promise_due: None,
+        });
+        self.by_id.insert(id, self.slots.len() - 1);
+        self.slots.len() - 1
+    }
+
+    /// Every operation of the slot waits until the new term is served, and then begins again: what the
+    /// settled element contains is acknowledged by its id, the rest is done anew.
+    pub(crate) fn park_operations(&mut self, index: SlotIndex) {
+        let parked: Vec<OpNumber> = self
+            .operations
+            .iter()
+            .filter(|(_, op)| op.slot == index && !matches!(op.phase, Phase::Reading | Phase::Parked))
+            .map(|(number, _)| *number)
+            .collect();
+        for number in parked {
+            let op = self.operations.get_mut(&number).expect("just listed");
+            op.phase = Phase::Parked;
+            op.holds = false;
+            let element = op.element;
+            self.queues.remove(&element);
+        }
+        let operations = &self.operations;
+        self.starved.retain(|n| operations.get(n).is_some_and(|op| op.phase == Phase::Starved));
+    }
+
+    /// The slot is served (again), or somebody else acts in it: parked operations go on.
+    pub(crate) fn unpark_operations(&mut self, ctx: &mut Context, index: SlotIndex) {
+        let parked: Vec<OpNumber> = self
+            .operations
+            .iter()
+            .filter(|(_, op)| op.slot == index && op.phase == Phase::Parked)
+            .map(|(number, _)| *number)
+            .collect();
+        for number in parked {
+            if self.operations.contains_key(&number) {
+                self.admit(ctx, number);
+            }
+        }
+    }
+
+    /// A room's part of `settle`: everything that it had begun when it learnt the index is finished or
+    /// refused. Operations without a version check the state again before they get one.
+    pub fn on_settle(&mut self, ctx: &mut Context, from: Peer, index: StateIndex) {
+        let waits = self
+            .operations
+            .iter()
+            .filter(|(_, op)| matches!(op.phase, Phase::Unfinished { .. } | Phase::Reading))
+            .map(|(number, _)| *number)
+            .collect();
+        self.settles.push((from, index, waits));
+        self.tell_settled(ctx);
+    }
+
+    fn tell_settled(&mut self, ctx: &mut Context) {
+        if self.settles.is_empty() {
+            return;
+        }
+        let (done, rest) = std::mem::take(&mut self.settles).into_iter().partition(|(_, _, w)| w.is_empty());
+        self.settles = rest;
+        let done: Vec<(Peer, StateIndex, BTreeSet<OpNumber>)> = done;
+        for (from, index, _) in done {
+            if from == Peer::Server(self.me) {
+                self.settled_here.push(index);
+            } else {
+                ctx.send(from, Body::Settled(Settled { index }));
+            }
+        }
+    }
+
+    /// Indices that this server itself asked about, and that are settled here now.
+    pub fn take_settled_here(&mut self) -> Vec<StateIndex> {
+        std::mem::take(&mut self.settled_here)
+    }
+
+    /// A client's connection is gone: its writes go on (they may be retried elsewhere and must be found
+    /// there), its answers are dropped by the driver.
+    pub fn on_client_gone(&mut self, client: ClientId) {
+        match self.client_requests.get(&client) {
+            Some(0) | None => {
+                self.client_requests.remove(&client);
+            }
+            Some(_) => {
+                self.gone_clients.insert(client);
+            }
+        }
+    }
+
+    /// Called after every round of inputs: acknowledgements and watermarks that fell together.
+    pub fn flush(&mut self, ctx: &mut Context) {
+        self.retry_starved(ctx);
+        self.send_promised(ctx);
+        self.send_acks(ctx);
+        if self.watermark_timer.is_some_and(|at| at <= ctx.now) {
+            self.send_watermarks(ctx);
+        }
+        self.advance_sweep(ctx);
+    }
+
+    fn retry_starved(&mut self, ctx: &mut Context) {
+        for _ in 0..self.starved.len() {
+            let Some(number) = self.starved.pop_front() else { return };
+            if self.operations.get(&number).is_some_and(|op| op.phase == Phase::Starved) {
+                let before = self.starved.len();
+                self.assign(ctx, number);
+                if self.starved.len() > before {
+                    // Still no room: those behind it wait too, first come, first served.
+                    let back = self.starved.pop_back().expect("just pushed");
+                    self.starved.push_front(back);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn send_watermarks(&mut self, ctx: &mut Context) {
+        self.watermark_timer = None;
+        let mut told: BTreeMap<ServerId, Vec<SlotWatermark>> = BTreeMap::new();
+        for index in std::mem::take(&mut self.watermarks_due) {
+            let slot = &mut self.slots[index];
+            if !std::mem::take(&mut slot.watermark_due) {
+                continue;
+            }
+            let Some(acting) = slot.acting.as_ref().filter(|a| a.is_serving()) else { continue };
+            let lowest = acting.durable.values().copied().min().unwrap_or(Version::ZERO);
+            let lowest = lowest.min(ctx.stores.durable_watermark(slot.id));
+            slot.lowest_durable = slot.lowest_durable.max(lowest);
+            ctx.stores.forget_changes(slot.id, slot.lowest_durable);
+            for receiver in acting.streams.keys() {
+                told.entry(*receiver).or_default().push(SlotWatermark {
+                    slot: slot.id,
+                    term: slot.term,
+                    watermark: slot.watermark,
+                    lowest: slot.lowest_durable,
+                });
+            }
+        }
+        for (to, slots) in told {
+            ctx.send(Peer::Server(to), Body::Watermarks(Watermarks { slots }));
+        }
+    }
+
+    /// When something is due although nothing else happens.
+    pub fn next_timeout(&self) -> Option<Instant> {
+        self.watermark_timer
+    }
+
+    /// Operations in progress.
+    pub fn operations(&self) -> usize {
+        self.operations.len()
+    }
+
+    /// `(slots in which this server acts, of these served)`.
+    pub fn acting(&self) -> (u32, u32) {
+        let acting = self.slots.iter().filter_map(|s| s.acting.as_ref());
+        acting.fold((0, 0), |(all, served), a| (all + 1, served + u32::from(a.is_serving())))
+    }
+
+    /// The slots that this server serves as primary, with the term: for checkers (I1).
+    pub fn serving(&self) -> impl Iterator<Item = (SlotId, Term)> + '_ {
+        let serving = self.slots.iter().filter(|s| s.acting.as_ref().is_some_and(|a| a.is_serving()));
+        serving.map(|s| (s.id, s.term))
+    }
+
+    /// `(slot, watermark, unfinished writes)` of every slot, for checkers and status.
+    pub fn watermarks(&self) -> impl Iterator<Item = (SlotId, Version, usize)> + '_ {
+        self.slots.iter().map(|s| (s.id, s.watermark, s.acting.as_ref().map_or(0, |a| a.unfinished.len())))
+    }
+
+    /// Panics if the room contradicts itself.
+    pub fn check_invariants(&self) {
+        for slot in &self.slots {
+            if let Some(acting) = &slot.acting {
+                assert_eq!(slot.primary, Some(self.me), "{:?}: only the primary acts", slot.id);
+                assert!(acting.unfinished.len() <= SLOT_UNFINISHED_MAX, "{:?}: too many unfinished", slot.id);
+                let first = acting.unfinished.first_key_value().map(|(s, _)| *s);
+                if let Some(first) = first
+                    && slot.watermark.term == slot.term
+                    && self.sabotage == Sabotage::None
+                {
+                    assert!(slot.watermark.sequence < first, "{:?}: watermark passed an unfinished write", slot.id);
+                }
+            }
+        }
+    }
+}
+
+enum Answer {
+    Read(Refusal),
+    Write(Refusal),
+    Map(Refusal),
+}
+
+/// Is there room for a write, here and at every receiver?
+enum Room {
+    Yes,
+    /// Not now, but when what is on its way has been answered.
+    Later,
+    /// Somebody is full.
+    No,
+}
+
+fn room(
+    windows: &BTreeMap<ServerId, Window>,
+    me: ServerId,
+    receivers: &[ServerId],
+    unfinished: usize,
+    free: u64,
+    cost: u64,
+) -> Room {
+    if unfinished >= SLOT_UNFINISHED_MAX {
+        return Room::Later;
+    }
+    if cost == 0 {
+        return Room::Yes;
+    }
+    let reserved: u64 = windows.values().map(Window::reserved).sum();
+    if free < reserved + cost {
+        return Room::No;
+    }
+    for receiver in receivers.iter().filter(|r| **r != me) {
+        let Some(window) = windows.get(receiver) else { return Room::Later };
+        if !window.admits(cost) {
+            return if window.full && window.in_flight == 0 { Room::No } else { Room::Later };
+        }
+    }
+    Room::Yes
+}
+
+/// Bytes of an element, checked to be within it.
+#[derive(Clone, Copy)]
+struct ByteRange {
+    offset: u32,
+    length: u32,
+}
+
+impl ByteRange {
+    fn new(offset: u32, length: u64) -> Result<Self, Refusal> {
+        if length == 0 || u64::from(offset) + length > ELEMENT_SIZE {
+            return Err(Refusal::Malformed);
+        }
+        Ok(ByteRange { offset, length: length as u32 })
+    }
+    fn end(self) -> u64 {
+        u64::from(self.offset) + u64::from(self.length)
+    }
+    fn first_block(self) -> u8 {
+        (self.offset / BLOCK_SIZE as u32) as u8
+    }
+    fn blocks(self) -> u8 {
+        (self.end().div_ceil(BLOCK_SIZE) - u64::from(self.first_block())) as u8
+    }
+    fn mask(self) -> u16 {
+        block_mask(self.first_block(), self.blocks())
+    }
+    fn ragged(self) -> bool {
+        !u64::from(self.offset).is_multiple_of(BLOCK_SIZE) || !self.end().is_multiple_of(BLOCK_SIZE)
+    }
+    /// The data cut at block boundaries.
+    fn pieces(self, data: &[u8]) -> impl Iterator<Item = &[u8]> {
+        let head = (BLOCK_SIZE as usize - self.offset as usize % BLOCK_SIZE as usize) % BLOCK_SIZE as usize;
+        let (head, rest) = data.split_at(head.min(data.len()));
+        std::iter::once(head).filter(|h| !h.is_empty()).chain(rest.chunks(BLOCK_SIZE as usize))
+    }
+}
+
+fn block_mask(first: u8, count: u8) -> u16 {
+    (((1u32 << count) - 1) << first) as u16
+}
+
+fn mask_range(mask: u16) -> (u8, u8) {
+    (mask.trailing_zeros() as u8, mask.count_ones() as u8)
+}
+
+fn round_up(n: u64, unit: u64) -> u64 {
+    n.div_ceil(unit).saturating_mul(unit)
+}
+
+fn block_data(w: &WriteKind) -> Vec<BlockData> {
+    match &w.data {
+        None => vec![BlockData::Zero; w.length as usize / BLOCK_SIZE as usize],
+        Some(data) => w
+            .crcs
+            .iter()
+            .enumerate()
+            .map(|(i, crc)| BlockData::Data {
+                crc: *crc,
+                bytes: data.slice(i * BLOCK_SIZE as usize..(i + 1) * BLOCK_SIZE as usize),
+            })
+            .collect(),
+    }
+}
+
+fn sums_of(change: &Change) -> Vec<BlockSum> {
+    let Change::Write { blocks, .. } = change else { unreachable!("only writes are replicated as writes") };
+    let sum = |b: &BlockData| match b {
+        BlockData::Zero => BlockSum::Zero,
+        BlockData::Data { crc, .. } => BlockSum::Crc(*crc),
+    };
+    blocks.iter().map(sum).collect()
+}
+
+pub(crate) fn view_of(state: &State, vdisk: VdiskId) -> View {
+    match state.vdisks.get(&vdisk) {
+        Some(v) => std::iter::once((v.lineage, v.epoch)).chain(v.parent).collect(),
+        None => View::new(),
+    }
+}
+
+fn revision_of(state: &State, vdisk: VdiskId) -> Revision {
+    let Some(v) = state.vdisks.get(&vdisk) else { return state.index };
+    v.revision.max(state.families.get(&v.family).map_or(0, |f| f.revision))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ragged_ranges_are_cut_at_block_boundaries() {
+        let data = vec![7; 9000];
+        let range = ByteRange::new(4000, 9000).unwrap();
+        assert_eq!(range.pieces(&data).map(<[u8]>::len).collect::<Vec<_>>(), [96, 4096, 4096, 712]);
+        assert_eq!(range.blocks(), 4);
+        assert_eq!(range.mask(), 0b1111);
+        assert!(range.ragged());
+        let aligned = ByteRange::new(61440, 4096).unwrap();
+        assert_eq!((aligned.mask(), aligned.ragged()), (1 << 15, false));
+        assert!(ByteRange::new(61440, 4097).is_err());
+        assert_eq!(ByteRange::new(0, 65536).unwrap().mask(), u16::MAX);
+    }
+}

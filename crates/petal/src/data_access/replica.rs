@@ -1,0 +1,334 @@
+//! The replica's side of data access: taking in streams, telling what is stable, windows, watermarks.
+
+use super::*;
+
+impl DataAccess {
+    /// One message of a slot's stream. Judged by term, stream and checksums only, never by session, epoch
+    /// or size: those were judged by the primary, and a replica that judged again could differ from it.
+    pub fn on_replicate(&mut self, ctx: &mut Context, from: ServerId, m: Replicate) {
+        let Some(&index) = self.by_id.get(&m.slot) else { return };
+        let slot = &mut self.slots[index];
+        let old_term = m.term != slot.term || m.term < slot.promised;
+        if (old_term || slot.primary != Some(from)) && self.sabotage != Sabotage::NoPromise {
+            return; // Nothing of an older term is accepted once a newer one is promised or known.
+        }
+        if !sums_match(&m) {
+            self.counters.bad_blocks += 1;
+            return; // Damaged on the way: as if it had not come. The connection's owner sends again.
+        }
+        let slot = &mut self.slots[index];
+        if slot.in_sync.contains(&self.me) && m.watermark > slot.watermark {
+            slot.watermark = m.watermark;
+        }
+        let unordered = self.sabotage == Sabotage::NoOrderedStream;
+        let incoming = slot.incoming.get_or_insert_with(|| Incoming::new(from, m.term));
+        let element = part_element(&m.part);
+        match incoming.accept(m, unordered) {
+            stream::Arrival::New => {
+                // Loads of all that arrived run side by side; staging keeps the order.
+                if let Some(element) = element
+                    && ctx.stores.load(element) == Loaded::Pending
+                {
+                    self.wait_for_load(element, LoadWaiter::Incoming(index));
+                }
+                self.advance_incoming(ctx, index);
+            }
+            stream::Arrival::Again => self.ack_due(index),
+            stream::Arrival::Ignore => {}
+        }
+    }
+
+    /// Stages what has arrived, in order, as far as entries are in memory.
+    pub(crate) fn advance_incoming(&mut self, ctx: &mut Context, index: SlotIndex) {
+        loop {
+            let slot = &mut self.slots[index];
+            let Some(incoming) = slot.incoming.as_mut() else { return };
+            let Some(front) = incoming.arrived.front() else { return };
+            if let Some(element) = part_element(&front.part) {
+                match ctx.stores.load(element) {
+                    Loaded::Ready => {}
+                    Loaded::Pending => return self.wait_for_load(element, LoadWaiter::Incoming(index)),
+                    Loaded::Failed => return, // The disk's failure ends this server's part; the primary waits.
+                }
+            }
+            let message = incoming.arrived.pop_front().expect("just seen");
+            let number = incoming.next_staged();
+            let (from, term) = (incoming.from, incoming.term);
+            let cost = message.data.len() as u64 / BLOCK_SIZE;
+            let Some(change) = self.change_of(ctx, index, message) else {
+                let incoming = self.slots[index].incoming.as_mut().expect("just seen");
+                incoming.staged(None);
+                if incoming.advance() {
+                    self.ack_due(index);
+                }
+                continue;
+            };
+            let ticket = match ctx.stores.stage(change) {
+                Ok(ticket) => ticket,
+                Err(error) => {
+                    // Space was reserved and the image promised: this is a broken disk or a broken peer.
+                    // Nothing is acknowledged from here on in this stream.
+                    ctx.out.push_back(Output::Fatal(format!(
+                        "cannot store a write that {from} sent for slot {:?}: {error:?}; check this server's disks",
+                        self.slots[index].id
+                    )));
+                    return;
+                }
+            };
+            self.counters.replicated += 1;
+            self.windows.entry(from).or_default().staged += cost;
+            let slot = &mut self.slots[index];
+            slot.outstanding += 1;
+            slot.incoming.as_mut().expect("just seen").staged(Some(ticket));
+            self.tickets.insert(ticket, TicketOwner::Incoming { slot: index, term, number, from, cost });
+        }
+    }
+
+    /// What a message changes on this replica's disks; `None` for nothing.
+    fn change_of(&mut self, ctx: &mut Context, index: SlotIndex, m: Replicate) -> Option<Change> {
+        let data = m.data.to_bytes();
+        let mut blocks = (0..data.len() / BLOCK_SIZE as usize)
+            .map(|i| data.slice(i * BLOCK_SIZE as usize..(i + 1) * BLOCK_SIZE as usize));
+        let slot = &mut self.slots[index];
+        match m.part {
+            Part::Write { element, version, lineage, epoch, parents, id, finished_below, first_block, sums } => {
+                let low = self.session_low.get_or_insert_with(id.session, || 0);
+                *low = (*low).max(finished_below);
+                if family_ended(ctx.state, element.family) {
+                    return None; // Its number counts, its data does not.
+                }
+                let blocks = sums
+                    .iter()
+                    .map(|sum| match sum {
+                        BlockSum::Zero => BlockData::Zero,
+                        BlockSum::Crc(crc) => BlockData::Data { crc: *crc, bytes: blocks.next().expect("checked") },
+                    })
+                    .collect();
+                Some(Change::Write {
+                    element,
+                    slot: slot.id,
+                    version,
+                    lineage,
+                    epoch,
+                    parents,
+                    id: Some(id),
+                    finished_below,
+                    first_block,
+                    blocks,
+                    watermark: slot.watermark,
+                })
+            }
+            Part::Copy { element, mut image, blocks: places, settles: _ } => {
+                if self.sabotage == Sabotage::IdsNotCopied {
+                    image.ids = ctx.stores.ids(element).to_vec();
+                }
+                if family_ended(ctx.state, element.family) {
+                    return None;
+                }
+                let data = places.into_iter().zip(blocks).map(|((row, block), bytes)| (row, block, bytes)).collect();
+                Some(Change::Replace { element, slot: slot.id, image, data, watermark: slot.watermark })
+            }
+            Part::SettlementDone => {
+                slot.watermark = slot.watermark.max(Version { term: m.term, sequence: 0 });
+                Some(Change::Watermark { slot: slot.id, watermark: slot.watermark })
+            }
+            Part::Skip { .. } | Part::Mark { .. } => None,
+        }
+    }
+
+    pub(super) fn on_incoming_stable(&mut self, index: SlotIndex, term: Term, number: u64, from: ServerId, cost: u64) {
+        let window = self.windows.entry(from).or_default();
+        window.released += cost;
+        if cost > 0 {
+            self.window_due.insert(from);
+        }
+        let slot = &mut self.slots[index];
+        let Some(incoming) = slot.incoming.as_mut().filter(|i| i.term == term) else { return };
+        if incoming.on_stable(number) {
+            self.ack_due(index);
+        }
+    }
+
+    pub(crate) fn ack_due(&mut self, index: SlotIndex) {
+        let slot = &mut self.slots[index];
+        if !slot.ack_due {
+            slot.ack_due = true;
+            self.acks_due.push(index);
+        }
+    }
+
+    /// One acknowledgement per peer, for all streams that got on since the last one.
+    pub(super) fn send_acks(&mut self, ctx: &mut Context) {
+        self.offer_windows(ctx);
+        if self.acks_due.is_empty() && self.window_due.is_empty() {
+            return;
+        }
+        let mut told: BTreeMap<ServerId, Vec<SlotAck>> = BTreeMap::new();
+        for from in std::mem::take(&mut self.window_due) {
+            told.entry(from).or_default();
+        }
+        for index in std::mem::take(&mut self.acks_due) {
+            let slot = &mut self.slots[index];
+            slot.ack_due = false;
+            let Some(incoming) = &slot.incoming else { continue };
+            told.entry(incoming.from).or_default().push(SlotAck {
+                slot: slot.id,
+                term: incoming.term,
+                stream: incoming.stream(),
+                through: incoming.through(),
+                durable_watermark: ctx.stores.durable_watermark(slot.id),
+            });
+        }
+        for (to, slots) in told {
+            let (window, full) = self.grant(ctx, to);
+            ctx.send(Peer::Server(to), Body::StreamAck(StreamAck { slots, window, full }));
+        }
+    }
+
+    /// A peer whose window had shrunk to nothing learns by itself that there is room again.
+    fn offer_windows(&mut self, ctx: &mut Context) {
+        let target = self.window_target(ctx);
+        if target < WINDOW_USEFUL {
+            return;
+        }
+        for (server, window) in &self.windows {
+            if window.told_full && self.connected.contains(server) {
+                self.window_due.insert(*server);
+            }
+        }
+    }
+
+    fn window_target(&self, ctx: &Context) -> u64 {
+        // Half of what is free, shared by the peers: the rest is for this server's own writes.
+        let peers = self.windows.len().max(1) as u64;
+        (ctx.stores.free_blocks() / (2 * peers)).min(CREDIT_BLOCKS_MAX)
+    }
+
+    /// The window to tell a peer now.
+    pub(crate) fn grant(&mut self, ctx: &Context, to: ServerId) -> (u64, bool) {
+        let target = self.window_target(ctx);
+        let others: u64 = self.windows.iter().filter(|(s, _)| **s != to).map(|(_, w)| w.reserved()).sum();
+        let available = ctx.stores.free_blocks().saturating_sub(others);
+        let window = self.windows.entry(to).or_default();
+        let granted = window.grant(target, available);
+        window.told_full = granted < WINDOW_USEFUL;
+        (granted, window.told_full)
+    }
+
+    /// What a receiver has made stable.
+    pub fn on_stream_ack(&mut self, ctx: &mut Context, from: ServerId, m: StreamAck) {
+        for ack in m.slots {
+            let Some(&index) = self.by_id.get(&ack.slot) else { continue };
+            let slot = &mut self.slots[index];
+            if slot.term != ack.term {
+                continue;
+            }
+            let Some(acting) = slot.acting.as_mut() else { continue };
+            let Some(outgoing) = acting.streams.get_mut(&from) else { continue };
+            let released = outgoing.on_stable(ack.stream, ack.through);
+            let durable = acting.durable.entry(from).or_default();
+            if ack.durable_watermark > *durable {
+                *durable = ack.durable_watermark;
+            }
+            let window = self.windows.entry(from).or_default();
+            window.in_flight = window.in_flight.saturating_sub(released.cost);
+            for sequence in released.sequences {
+                self.on_write_stable(ctx, index, sequence, from);
+            }
+            self.settlement_may_be_done(ctx, index);
+        }
+        let window = self.windows.entry(from).or_default();
+        window.limit = m.window;
+        window.full = m.full;
+    }
+
+    /// Watermarks of slots in which the sender acts.
+    pub fn on_watermarks(&mut self, ctx: &mut Context, from: ServerId, m: Watermarks) {
+        for told in m.slots {
+            let Some(&index) = self.by_id.get(&told.slot) else { continue };
+            let slot = &mut self.slots[index];
+            if slot.term != told.term || slot.primary != Some(from) || !slot.in_sync.contains(&self.me) {
+                continue;
+            }
+            slot.watermark = slot.watermark.max(told.watermark);
+            if told.lowest > slot.lowest_durable {
+                slot.lowest_durable = told.lowest;
+                ctx.stores.forget_changes(slot.id, told.lowest);
+            }
+        }
+    }
+
+    /// A connection to a server is up: promises and streams go on where they were.
+    pub fn on_connected(&mut self, ctx: &mut Context, server: ServerId, incarnation: Incarnation) {
+        self.connected.insert(server);
+        let window = self.windows.entry(server).or_default();
+        if window.incarnation != incarnation {
+            *window = Window { incarnation, ..Window::default() };
+        }
+        let mut promises = Vec::new();
+        for index in 0..self.slots.len() {
+            let slot = &mut self.slots[index];
+            let Some(acting) = slot.acting.as_mut() else { continue };
+            if acting.waits_for_promise_of(server) {
+                promises.push((slot.id, slot.term));
+            }
+            if let Some(outgoing) = acting.streams.get_mut(&server) {
+                self.next_stream += 1;
+                let again = outgoing.reopen(self.next_stream, slot.id, slot.term, slot.watermark);
+                for m in again {
+                    ctx.send(Peer::Server(server), Body::Replicate(m));
+                }
+            }
+            self.ask_again(ctx, index, server);
+        }
+        if !promises.is_empty() {
+            ctx.send(Peer::Server(server), Body::Promise(Promise { slots: promises }));
+        }
+    }
+
+    /// A connection to a server is gone, with what was on it.
+    pub fn on_disconnected(&mut self, server: ServerId) {
+        self.connected.remove(&server);
+    }
+}
+
+/// A window below this is told as full: the largest write has 16 blocks, and four of them should fit.
+const WINDOW_USEFUL: u64 = 64;
+
+fn part_element(part: &Part) -> Option<ElementKey> {
+    match part {
+        Part::Write { element, .. } | Part::Copy { element, .. } => Some(*element),
+        Part::SettlementDone | Part::Skip { .. } | Part::Mark { .. } => None,
+    }
+}
+
+/// A family that the state knew and does not know any more. (One that is newer than the state cannot
+/// appear: its writes have a term that this server does not know.)
+pub(super) fn family_ended(state: &State, family: FamilyId) -> bool {
+    family.0 <= state.index && !state.families.contains_key(&family)
+}
+
+/// The data of a stream message has the length and the checksums that the message says.
+fn sums_match(m: &Replicate) -> bool {
+    let data = m.data.to_bytes();
+    let chunks = data.chunks_exact(BLOCK_SIZE as usize);
+    let whole = chunks.remainder().is_empty();
+    let sums: Vec<BlockSum> = match &m.part {
+        Part::Write { sums, first_block, .. } => {
+            if sums.is_empty() || usize::from(*first_block) + sums.len() > BLOCKS_PER_ELEMENT {
+                return false;
+            }
+            sums.iter().copied().filter(|s| *s != BlockSum::Zero).collect()
+        }
+        Part::Copy { image, blocks, .. } => {
+            let sum =
+                |(row, block): &(u16, u8)| image.rows.get(usize::from(*row))?.sums.get(usize::from(*block)).copied();
+            match blocks.iter().map(sum).collect::<Option<Vec<_>>>() {
+                Some(sums) => sums,
+                None => return false,
+            }
+        }
+        _ => Vec::new(),
+    };
+    whole && chunks.len() == sums.len() && chunks.zip(&sums).all(|(c, s)| *s == BlockSum::Crc(crc32c(c)))
+}

@@ -1,0 +1,119 @@
+//! Verification while the cluster runs: every block of this server's disks against its checksum.
+//!
+//! A part at a time: the caller goes on from where the last part ended. That the replicas hold the same
+//! is compared by the caller from the images that each server tells.
+
+use super::*;
+
+/// Elements in one part.
+const PART: usize = 64;
+
+/// A part being verified.
+pub(super) struct Verification {
+    client: ClientId,
+    tag: Tag,
+    scan: ReadId,
+    reads: BTreeMap<ReadId, ElementKey>,
+    loading: BTreeSet<ElementKey>,
+    part: VerifyPart,
+    is_scanned: bool,
+}
+
+impl DataAccess {
+    /// Verifies the next elements of this server after `after`.
+    pub fn on_verify(&mut self, ctx: &mut Context, client: ClientId, tag: Tag, after: Option<ElementKey>) {
+        let scan = ctx.stores.scan_all(after, PART);
+        let part = VerifyPart::default();
+        let job = Verification {
+            client,
+            tag,
+            scan,
+            reads: BTreeMap::new(),
+            loading: BTreeSet::new(),
+            part,
+            is_scanned: false,
+        };
+        self.verifications.push(job);
+    }
+
+    /// True if the scan was one of these.
+    pub(super) fn on_verify_scanned(
+        &mut self,
+        ctx: &mut Context,
+        scan: ReadId,
+        elements: &Result<Vec<(ElementKey, Version)>, crate::store::DiskError>,
+    ) -> bool {
+        let Some(at) = self.verifications.iter().position(|v| v.scan == scan) else { return false };
+        let job = &mut self.verifications[at];
+        job.is_scanned = true;
+        match elements {
+            Err(error) => job.part.complaints.push(format!("the PMap cannot be read: {error}")),
+            Ok(elements) => {
+                if elements.len() >= PART {
+                    job.part.next = elements.last().map(|(key, _)| *key);
+                }
+                job.loading = elements.iter().map(|(key, _)| *key).collect();
+                for key in job.loading.clone() {
+                    match ctx.stores.load(key) {
+                        Loaded::Pending => self.wait_for_load(key, LoadWaiter::Verify),
+                        _ => self.verify_element(ctx, key),
+                    }
+                }
+            }
+        }
+        self.answer_verified(ctx);
+        true
+    }
+
+    pub(super) fn verify_element(&mut self, ctx: &mut Context, key: ElementKey) {
+        // Writes that are not durable yet cannot be read: those elements are for another time.
+        let image = ctx.stores.image(key);
+        let is_busy = self.slots.iter().any(|s| s.outstanding > 0) && image.version > self.lowest_watermark(ctx, key);
+        for job in &mut self.verifications {
+            if !job.loading.remove(&key) || is_busy {
+                continue;
+            }
+            let stored = |(r, row): (usize, &crate::store::RowImage)| {
+                let blocks = row.sums.iter().enumerate().filter(|(_, sum)| **sum != BlockSum::Zero);
+                blocks.map(|(b, _)| (r as u16, b as u8)).collect::<Vec<_>>()
+            };
+            let blocks: Vec<(u16, u8)> = image.rows.iter().enumerate().flat_map(stored).collect();
+            job.part.elements += 1;
+            job.part.blocks += blocks.len() as u64;
+            let read = ctx.stores.read_image(key, &blocks);
+            job.reads.insert(read, key);
+        }
+        self.answer_verified(ctx);
+    }
+
+    fn lowest_watermark(&self, ctx: &Context, key: ElementKey) -> Version {
+        let slot = ctx.state.slot_of(key.family, key.element).and_then(|id| self.by_id.get(&id));
+        slot.map_or(Version::ZERO, |index| self.slots[*index].watermark)
+    }
+
+    /// True if the read was one of these.
+    pub(super) fn on_verify_read(
+        &mut self,
+        ctx: &mut Context,
+        read: ReadId,
+        result: &Result<ReadBlocks, ReadError>,
+    ) -> bool {
+        let Some(job) = self.verifications.iter_mut().find(|v| v.reads.contains_key(&read)) else { return false };
+        let key = job.reads.remove(&read).expect("just found");
+        if let Err(error) = result {
+            job.part.complaints.push(format!("element {key:?} cannot be read: {error:?}"));
+        }
+        self.answer_verified(ctx);
+        true
+    }
+
+    fn answer_verified(&mut self, ctx: &mut Context) {
+        let scanned = |v: &Verification| v.reads.is_empty() && v.loading.is_empty() && v.is_scanned;
+        let (done, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.verifications).into_iter().partition(scanned);
+        self.verifications = rest;
+        for job in done {
+            let result = Ok(AdminResponse::Verified(job.part));
+            ctx.reply(job.client, Body::AdminReply(AdminReply { tag: job.tag, result }));
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! The desk: management calls that clients of this server wait for.
+//!
+//! A call is answered when its command is applied here (then a majority of the ring has it on stable
+//! storage), and, where it narrows what data messages may do, when every server has *settled* it (2.1):
+//! has applied it, and has finished or refused what it had begun before. At the deadline the answer says
+//! what is known: not decided, or accepted but not settled, and for whom it waits.
+
+use crate::global_state::{CommandError, Outcome};
+use crate::ids::*;
+use crate::message::*;
+use crate::server::{ClientId, Output, Peer};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use stdx::Instant;
+
+/// What an applied command came to.
+pub type CommandResult = Result<Outcome, CommandError>;
+
+/// The desk.
+#[derive(Debug, Default)]
+pub struct Desk {
+    calls: BTreeMap<(u64, u64), Call>,
+}
+
+#[derive(Debug)]
+struct Call {
+    askers: Vec<(ClientId, Tag)>,
+    deadline: Instant,
+    stage: Stage,
+}
+
+#[derive(Debug)]
+enum Stage {
+    Deciding,
+    Settling { index: StateIndex, outcome: Outcome, waits: BTreeSet<ServerId> },
+}
+
+impl Desk {
+    /// A client waits for a command.
+    pub fn expect(&mut self, client: ClientId, tag: Tag, id: CommandId, deadline: Instant) {
+        let call = self.calls.entry((id.proposer, id.number)).or_insert(Call {
+            askers: Vec::new(),
+            deadline,
+            stage: Stage::Deciding,
+        });
+        call.deadline = call.deadline.max(deadline);
+        call.askers.push((client, tag));
+    }
+
+    /// A command was applied. With `settle_at` its callers wait until these servers have settled it; true
+    /// if somebody does (then the caller asks the servers).
+    pub fn on_executed(
+        &mut self,
+        id: CommandId,
+        index: StateIndex,
+        result: CommandResult,
+        settle_at: Option<Vec<ServerId>>,
+        out: &mut VecDeque<Output>,
+    ) -> bool {
+        let key = (id.proposer, id.number);
+        let Some(call) = self.calls.get_mut(&key) else { return false };
+        match (result, settle_at) {
+            (Ok(outcome), Some(servers)) if !servers.is_empty() => {
+                call.stage = Stage::Settling { index, outcome, waits: servers.into_iter().collect() };
+                true
+            }
+            (result, _) => {
+                let call = self.calls.remove(&key).expect("just found");
+                let answer = result
+                    .map(|outcome| AdminResponse::Executed { index, outcome, unsettled: Vec::new() })
+                    .map_err(AdminError::Refused);
+                reply(call.askers, answer, index, out);
+                false
+            }
+        }
+    }
+
+    /// A server has settled an index.
+    pub fn on_settled(&mut self, server: ServerId, settled: StateIndex, out: &mut VecDeque<Output>) {
+        for call in self.calls.values_mut() {
+            if let Stage::Settling { index, waits, .. } = &mut call.stage
+                && *index == settled
+            {
+                waits.remove(&server);
+            }
+        }
+        self.answer(|call| matches!(&call.stage, Stage::Settling { waits, .. } if waits.is_empty()), &[], out);
+    }
+
+    /// Indices that a server has still to settle: asked for again when its connection is new.
+    pub fn unsettled_at(&self, server: ServerId) -> Vec<StateIndex> {
+        let waits = |call: &Call| match &call.stage {
+            Stage::Settling { index, waits, .. } if waits.contains(&server) => Some(*index),
+            _ => None,
+        };
+        self.calls.values().filter_map(waits).collect()
+    }
+
+    /// Calls whose deadline has passed are answered with what is known.
+    pub fn tick(&mut self, now: Instant, ring: &[ServerId], out: &mut VecDeque<Output>) {
+        self.answer(|call| call.deadline <= now, ring, out);
+    }
+
+    fn answer(&mut self, which: impl Fn(&Call) -> bool, ring: &[ServerId], out: &mut VecDeque<Output>) {
+        let keys: Vec<(u64, u64)> = self.calls.iter().filter(|(_, c)| which(c)).map(|(key, _)| *key).collect();
+        for key in keys {
+            let call = self.calls.remove(&key).expect("just listed");
+            let (answer, at) = match call.stage {
+                Stage::Deciding => (Err(AdminError::NotDecided { ring: ring.to_vec() }), 0),
+                Stage::Settling { index, outcome, waits } => {
+                    let unsettled = waits.into_iter().collect();
+                    (Ok(AdminResponse::Executed { index, outcome, unsettled }), index)
+                }
+            };
+            reply(call.askers, answer, at, out);
+        }
+    }
+
+    /// A client has gone; nobody waits for its calls any more, the commands go on.
+    pub fn on_client_gone(&mut self, client: ClientId) {
+        for call in self.calls.values_mut() {
+            call.askers.retain(|(asker, _)| *asker != client);
+        }
+        self.calls.retain(|_, call| !call.askers.is_empty());
+    }
+
+    /// The next deadline.
+    pub fn next_timeout(&self) -> Option<Instant> {
+        self.calls.values().map(|c| c.deadline).min()
+    }
+}
+
+fn reply(
+    askers: Vec<(ClientId, Tag)>,
+    result: Result<AdminResponse, AdminError>,
+    state_index: StateIndex,
+    out: &mut VecDeque<Output>,
+) {
+    for (client, tag) in askers {
+        let body = Body::AdminReply(AdminReply { tag, result: result.clone() });
+        out.push_back(Output::Send { to: Peer::Client(client), message: Message { state_index, body } });
+    }
+}

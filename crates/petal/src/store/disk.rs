@@ -1,0 +1,1116 @@
+//! One physical disk, stepped (2.10): entries in memory, the journal's open batch, batches on their way,
+//! reads, checkpoints. How it is opened is `recovery.rs`.
+//!
+//! ```text
+//!  stage -> open batch -> (flush) on its way: data writes + one journal write, issued together
+//!                                   |  all durable, and all batches before it
+//!                                   v
+//!                         tickets are stable; what it freed may be used again when a durable batch
+//!                         vouches for it and the last reader from before has gone
+//! ```
+//!
+//! Nothing is overwritten in place. Staged changes are in memory at once; who must not see them before
+//! they are complete is decided above (queues, watermarks).
+//!
+//! How it fails: an error of a write is tried once more, then the disk has failed: nothing more is
+//! acknowledged from it. Errors of reads are answers.
+
+use super::allocator::Allocator;
+use super::element::{Address, Entry, NOWHERE, Row};
+use super::journal::{self, Header, Position, Record};
+use super::superblock::Superblock;
+use super::*;
+use super::{keys, recovery};
+use crate::limits::BATCHES_IN_FLIGHT_MAX;
+use crate::sabotage::Sabotage;
+use smallvec::SmallVec;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use stdx::checksum::crc32c;
+use stdx::{FastMap, FastSet};
+
+/// Free bytes below the frontier under which the file is grown ahead.
+const EXTEND_AHEAD_BLOCKS: u64 = (96 << 20) / BLOCK_SIZE;
+/// Bytes by which it is grown.
+const EXTEND_STEP: u64 = 64 << 20;
+/// Dirty entries at which a checkpoint begins although the journal has room: bounds memory and the work
+/// of one checkpoint.
+const DIRTY_MAX: usize = 65536;
+/// Bytes of the PMap region that an element may need, with the store's own overhead.
+const PMAP_BYTES_PER_ELEMENT: u64 = 1024;
+
+/// What a disk tells its owner.
+#[derive(Debug)]
+pub(super) enum DiskEvent {
+    Opened,
+    Failed(String),
+    Loaded(ElementKey),
+    Stable(Ticket),
+    Read { read: ReadId, result: Result<ReadBlocks, ReadError> },
+    Scanned { scan: ReadId, elements: Result<Vec<(ElementKey, Version)>, DiskError> },
+}
+
+/// How an entry in memory relates to the PMap store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cleanness {
+    /// The same.
+    Clean,
+    /// Newer, and the next checkpoint has it.
+    Dirty,
+    /// The checkpoint on its way has it.
+    Saving,
+}
+
+#[derive(Debug)]
+pub(super) struct Cached {
+    pub entry: Entry,
+    clean: Cleanness,
+    /// Used since the clock hand last passed.
+    used: bool,
+    /// Rows in the PMap store that the entry no longer has.
+    stale_rows: SmallVec<[(LineageId, Epoch); 1]>,
+}
+
+/// Changes that wait for the next flush.
+#[derive(Debug, Default)]
+struct OpenBatch {
+    records: Vec<u8>,
+    data: Vec<(Address, Bytes)>,
+    frees: Vec<Address>,
+    tickets: Vec<Ticket>,
+    watermarks: Vec<(SlotId, Version)>,
+}
+
+/// A batch that was issued.
+#[derive(Debug)]
+struct Batch {
+    number: u64,
+    durable_through: u64,
+    after: Position,
+    waits: usize,
+    frees: Vec<Address>,
+    tickets: Vec<Ticket>,
+    watermarks: Vec<(SlotId, Version)>,
+    told: bool,
+}
+
+/// What an operation handed to the world was for.
+#[derive(Debug)]
+enum Pending {
+    Batch { number: u64, offset: u64, pieces: Vec<Bytes>, again: bool },
+    Read { read: ReadId, piece: usize },
+    Head(ElementKey),
+    Rows(ElementKey),
+    Scan(ReadId),
+    Commit,
+    Extend { to: u64 },
+}
+
+#[derive(Debug)]
+struct ReadJob {
+    sums: Vec<BlockSum>,
+    /// Per piece: block numbers (for errors) and checksums of its blocks, and the bytes when they came.
+    pieces: Vec<Piece>,
+    waits: usize,
+    error: Option<ReadError>,
+    pin: u64,
+}
+
+#[derive(Debug)]
+struct Piece {
+    blocks: SmallVec<[(u8, u32); 4]>,
+    bytes: Bytes,
+}
+
+#[derive(Debug)]
+struct ScanJob {
+    from: ElementKey,
+    end: Option<ElementKey>,
+    limit: usize,
+    /// Found in earlier pages.
+    found: BTreeMap<ElementKey, Version>,
+    /// Keys that a checkpoint finished in the meantime has made known to the PMap store.
+    extra: BTreeSet<ElementKey>,
+}
+
+#[derive(Debug)]
+struct Checkpoint {
+    position: Position,
+    changes: Vec<(Table, Bytes, Option<Bytes>)>,
+    keys: Vec<ElementKey>,
+    watermarks: Vec<(SlotId, Version)>,
+    issued: bool,
+}
+
+/// One disk.
+#[derive(Debug)]
+pub(super) struct Disk {
+    pub path: String,
+    pub superblock: Superblock,
+    pub sabotage: Sabotage,
+    pub allocator: Allocator,
+    pub cache: FastMap<ElementKey, Cached>,
+    /// Clock hand over clean entries.
+    clock: VecDeque<ElementKey>,
+    cache_max: usize,
+    /// Entries that became dirty since the last checkpoint began.
+    dirty: Vec<ElementKey>,
+    /// Elements that exist here and that the PMap store does not have yet.
+    fresh: BTreeSet<ElementKey>,
+    pub elements: u64,
+    loading: FastSet<ElementKey>,
+    half_loaded: FastMap<ElementKey, Entry>,
+    pub changes: BTreeMap<SlotId, BTreeMap<Version, ElementKey>>,
+    /// What of `changes` the PMap store has.
+    pub(super) saved_changes: BTreeSet<(SlotId, Version, ElementKey)>,
+    /// Changes at or below are forgotten.
+    pub floors: BTreeMap<SlotId, Version>,
+    /// Newest staged, and newest durable watermark of each slot that this disk knows.
+    pub watermarks: BTreeMap<SlotId, Version>,
+    pub durable_watermarks: BTreeMap<SlotId, Version>,
+    pub meta: BTreeMap<Bytes, Bytes>,
+    pub meta_generation: u64,
+    dirty_meta: BTreeSet<Bytes>,
+    open: OpenBatch,
+    batches: VecDeque<Batch>,
+    pub last_issued: Position,
+    pub durable_through: u64,
+    /// Journal from here on is needed: the last checkpoint's position.
+    pub tail: Position,
+    checkpoint: Option<Checkpoint>,
+    /// Freed by a batch, waiting for a durable batch that vouches for it.
+    freed: VecDeque<(u64, Vec<Address>)>,
+    /// Vouched for, waiting for readers that began before.
+    unpinned: VecDeque<(u64, Vec<Address>)>,
+    waiting_free: u64,
+    next_pin: u64,
+    pins: BTreeSet<u64>,
+    reads: FastMap<ReadId, ReadJob>,
+    scans: BTreeMap<ReadId, ScanJob>,
+    extending: bool,
+    host_full: bool,
+    pub(super) failed: Option<String>,
+    pending: FastMap<OpId, Pending>,
+    next_op: OpId,
+    pub(super) commands: VecDeque<(OpId, DiskCommand)>,
+    pub(super) events: VecDeque<DiskEvent>,
+    pub(super) recovery: Option<Box<recovery::Recovery>>,
+    pub(super) bad_blocks: u64,
+}
+
+impl Disk {
+    pub fn new(open: OpenDisk, config: &StoreConfig) -> Self {
+        let layout = open.superblock.layout;
+        let mut allocator = Allocator::new(layout.data.length / BLOCK_SIZE);
+        allocator.set_frontier(open.frontier.saturating_sub(layout.data.offset) / BLOCK_SIZE);
+        Disk {
+            path: open.path,
+            superblock: open.superblock,
+            sabotage: config.sabotage,
+            allocator,
+            cache: FastMap::new(),
+            clock: VecDeque::new(),
+            cache_max: config.cache_elements,
+            dirty: Vec::new(),
+            fresh: BTreeSet::new(),
+            elements: 0,
+            loading: FastSet::new(),
+            half_loaded: FastMap::new(),
+            changes: BTreeMap::new(),
+            saved_changes: BTreeSet::new(),
+            floors: BTreeMap::new(),
+            watermarks: BTreeMap::new(),
+            durable_watermarks: BTreeMap::new(),
+            meta: BTreeMap::new(),
+            meta_generation: 0,
+            dirty_meta: BTreeSet::new(),
+            open: OpenBatch::default(),
+            batches: VecDeque::new(),
+            last_issued: Position::default(),
+            durable_through: 0,
+            tail: Position::default(),
+            checkpoint: None,
+            freed: VecDeque::new(),
+            unpinned: VecDeque::new(),
+            waiting_free: 0,
+            next_pin: 1,
+            pins: BTreeSet::new(),
+            reads: FastMap::new(),
+            scans: BTreeMap::new(),
+            extending: false,
+            host_full: false,
+            failed: None,
+            pending: FastMap::new(),
+            next_op: 1,
+            commands: VecDeque::new(),
+            events: VecDeque::new(),
+            recovery: None,
+            bad_blocks: 0,
+        }
+    }
+
+    pub fn is_open(&self) -> bool {
+        self.recovery.is_none() && self.failed.is_none()
+    }
+
+    pub(super) fn fail(&mut self, reason: String) {
+        if self.failed.is_none() {
+            let reason = format!("{}: {reason}", self.path);
+            self.failed = Some(reason.clone());
+            self.events.push_back(DiskEvent::Failed(reason));
+        }
+    }
+
+    pub(super) fn command(&mut self, command: DiskCommand) -> OpId {
+        let op = self.next_op;
+        self.next_op += 1;
+        self.commands.push_back((op, command));
+        op
+    }
+
+    fn issue(&mut self, pending: Pending, command: DiskCommand) {
+        let op = self.command(command);
+        self.pending.insert(op, pending);
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Entries.
+
+    /// True if the entry (or that there is none) is in memory.
+    pub fn knows(&self, element: ElementKey) -> bool {
+        self.cache.contains_key(&element)
+    }
+
+    /// The entry in memory, if the element exists.
+    pub fn entry(&self, element: ElementKey) -> Option<&Entry> {
+        self.cache.get(&element).map(|c| &c.entry).filter(|e| !e.is_absent())
+    }
+
+    /// Marks the entry as used; true if it is in memory.
+    pub fn touch(&mut self, element: ElementKey) -> bool {
+        match self.cache.get_mut(&element) {
+            Some(cached) => {
+                cached.used = true;
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Every entry in memory whose element exists.
+    pub fn each_cached(&self, mut f: impl FnMut(ElementKey, &Entry)) {
+        let mut seen = BTreeSet::new();
+        for element in &self.clock {
+            if let Some(entry) = self.entry(*element)
+                && seen.insert(*element)
+            {
+                f(*element, entry);
+            }
+        }
+    }
+
+    /// Begins to bring an entry into memory.
+    pub fn load(&mut self, element: ElementKey) {
+        if self.loading.insert(element) {
+            let key = keys::head(element);
+            self.issue(Pending::Head(element), DiskCommand::PmapGet { table: Table::Heads, key });
+        }
+    }
+
+    fn on_head(&mut self, element: ElementKey, value: Option<Bytes>) {
+        let Some(value) = value else { return self.loaded(element, Entry::absent()) };
+        let Some(head) = Entry::decode_head(&value) else {
+            return self.fail(format!("the entry of element {element:?} is damaged"));
+        };
+        self.half_loaded.insert(element, head);
+        let (from, to) = keys::rows_of(element);
+        let command = DiskCommand::PmapRange { table: Table::Rows, from, to, limit: usize::MAX };
+        self.issue(Pending::Rows(element), command);
+    }
+
+    fn on_rows(&mut self, element: ElementKey, rows: Vec<(Bytes, Bytes)>) {
+        let mut entry = self.half_loaded.remove(&element).expect("rows follow a head");
+        for (key, value) in rows {
+            let row = keys::row_ids(&key).and_then(|(lineage, epoch)| Row::decode(lineage, epoch, &value));
+            let Some(row) = row else {
+                return self.fail(format!("a row of element {element:?} is damaged"));
+            };
+            entry.rows.push(row);
+        }
+        self.loaded(element, entry);
+    }
+
+    fn loaded(&mut self, element: ElementKey, entry: Entry) {
+        self.loading.remove(&element);
+        let cached = Cached { entry, clean: Cleanness::Clean, used: true, stale_rows: SmallVec::new() };
+        if self.cache.insert(element, cached).is_none() {
+            self.clock.push_back(element);
+        }
+        if self.recovery.is_some() {
+            self.on_recovery_loaded();
+        } else {
+            self.events.push_back(DiskEvent::Loaded(element));
+        }
+    }
+
+    /// Forgets clean entries beyond the bound: second chance.
+    fn evict(&mut self) {
+        let mut tries = self.clock.len().min(64);
+        while self.cache.len() > self.cache_max && tries > 0 {
+            tries -= 1;
+            let Some(element) = self.clock.pop_front() else { return };
+            let Some(cached) = self.cache.get_mut(&element) else { continue };
+            if cached.clean != Cleanness::Clean || std::mem::take(&mut cached.used) {
+                self.clock.push_back(element);
+            } else {
+                self.cache.remove(&element);
+            }
+        }
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Staging.
+
+    /// Blocks that may be handed out, beyond the reserve.
+    pub fn free_blocks(&self) -> u64 {
+        if self.elements >= self.superblock.layout.pmap.length / PMAP_BYTES_PER_ELEMENT {
+            return 0;
+        }
+        let free = if self.host_full { self.allocator.free_below_frontier() } else { self.allocator.free() };
+        free.saturating_sub(self.reserve())
+    }
+
+    /// Blocks kept for settlements and for what keeps a full disk going.
+    fn reserve(&self) -> u64 {
+        (self.allocator.capacity() / 256).clamp(64, 16384)
+    }
+
+    /// True if so many blocks can be had at once, without growing the file first.
+    pub fn is_ready_for(&self, blocks: u64) -> bool {
+        self.allocator.free_below_frontier() >= blocks
+            || self.host_full
+            || self.allocator.frontier() >= self.allocator.capacity()
+    }
+
+    fn allocate(&mut self, blocks: usize) -> Option<SmallVec<[Address; 16]>> {
+        let mut extents = SmallVec::new();
+        if blocks > 0 && !self.allocator.allocate(blocks as u32, &mut extents) {
+            return None;
+        }
+        Some(extents.iter().flat_map(|(start, count)| *start..*start + u64::from(*count)).collect())
+    }
+
+    /// Takes a change in. Its element is in memory, and lives here if it lives anywhere.
+    pub fn stage(&mut self, ticket: Ticket, change: Change) -> Result<(), StageError> {
+        if self.failed.is_some() {
+            return Err(StageError::DiskFailed);
+        }
+        match change {
+            Change::Write {
+                element,
+                slot,
+                version,
+                lineage,
+                epoch,
+                parents,
+                id,
+                finished_below,
+                first_block,
+                blocks,
+                watermark,
+            } => {
+                let wanted = blocks.iter().filter(|b| matches!(b, BlockData::Data { .. })).count();
+                let mut addresses = self.allocate(wanted).ok_or(StageError::NoSpace)?.into_iter();
+                let mut places = Vec::with_capacity(blocks.len());
+                for block in blocks {
+                    places.push(match block {
+                        BlockData::Zero => None,
+                        BlockData::Data { crc, bytes } => {
+                            let address = addresses.next().expect("one address for each block of data");
+                            self.open.data.push((address, bytes));
+                            Some((address, crc))
+                        }
+                    });
+                }
+                let record = Record::Write {
+                    element,
+                    slot,
+                    version,
+                    lineage,
+                    epoch,
+                    parents,
+                    id,
+                    finished_below,
+                    watermark,
+                    first_block,
+                    blocks: places,
+                };
+                self.append(&record);
+                self.apply(record);
+            }
+            Change::Replace { element, slot, image, data, watermark } => {
+                let (rows, fresh) = self.build_rows(element, &image, data)?;
+                let ElementImage { version, ids, .. } = image;
+                let record = Record::Replace { element, slot, version, ids, rows, fresh, watermark };
+                self.append(&record);
+                self.apply(record);
+            }
+            Change::Drop { element } => {
+                let record = Record::Drop { element };
+                self.append(&record);
+                self.apply(record);
+            }
+            Change::Watermark { slot, watermark } => {
+                let record = Record::Watermark { slot, watermark };
+                self.append(&record);
+                self.apply(record);
+            }
+            Change::Meta { .. } => unreachable!("metadata is staged by `stage_meta`"),
+        }
+        self.open.tickets.push(ticket);
+        Ok(())
+    }
+
+    /// Stages a metadata value.
+    pub fn stage_meta(&mut self, ticket: Ticket, generation: u64, key: &Bytes, value: Option<&Bytes>) {
+        let record = Record::Meta { generation, key: key.to_vec(), value: value.map(|v| v.to_vec()) };
+        self.append(&record);
+        self.apply(record);
+        self.open.tickets.push(ticket);
+    }
+
+    /// Stages a watermark that nobody waits for.
+    pub fn stage_watermark(&mut self, slot: SlotId, watermark: Version) {
+        let record = Record::Watermark { slot, watermark };
+        self.append(&record);
+        self.apply(record);
+    }
+
+    fn append(&mut self, record: &Record) {
+        let records = std::mem::take(&mut self.open.records);
+        self.open.records = postcard::to_extend(record, records).expect("a record can be written to memory");
+    }
+
+    fn build_rows(
+        &mut self,
+        element: ElementKey,
+        image: &ElementImage,
+        data: Vec<(u16, u8, Bytes)>,
+    ) -> Result<(Vec<Row>, Vec<(u16, u8)>), StageError> {
+        let mut rows: Vec<Row> = image.rows.iter().map(|r| Row::zeros(r.lineage, r.epoch)).collect();
+        let mut missing: BTreeSet<(u16, u8)> = BTreeSet::new();
+        let absent = Entry::absent();
+        let present = self.cache.get(&element).map_or(&absent, |c| &c.entry);
+        for (r, (row, want)) in rows.iter_mut().zip(&image.rows).enumerate() {
+            let old = present.rows.iter().find(|o| (o.lineage, o.epoch) == (row.lineage, row.epoch));
+            for (b, sum) in want.sums.iter().enumerate() {
+                let BlockSum::Crc(crc) = sum else { continue };
+                match old {
+                    Some(old) if old.sum(b) == *sum => {
+                        row.addresses[b] = old.addresses[b];
+                    }
+                    _ => {
+                        missing.insert((r as u16, b as u8));
+                    }
+                }
+                row.crcs[b] = *crc;
+            }
+        }
+        let data: BTreeMap<(u16, u8), Bytes> =
+            data.into_iter().map(|(r, b, bytes)| ((r, b), bytes)).filter(|(at, _)| missing.contains(at)).collect();
+        if data.len() != missing.len() {
+            return Err(StageError::MissingData);
+        }
+        // Equal blocks of several rows of one lineage share an address, as they would have where they
+        // were written: a row that inherits a block refers to the same place.
+        let addresses = self.allocate(data.len()).ok_or(StageError::NoSpace)?;
+        let fresh: Vec<(u16, u8)> = data.keys().copied().collect();
+        for (address, ((r, b), bytes)) in addresses.into_iter().zip(data) {
+            rows[usize::from(r)].addresses[usize::from(b)] = address;
+            self.open.data.push((address, bytes));
+        }
+        Ok((rows, fresh))
+    }
+
+    /// What a record does to the entries in memory: the same when it is staged and when it is replayed.
+    pub(super) fn apply(&mut self, record: Record) {
+        match record {
+            Record::Write {
+                element,
+                slot,
+                version,
+                lineage,
+                epoch,
+                parents,
+                id,
+                finished_below,
+                watermark,
+                first_block,
+                blocks,
+            } => {
+                let cached = self.cache.get_mut(&element).expect("the entry of a staged write is in memory");
+                let entry = &mut cached.entry;
+                let (old_version, was_absent) = (entry.version, entry.is_absent());
+                let mut released: SmallVec<[Address; 16]> = SmallVec::new();
+                let row = entry.row_to_write(lineage, epoch, &parents);
+                for (place, block) in blocks.iter().zip(usize::from(first_block)..BLOCKS_PER_ELEMENT) {
+                    if row.addresses[block] != NOWHERE {
+                        released.push(row.addresses[block]);
+                    }
+                    (row.addresses[block], row.crcs[block]) = place.unwrap_or((NOWHERE, 0));
+                }
+                released.retain(|a| !entry.refers_to(*a));
+                entry.slot = slot;
+                entry.version = entry.version.max(version);
+                entry.note_id(id, finished_below);
+                let new_version = entry.version;
+                self.dirtied(element, was_absent);
+                self.index_change(element, slot, old_version, Some(new_version));
+                self.release(&released);
+                self.note_watermark(slot, watermark);
+            }
+            Record::Replace { element, slot, version, ids, rows, fresh: _, watermark } => {
+                let cached = self.cache.get_mut(&element).expect("the entry of a staged replacement is in memory");
+                let old =
+                    std::mem::replace(&mut cached.entry, Entry { version, slot, ids: ids.into(), rows: rows.into() });
+                let gone = old.rows.iter().map(|r| (r.lineage, r.epoch));
+                let has = |row: &(LineageId, Epoch)| cached.entry.rows.iter().any(|r| (r.lineage, r.epoch) == *row);
+                let stale: Vec<_> = gone.filter(|row| !has(row)).collect();
+                cached.stale_rows.extend(stale);
+                let released: Vec<Address> =
+                    old.addresses().into_iter().filter(|a| !cached.entry.refers_to(*a)).collect();
+                self.dirtied(element, old.is_absent());
+                self.index_change(element, slot, old.version, Some(version));
+                self.release(&released);
+                self.note_watermark(slot, watermark);
+            }
+            Record::Drop { element } => {
+                let Some(cached) = self.cache.get_mut(&element) else { return };
+                let old = std::mem::replace(&mut cached.entry, Entry::absent());
+                if old.is_absent() {
+                    return;
+                }
+                cached.stale_rows.extend(old.rows.iter().map(|r| (r.lineage, r.epoch)));
+                let released = old.addresses();
+                self.elements -= 1;
+                self.dirtied(element, false);
+                self.fresh.remove(&element);
+                self.index_change(element, old.slot, old.version, None);
+                self.release(&released);
+            }
+            Record::Watermark { slot, watermark } => self.note_watermark(slot, watermark),
+            Record::Meta { generation, key, value } => {
+                let key = Bytes::from(key);
+                self.meta_generation = self.meta_generation.max(generation);
+                self.dirty_meta.insert(key.clone());
+                match value {
+                    Some(value) => self.meta.insert(key, value.into()),
+                    None => self.meta.remove(&key),
+                };
+            }
+        }
+    }
+
+    fn dirtied(&mut self, element: ElementKey, was_absent: bool) {
+        let cached = self.cache.get_mut(&element).expect("a changed entry is in memory");
+        cached.used = true;
+        if cached.clean != Cleanness::Dirty {
+            cached.clean = Cleanness::Dirty;
+            self.dirty.push(element);
+        }
+        if was_absent {
+            self.elements += 1;
+            self.fresh.insert(element);
+        }
+    }
+
+    fn index_change(&mut self, element: ElementKey, slot: SlotId, old: Version, new: Option<Version>) {
+        let index = self.changes.entry(slot).or_default();
+        if new == Some(old) {
+            return;
+        }
+        if index.get(&old) == Some(&element) {
+            index.remove(&old);
+        }
+        if let Some(new) = new {
+            index.insert(new, element);
+        }
+    }
+
+    fn note_watermark(&mut self, slot: SlotId, watermark: Version) {
+        let newest = self.watermarks.entry(slot).or_default();
+        *newest = (*newest).max(watermark);
+        self.open.watermarks.push((slot, watermark));
+    }
+
+    fn release(&mut self, addresses: &[Address]) {
+        for address in addresses {
+            self.allocator.release(*address);
+            // What a replayed batch freed was vouched for, or has no reader any more.
+            if self.sabotage == Sabotage::ReuseEarly || self.recovery.is_some() {
+                self.allocator.reuse(*address);
+            } else {
+                self.open.frees.push(*address);
+            }
+        }
+    }
+
+    /// Replay goes through `apply`; nothing of it is to be written again.
+    pub(super) fn discard_open_batch(&mut self) {
+        self.open = OpenBatch::default();
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Batches.
+
+    /// Issues what is staged, as far as batches may be on their way.
+    pub fn flush(&mut self) {
+        if !self.is_open() {
+            return;
+        }
+        self.grow_ahead();
+        self.issue_open_batch(false);
+        self.push_frees_on();
+        self.begin_checkpoint_if_due();
+        self.evict();
+    }
+
+    fn is_idle(&self) -> bool {
+        self.batches.is_empty() && self.open.is_empty()
+    }
+
+    /// Freed blocks wait for a later batch. When nothing else is written and blocks are short, an empty
+    /// batch vouches for the one that freed them.
+    fn push_frees_on(&mut self) {
+        let short = self.allocator.free() < self.allocator.capacity() / 8;
+        if short && self.is_idle() && !self.freed.is_empty() {
+            self.issue_open_batch(true);
+        }
+    }
+
+    /// Room in the ring for a batch of so many bytes, with what is lost when it does not fit at the end.
+    fn has_journal_room(&self, bytes: u64, for_start: bool) -> bool {
+        let ring = self.superblock.layout.journal.length;
+        // A sixteenth is kept for the open records of starts, so that a disk that was stopped with a full
+        // journal can always be opened.
+        let kept = if for_start { BLOCK_SIZE } else { ring / 16 };
+        self.journal_used() + 2 * bytes + kept <= ring
+    }
+
+    fn journal_used(&self) -> u64 {
+        let ring = self.superblock.layout.journal.length;
+        (self.last_issued.next + ring - self.tail.next) % ring
+    }
+
+    fn is_checkpoint_due(&self) -> bool {
+        let long = self.journal_used() > self.superblock.layout.journal.length / 2;
+        self.checkpoint.is_none() && (long || self.dirty.len() > DIRTY_MAX)
+    }
+
+    pub(super) fn issue_open_batch(&mut self, even_empty: bool) {
+        let bytes = journal::batch_bytes(self.open.records.len());
+        // A checkpoint begins between batches: for it, one more may be on its way.
+        let on_their_way = BATCHES_IN_FLIGHT_MAX + usize::from(self.is_checkpoint_due());
+        if (self.open.is_empty() && !even_empty)
+            || self.batches.len() >= on_their_way
+            || !self.has_journal_room(bytes, self.recovery.is_some())
+        {
+            return;
+        }
+        let open = std::mem::take(&mut self.open);
+        let number = self.last_issued.number + 1;
+        let header = Header {
+            run: self.superblock.incarnation.0,
+            number,
+            hash_before: self.last_issued.hash,
+            durable_through: self.durable_through,
+            length: 0,
+        };
+        let (batch, hash) = journal::encode_batch(self.superblock.disk, header, &open.records);
+        let ring = self.superblock.layout.journal;
+        let fits = self.last_issued.next + bytes <= ring.length;
+        let at = if fits { self.last_issued.next } else { 0 };
+        let after = Position { number, hash, next: at + bytes };
+        let mut waits = 1;
+        let data_start = self.superblock.layout.data.offset;
+        for (address, pieces) in coalesce(open.data) {
+            waits += 1;
+            let offset = data_start + address * BLOCK_SIZE;
+            let pending = Pending::Batch { number, offset, pieces: pieces.clone(), again: false };
+            self.issue(pending, DiskCommand::Write { offset, pieces });
+        }
+        let (offset, pieces) = (ring.offset + at, vec![Bytes::from(batch)]);
+        let pending = Pending::Batch { number, offset, pieces: pieces.clone(), again: false };
+        self.issue(pending, DiskCommand::Write { offset, pieces });
+        self.batches.push_back(Batch {
+            number,
+            durable_through: header.durable_through,
+            after,
+            waits,
+            frees: open.frees,
+            tickets: open.tickets,
+            watermarks: open.watermarks,
+            told: false,
+        });
+        self.last_issued = after;
+    }
+
+    fn on_batch_written(&mut self, number: u64) {
+        let Some(batch) = self.batches.iter_mut().find(|b| b.number == number) else { return };
+        batch.waits -= 1;
+        if self.sabotage == Sabotage::AckBatchesOutOfOrder && batch.waits == 0 {
+            batch.told = true;
+            let tickets = std::mem::take(&mut batch.tickets);
+            self.events.extend(tickets.into_iter().map(DiskEvent::Stable));
+        }
+        while self.batches.front().is_some_and(|b| b.waits == 0) {
+            let batch = self.batches.pop_front().expect("just seen");
+            self.on_batch_durable(batch);
+        }
+    }
+
+    fn on_batch_durable(&mut self, batch: Batch) {
+        self.durable_through = batch.number;
+        for (slot, watermark) in batch.watermarks {
+            let durable = self.durable_watermarks.entry(slot).or_default();
+            *durable = (*durable).max(watermark);
+        }
+        self.events.extend(batch.tickets.into_iter().map(DiskEvent::Stable));
+        if !batch.frees.is_empty() {
+            self.waiting_free += batch.frees.len() as u64;
+            self.freed.push_back((batch.number, batch.frees));
+        }
+        // A durable batch vouches for all up to its `durable_through`: their frees hold for good.
+        while self.freed.front().is_some_and(|(number, _)| *number <= batch.durable_through) {
+            let (_, addresses) = self.freed.pop_front().expect("just seen");
+            self.unpinned.push_back((self.next_pin, addresses));
+            self.next_pin += 1;
+        }
+        self.reuse_unpinned();
+        if self.recovery.is_some() && batch.number == self.last_issued.number {
+            self.recovery = None;
+            self.events.push_back(DiskEvent::Opened);
+        }
+        self.commit_checkpoint_if_durable();
+    }
+
+    fn reuse_unpinned(&mut self) {
+        let oldest = self.pins.first().copied().unwrap_or(u64::MAX);
+        while self.unpinned.front().is_some_and(|(stamp, _)| *stamp < oldest) {
+            let (_, addresses) = self.unpinned.pop_front().expect("just seen");
+            self.waiting_free -= addresses.len() as u64;
+            for address in addresses {
+                self.allocator.reuse(address);
+            }
+        }
+    }
+
+    fn grow_ahead(&mut self) {
+        let frontier = self.allocator.frontier();
+        let enough = self.allocator.free_below_frontier() >= EXTEND_AHEAD_BLOCKS;
+        if self.extending || self.host_full || enough || frontier >= self.allocator.capacity() {
+            return;
+        }
+        self.extending = true;
+        let data = self.superblock.layout.data;
+        let to = (data.offset + frontier * BLOCK_SIZE + EXTEND_STEP).min(data.offset + data.length);
+        self.issue(Pending::Extend { to }, DiskCommand::Extend { to });
+    }
+
+    fn on_extended(&mut self, to: u64, result: Result<(), DiskError>) {
+        self.extending = false;
+        match result {
+            Ok(()) => {
+                let data = self.superblock.layout.data;
+                self.allocator.set_frontier((to - data.offset) / BLOCK_SIZE);
+            }
+            // What lies below the frontier goes on to be used: full, not failed.
+            Err(_) => self.host_full = true,
+        }
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Checkpoint.
+
+    fn begin_checkpoint_if_due(&mut self) {
+        // Only between batches: what is in memory is then exactly what the journal has.
+        if !self.is_checkpoint_due() || !self.open.is_empty() {
+            return;
+        }
+        let mut changes = Vec::with_capacity(self.dirty.len() * 2 + 64);
+        let keys = std::mem::take(&mut self.dirty);
+        for key in &keys {
+            let cached = self.cache.get_mut(key).expect("dirty entries are in memory");
+            cached.clean = Cleanness::Saving;
+            let head = (!cached.entry.is_absent()).then(|| cached.entry.encode_head().into());
+            changes.push((Table::Heads, keys::head(*key), head));
+            for (lineage, epoch) in std::mem::take(&mut cached.stale_rows) {
+                changes.push((Table::Rows, keys::row(*key, lineage, epoch), None));
+            }
+            for row in &cached.entry.rows {
+                changes.push((Table::Rows, keys::row(*key, row.lineage, row.epoch), Some(row.encode().into())));
+            }
+        }
+        for (chunk, bits) in self.allocator.take_dirty() {
+            changes.push((Table::Free, keys::chunk(chunk), bits));
+        }
+        self.save_changes(&mut changes);
+        for key in std::mem::take(&mut self.dirty_meta) {
+            let value = self.meta.get(&key).cloned();
+            changes.push((Table::Meta, keys::meta(&key), value));
+        }
+        let watermarks: Vec<(SlotId, Version)> = self.watermarks.iter().map(|(s, w)| (*s, *w)).collect();
+        for (slot, watermark) in &watermarks {
+            let floor = self.floors.get(slot).copied().unwrap_or_default();
+            changes.push((Table::Meta, keys::watermark(*slot), Some(keys::versions(*watermark, floor))));
+        }
+        let position = self.last_issued;
+        let reached = recovery::Reached { position, elements: self.elements, generation: self.meta_generation };
+        changes.push((Table::Meta, keys::reached(), Some(reached.encode())));
+        self.checkpoint = Some(Checkpoint { position, changes, keys, watermarks, issued: false });
+        self.commit_checkpoint_if_durable();
+    }
+
+    /// The change index is small while all replicas are there: the difference to what is saved is found
+    /// by comparing.
+    fn save_changes(&mut self, out: &mut Vec<(Table, Bytes, Option<Bytes>)>) {
+        let now: BTreeSet<(SlotId, Version, ElementKey)> = self
+            .changes
+            .iter()
+            .flat_map(|(slot, index)| index.iter().map(|(version, element)| (*slot, *version, *element)))
+            .collect();
+        for (slot, version, element) in self.saved_changes.difference(&now) {
+            out.push((Table::Changes, keys::change(*slot, *version, *element), None));
+        }
+        for (slot, version, element) in now.difference(&self.saved_changes) {
+            out.push((Table::Changes, keys::change(*slot, *version, *element), Some(Bytes::new())));
+        }
+        self.saved_changes = now;
+    }
+
+    /// Entries may be saved only when the batches that made them are durable: else the PMap store would
+    /// know data that a crash can still take away.
+    fn commit_checkpoint_if_durable(&mut self) {
+        let Some(checkpoint) = &mut self.checkpoint else { return };
+        if checkpoint.issued || self.durable_through < checkpoint.position.number {
+            return;
+        }
+        checkpoint.issued = true;
+        let changes = std::mem::take(&mut checkpoint.changes);
+        self.issue(Pending::Commit, DiskCommand::PmapCommit { changes });
+    }
+
+    fn on_committed(&mut self) {
+        let checkpoint = self.checkpoint.take().expect("a commit belongs to a checkpoint");
+        self.tail = checkpoint.position;
+        for (slot, watermark) in checkpoint.watermarks {
+            let durable = self.durable_watermarks.entry(slot).or_default();
+            *durable = (*durable).max(watermark);
+        }
+        for key in checkpoint.keys {
+            if let Some(cached) = self.cache.get_mut(&key)
+                && cached.clean == Cleanness::Saving
+            {
+                cached.clean = Cleanness::Clean;
+            }
+            // Dropped and made again meanwhile: it is fresh still, and the set has it.
+            let exists = self.cache.get(&key).is_some_and(|c| !c.entry.is_absent());
+            if exists && self.fresh.remove(&key) {
+                for scan in self.scans.values_mut() {
+                    scan.extra.insert(key);
+                }
+            }
+        }
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Reads.
+
+    /// Captures the addresses of blocks now and reads them; `(block number for errors, address, sum)`.
+    pub fn read(&mut self, read: ReadId, blocks: &[(u8, Address, BlockSum)]) {
+        let sums = blocks.iter().map(|(_, _, sum)| *sum).collect();
+        let mut pieces: Vec<(Address, Piece)> = Vec::new();
+        for (number, address, sum) in blocks {
+            let BlockSum::Crc(crc) = sum else { continue };
+            match pieces.last_mut() {
+                Some((start, piece)) if *start + piece.blocks.len() as u64 == *address => {
+                    piece.blocks.push((*number, *crc));
+                }
+                _ => pieces
+                    .push((*address, Piece { blocks: SmallVec::from_slice(&[(*number, *crc)]), bytes: Bytes::new() })),
+            }
+        }
+        if pieces.is_empty() {
+            let result = Ok(ReadBlocks { sums, data: Vec::new() });
+            return self.events.push_back(DiskEvent::Read { read, result });
+        }
+        let pin = self.next_pin;
+        self.next_pin += 1;
+        self.pins.insert(pin);
+        let data_start = self.superblock.layout.data.offset;
+        for (i, (address, piece)) in pieces.iter().enumerate() {
+            let offset = data_start + address * BLOCK_SIZE;
+            let length = piece.blocks.len() as u64 * BLOCK_SIZE;
+            self.issue(Pending::Read { read, piece: i }, DiskCommand::Read { offset, length });
+        }
+        let waits = pieces.len();
+        let pieces = pieces.into_iter().map(|(_, piece)| piece).collect();
+        self.reads.insert(read, ReadJob { sums, pieces, waits, error: None, pin });
+    }
+
+    fn on_read(&mut self, read: ReadId, piece: usize, result: Result<Bytes, DiskError>) {
+        let job = self.reads.get_mut(&read).expect("a piece belongs to a read");
+        let piece = &mut job.pieces[piece];
+        match result {
+            Err(error) => job.error = Some(ReadError::Disk(error)),
+            Ok(bytes) => {
+                let good = bytes.len() == piece.blocks.len() * BLOCK_SIZE as usize;
+                let bad =
+                    piece.blocks.iter().zip(bytes.chunks(BLOCK_SIZE as usize)).find(|((_, crc), b)| crc32c(b) != *crc);
+                match bad {
+                    None if good => piece.bytes = bytes,
+                    _ => {
+                        let block = bad.map_or(piece.blocks[0].0, |((number, _), _)| *number);
+                        job.error = Some(ReadError::BadBlock(block));
+                    }
+                }
+            }
+        }
+        job.waits -= 1;
+        if job.waits > 0 {
+            return;
+        }
+        let job = self.reads.remove(&read).expect("just seen");
+        self.pins.remove(&job.pin);
+        self.reuse_unpinned();
+        let result = match job.error {
+            Some(error) => {
+                self.bad_blocks += 1;
+                Err(error)
+            }
+            None => Ok(ReadBlocks { sums: job.sums, data: job.pieces.into_iter().map(|p| p.bytes).collect() }),
+        };
+        self.events.push_back(DiskEvent::Read { read, result });
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Scans.
+
+    /// Elements from `from` (inclusive) to `end` (exclusive), ascending, at most `limit`.
+    pub fn scan(&mut self, scan: ReadId, from: ElementKey, end: Option<ElementKey>, limit: usize) {
+        self.scan_page(scan, ScanJob { from, end, limit, found: BTreeMap::new(), extra: BTreeSet::new() });
+    }
+
+    fn scan_page(&mut self, scan: ReadId, job: ScanJob) {
+        let last = job.end.unwrap_or(ElementKey { family: FamilyId(u64::MAX), element: u64::MAX });
+        let (from, to, limit) = (keys::head(job.from), keys::head(last), job.limit);
+        self.scans.insert(scan, job);
+        self.issue(Pending::Scan(scan), DiskCommand::PmapRange { table: Table::Heads, from, to, limit });
+    }
+
+    fn on_scanned(&mut self, scan: ReadId, result: Result<Vec<(Bytes, Bytes)>, DiskError>) {
+        let mut job = self.scans.remove(&scan).expect("a range belongs to a scan");
+        let elements = match result.and_then(|page| self.merge_page(&mut job, page)) {
+            Ok(Some(next)) if job.found.len() < job.limit => {
+                // A full page of which some elements are gone by now must not look like the end.
+                job.from = next;
+                return self.scan_page(scan, job);
+            }
+            Ok(_) => Ok(job.found.into_iter().take(job.limit).collect()),
+            Err(error) => Err(error),
+        };
+        self.events.push_back(DiskEvent::Scanned { scan, elements });
+    }
+
+    /// Adds a page of the PMap store, and what only memory knows of its range. `Some`: where the next
+    /// page begins.
+    fn merge_page(&self, job: &mut ScanJob, page: Vec<(Bytes, Bytes)>) -> Result<Option<ElementKey>, DiskError> {
+        let is_full = page.len() >= job.limit;
+        let mut all: BTreeMap<ElementKey, Version> = BTreeMap::new();
+        for (key, value) in page {
+            let damaged = || DiskError::PmapDamaged("a head of the PMap cannot be read".into());
+            let key = keys::element(&key).ok_or_else(damaged)?;
+            all.insert(key, Entry::decode_head(&value).ok_or_else(damaged)?.version);
+        }
+        let bound = if is_full { all.last_key_value().map(|(k, _)| *k) } else { None };
+        let in_range =
+            |key: &&ElementKey| job.end.is_none_or(|end| **key < end) && bound.is_none_or(|bound| **key <= bound);
+        let memory = self.fresh.range(job.from..).take_while(in_range).take(job.limit);
+        let extra = job.extra.range(job.from..).take_while(in_range);
+        for key in memory.chain(extra) {
+            all.insert(*key, Version::ZERO);
+        }
+        all.retain(|key, version| match self.cache.get(key) {
+            Some(cached) => {
+                *version = cached.entry.version;
+                !cached.entry.is_absent()
+            }
+            None => true,
+        });
+        job.found.append(&mut all);
+        Ok(bound.map(|b| match b.element.checked_add(1) {
+            Some(element) => ElementKey { family: b.family, element },
+            None => ElementKey { family: FamilyId(b.family.0 + 1), element: 0 },
+        }))
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Results.
+
+    pub fn on_result(&mut self, op: OpId, result: DiskResult) {
+        if self.recovery.is_some() && !self.pending.contains_key(&op) {
+            return self.on_recovery_result(op, result);
+        }
+        let Some(pending) = self.pending.remove(&op) else { return };
+        match (pending, result) {
+            (Pending::Batch { number, .. }, DiskResult::Written(Ok(()))) => self.on_batch_written(number),
+            (Pending::Batch { number, offset, pieces, again: false }, DiskResult::Written(Err(_))) => {
+                // The same batch again, at the same place; never on past a hole.
+                let pending = Pending::Batch { number, offset, pieces: pieces.clone(), again: true };
+                self.issue(pending, DiskCommand::Write { offset, pieces });
+            }
+            (Pending::Batch { .. }, DiskResult::Written(Err(error))) => {
+                self.fail(format!("a write failed twice: {error}"));
+            }
+            (Pending::Read { read, piece }, DiskResult::Read(result)) => self.on_read(read, piece, result),
+            (Pending::Head(element), DiskResult::PmapValue(Ok(value))) => self.on_head(element, value),
+            (Pending::Rows(element), DiskResult::PmapRange(Ok(rows))) => self.on_rows(element, rows),
+            (Pending::Scan(scan), DiskResult::PmapRange(result)) => self.on_scanned(scan, result),
+            (Pending::Commit, DiskResult::PmapCommitted(Ok(()))) => self.on_committed(),
+            (Pending::Extend { to }, DiskResult::Extended(result)) => self.on_extended(to, result),
+            (
+                Pending::Head(_) | Pending::Rows(_),
+                DiskResult::PmapValue(Err(error)) | DiskResult::PmapRange(Err(error)),
+            ) => self.fail(format!("an entry cannot be read: {error}")),
+            (Pending::Commit, DiskResult::PmapCommitted(Err(error))) => {
+                self.fail(format!("a checkpoint cannot be written: {error}"));
+            }
+            (pending, result) => unreachable!("{result:?} does not answer {pending:?}"),
+        }
+    }
+
+    pub fn check_invariants(&self) {
+        assert!(self.batches.len() <= BATCHES_IN_FLIGHT_MAX + 1, "batches on their way are bounded");
+        assert!(self.durable_through <= self.last_issued.number);
+        assert!(self.tail.number <= self.last_issued.number);
+    }
+}
+
+impl OpenBatch {
+    fn is_empty(&self) -> bool {
+        self.records.is_empty()
+    }
+}
+
+/// Neighbouring blocks become one write.
+fn coalesce(mut data: Vec<(Address, Bytes)>) -> Vec<(Address, Vec<Bytes>)> {
+    // Staged in the order in which addresses were handed out, so mostly in order already.
+    data.sort_by_key(|(address, _)| *address);
+    let mut runs: Vec<(Address, Vec<Bytes>)> = Vec::new();
+    for (address, bytes) in data {
+        match runs.last_mut() {
+            Some((start, pieces)) if *start + pieces.len() as u64 == address => pieces.push(bytes),
+            _ => runs.push((address, vec![bytes])),
+        }
+    }
+    runs
+}
