@@ -479,3 +479,70 @@ fn an_address_in_use_is_an_error_and_a_dead_socket_file_is_not() {
         assert!(error.to_string().contains("in use: another program listens there"), "{error}");
     });
 }
+
+/// Processor time of this process so far.
+fn cpu() -> Duration {
+    let usage = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::new(usage.tv_sec as u64, usage.tv_nsec as u32)
+}
+
+/// Not a test but a measurement: `cargo test --release -p petal-io --test transport -- --ignored --nocapture`.
+/// Both ends, each on a thread of its own, as two processes would be.
+#[test]
+#[ignore = "a measurement"]
+fn cpu_of_a_4k_request_and_its_answer() {
+    for (what, tcp, depth) in [("unix", false, 1), ("unix", false, 32), ("tcp", true, 1), ("tcp", true, 32)] {
+        const ROUNDS: u64 = 200_000;
+        let dir = tempfile::tempdir().unwrap();
+        let address = if tcp { "127.0.0.1:0".into() } else { format!("unix:{}/s", dir.path().display()) };
+        let (tell, told) = std::sync::mpsc::channel();
+        let server_side = std::thread::spawn(move || {
+            petal_io::run(async move {
+                let mut a = End::new(server(1, 1), Bounds::default());
+                let listener = a.listen(&address).await;
+                tell.send(listener.address().to_string()).unwrap();
+                loop {
+                    a.transport.ready().await;
+                    a.transport.take_events(&mut a.events);
+                    for event in a.events.drain(..) {
+                        match event {
+                            Event::Message { connection, message, .. } => {
+                                let Body::Write(w) = message.body else { panic!() };
+                                let need = Need::default();
+                                let reply = WriteReply { tag: w.access.tag, need, result: Ok(()) };
+                                a.transport.send(connection, Message { state_index: 1, body: Body::WriteReply(reply) });
+                            }
+                            Event::Disconnected { .. } => return,
+                            _ => {}
+                        }
+                    }
+                    a.transport.flush();
+                }
+            })
+            .unwrap();
+        });
+        let address = told.recv().unwrap();
+        petal_io::run(async move {
+            let mut b = End::new(client(), Bounds::default());
+            b.transport.dial(ServerId(1), &[address], true);
+            let to_a = b.connected().await;
+            let data = Bytes::from(vec![5; 4096]);
+            let (mut sent, mut answered, before, began) = (0, 0, cpu(), std::time::Instant::now());
+            while answered < ROUNDS {
+                while sent < ROUNDS && sent - answered < depth {
+                    sent += 1;
+                    b.transport.send(to_a, write(sent, vec![data.clone()]));
+                }
+                b.transport.flush();
+                b.transport.ready().await;
+                b.transport.take_events(&mut b.events);
+                answered += b.events.drain(..).count() as u64;
+            }
+            let (cpu, wall) = ((cpu() - before) / ROUNDS as u32, began.elapsed() / ROUNDS as u32);
+            println!("{what} depth {depth}: {cpu:?} of processor, {wall:?} of time, each, both ends");
+            b.transport.stop_dialling(ServerId(1));
+        })
+        .unwrap();
+        server_side.join().unwrap();
+    }
+}

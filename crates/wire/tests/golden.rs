@@ -1,0 +1,232 @@
+//! The bytes, fixed. A difference here is a change of the protocol: it needs a new version and a line
+//! in docs/wire-protocol.md. Then `UPDATE_EXPECT=1 cargo test -p petal-wire` writes the new ones.
+
+mod samples;
+
+use bytes::BytesMut;
+use expect_test::{Expect, expect};
+use petal::ids::*;
+use petal::message::*;
+use petal_wire::*;
+use samples::samples;
+use std::fmt::Write as _;
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut s, b| {
+        write!(s, "{b:02x}").unwrap();
+        s
+    })
+}
+
+fn lines(bytes: &[u8]) -> String {
+    bytes.chunks(16).fold(String::new(), |s, line| s + &hex(line) + "\n")
+}
+
+fn check(actual: &str, expected: Expect) {
+    expected.assert_eq(actual);
+}
+
+#[test]
+fn the_header_and_the_hello_of_a_server_never_change() {
+    let role = Role::Server { id: ServerId(0x0102), incarnation: Incarnation(0x1112_1314_1516_1718) };
+    let cluster = ClusterId(0x2122_2324_2526_2728_292a_2b2c_2d2e_2f30);
+    let hello = Hello { expects: Some(ServerId(0x0304)), ..Hello::new(Some(cluster), role) };
+    let mut bytes = BytesMut::new();
+    encode_hello(&hello, &mut bytes);
+    check(
+        &lines(&bytes),
+        expect![[r#"
+        5045544c010001004000000000000000
+        0000000000000000000000004f23f3b8
+        01000100010000000201040300000000
+        302f2e2d2c2b2a292827262524232221
+        18171615141312110000000000000000
+        00000000000000000000000000000000
+    "#]],
+    );
+    assert_eq!(decode(&mut bytes, &Limits::GREETING), Ok(Decoded::Frame(Frame::Hello(hello))));
+}
+
+#[test]
+fn the_hello_of_a_client_that_knows_nothing_never_changes() {
+    let hello = Hello::new(None, Role::Client);
+    let mut bytes = BytesMut::new();
+    encode_hello(&hello, &mut bytes);
+    check(
+        &lines(&bytes),
+        expect![[r#"
+        5045544c010001004000000000000000
+        00000000000000000000000078e09ea8
+        01000100020000000000000000000000
+        00000000000000000000000000000000
+        00000000000000000000000000000000
+        00000000000000000000000000000000
+    "#]],
+    );
+    assert_eq!(decode(&mut bytes, &Limits::GREETING), Ok(Decoded::Frame(Frame::Hello(hello))));
+}
+
+#[test]
+fn a_reject_never_changes() {
+    let reject = Reject::new(RejectCode::StaleIncarnation, "s2 has been started again");
+    let mut bytes = BytesMut::new();
+    encode_reject(&reject, &mut bytes);
+    check(
+        &lines(&bytes),
+        expect![[r#"
+        5045544c010002001d00000000000000
+        0000000000000000000000007469a72a
+        04000000733220686173206265656e20
+        7374617274656420616761696e
+    "#]],
+    );
+    assert_eq!(decode(&mut bytes, &Limits::GREETING), Ok(Decoded::Frame(Frame::Reject(reject))));
+}
+
+#[test]
+fn the_numbers_of_reject_codes_never_change() {
+    let names: Vec<String> = (1..=10).map(|n| format!("{n} {:?}", RejectCode::from_number(n))).collect();
+    check(
+        &names.join("\n"),
+        expect![[r#"
+        1 WrongCluster
+        2 VersionTooOld
+        3 VersionTooNew
+        4 StaleIncarnation
+        5 WrongServer
+        6 TooManyConnections
+        7 Malformed
+        8 TooSlow
+        9 Stopping
+        10 Other(10)"#]],
+    );
+    assert!((0..2000).all(|n| RejectCode::from_number(n).number() == n));
+}
+
+/// Name of a message, with what tells two of one kind apart.
+fn label(message: &Message) -> String {
+    let name = validate::name(&message.body);
+    match &message.body {
+        Body::Replicate(m) => {
+            let part = format!("{:?}", m.part);
+            format!("{name} {}", part.split([' ', '{']).next().unwrap())
+        }
+        Body::ReadReply(ReadReply { result: Err(e), .. }) | Body::WriteReply(WriteReply { result: Err(e), .. }) => {
+            format!("{name} {e:?}")
+        }
+        _ => name.to_string(),
+    }
+}
+
+/// Body behind the 32 bytes of the header (whose checksum covers it), and length of the payload.
+#[test]
+fn one_message_of_each_kind_has_these_bytes() {
+    let mut table = String::new();
+    for message in samples() {
+        let mut bytes = BytesMut::new();
+        let payload = encode(&message, VERSION, &mut bytes).unwrap();
+        let (header, body) = bytes.split_at(header::HEADER_LENGTH);
+        writeln!(table, "{} +{payload}\n  {}\n  {}", label(&message), hex(&header[8..]), hex(body)).unwrap();
+    }
+    check(
+        &table,
+        expect![[r#"
+        Read +0
+          0b0000000000000000000000000000000000000048ae325f
+          0d000102030b0cac020e02
+        Write +18
+          13000000120000000000000000000000000000007b2b5b13
+          0d010102030b0c1514ac02800401d0b085f20d
+        Zero +0
+          0f0000000000000000000000000000000000000015b38a1e
+          0d020102030b0c1614ac0280208040
+        Map +0
+          0b00000000000000000000000000000000000000a74e92c5
+          0d030102030b0cac029003
+        ReadReply +4096
+          0e00000000100000000000000000000000000000babe763c
+          0d04010b0c00020001e290d9910f
+        ReadReply Busy +0
+          070000000000000000000000000000000000000038b78d59
+          0d04010b0c0101
+        WriteReply +0
+          06000000000000000000000000000000000000003a2d6736
+          0d05010b0c00
+        WriteReply NoSpace +0
+          07000000000000000000000000000000000000003dc84c83
+          0d05010b0c0104
+        MapReply +0
+          1000000000000000000000000000000000000000b8b53dd9
+          0d06010002ac02ff01b60201c0020109
+        Admin +0
+          0900000000000000000000000000000000000000f6acd153
+          0d07010104766f6c30
+        AdminReply +0
+          0a0000000000000000000000000000000000000070675b77
+          0d0801010204766f6c30
+        Replicate Write +4096
+          2000000000100000000000000000000000000000721cc0d7
+          0d0903050c01080c060004ac020c07010201010103151402020194c5ddc60200
+        Replicate Copy +8192
+          3500000000200000000000000000000000000000a33f4a5e
+          0d0903050c01080c060104ac020c0701031501010200000194c5ddc60201e290d9910f000000000000000000000000020002000301
+        Replicate SettlementDone +0
+          0a000000000000000000000000000000000000007d0f2ae5
+          0d0903050c01080c0602
+        Replicate Skip +0
+          0c0000000000000000000000000000000000000027cac7a1
+          0d0903050c01080c06030c08
+        Replicate Mark +0
+          0b00000000000000000000000000000000000000ec1c6832
+          0d0903050c01080c06040d
+        StreamAck +0
+          0d0000000000000000000000000000000000000023df24f8
+          0d0a0103050c01080c06800800
+        Watermarks +0
+          03000000000000000000000000000000000000006fefb0ca
+          0d0b00
+        Promise +0
+          0600000000000000000000000000000000000000dde3b530
+          0d0c0103050c
+        Promised +0
+          0b00000000000000000000000000000000000000f9acafc5
+          0d0d0103050c0a04800401
+        List +0
+          0b0000000000000000000000000000000000000056b98860
+          0d0e03050c0a040104ac02
+        Listed +0
+          2c00000000000000000000000000000000000000b0b14e7d
+          0d0f03050c0104ac020c0701031501010200000194c5ddc60201e290d9910f00000000000000000000000000
+        Fetch +0
+          0b000000000000000000000000000000000000008813d85e
+          0d1003050c04ac02010003
+        Fetched +4096
+          090000000010000000000000000000000000000068acb58e
+          0d1103050c04ac0200
+        Ring +0
+          07000000000000000000000000000000000000009ba3aed0
+          0d120103010203
+        Propose +0
+          0800000000000000000000000000000000000000fcde93f7
+          0d13b42402010402
+        Learn +0
+          0300000000000000000000000000000000000000c05824ad
+          0d140d
+        Entries +0
+          0900000000000000000000000000000000000000c58e33fc
+          0d150d01b424020100
+        Snapshot +0
+          06000000000000000000000000000000000000001739a7aa
+          0d1603040506
+        Settle +0
+          030000000000000000000000000000000000000059f0c399
+          0d170d
+        Settled +0
+          0300000000000000000000000000000000000000a4faba7e
+          0d180d
+        Index +0
+          0200000000000000000000000000000000000000d62a8bec
+          0d19
+    "#]],
+    );
+}

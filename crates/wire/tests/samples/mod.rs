@@ -1,0 +1,132 @@
+//! One message of each kind, small and with every field different, for the golden bytes and as the
+//! seed of the hostile ones.
+
+use bytes::Bytes;
+use petal::global_state::{Command, Entry};
+use petal::ids::*;
+use petal::message::*;
+use petal::store::{BlockSum, ElementImage, RowImage};
+
+fn version(term: u64, sequence: u64) -> Version {
+    Version { term, sequence }
+}
+
+fn slot() -> SlotId {
+    SlotId { gmap: GmapId(3), slot: 5 }
+}
+
+fn element() -> ElementKey {
+    ElementKey { family: FamilyId(4), element: 300 }
+}
+
+fn need() -> Need {
+    Need { revision: 11, term: 12 }
+}
+
+fn access() -> Access {
+    Access { tag: 1, vdisk: VdiskId(2), session: SessionId(3), need: need() }
+}
+
+fn block(byte: u8) -> Bytes {
+    Bytes::from(vec![byte; 4096])
+}
+
+fn crc(byte: u8) -> BlockSum {
+    BlockSum::Crc(stdx::checksum::crc32c(&[byte; 4096]))
+}
+
+fn image() -> ElementImage {
+    let mut sums = [BlockSum::Zero; BLOCKS_PER_ELEMENT];
+    sums[2] = crc(2);
+    sums[3] = crc(3);
+    ElementImage {
+        version: version(12, 7),
+        ids: vec![RequestId { session: SessionId(3), number: 21 }],
+        rows: vec![RowImage { lineage: LineageId(1), epoch: Epoch(2), sums }],
+    }
+}
+
+fn replicate(part: Part, data: Vec<Bytes>) -> Body {
+    let watermark = version(12, 6);
+    Body::Replicate(Replicate { slot: slot(), term: 12, stream: 1, number: 8, watermark, part, data: Payload(data) })
+}
+
+fn id() -> CommandId {
+    CommandId { proposer: 0x1234, number: 2, finished_below: 1 }
+}
+
+/// One of each kind (of `Replicate`, one of each part; of replies, also a refusal).
+pub fn samples() -> Vec<Message> {
+    let short = Bytes::from_static(b"a piece of a block");
+    let bodies = vec![
+        Body::Read(Read { access: access(), element: 300, first_block: 14, blocks: 2 }),
+        Body::Write(Write {
+            access: access(),
+            number: 21,
+            finished_below: 20,
+            element: 300,
+            offset: 512,
+            crcs: vec![stdx::checksum::crc32c(&short)],
+            data: short.into(),
+        }),
+        Body::Zero(Zero { access: access(), number: 22, finished_below: 20, element: 300, offset: 4096, length: 8192 }),
+        Body::Map(Map { access: access(), first_element: 300, end_element: 400 }),
+        Body::ReadReply(ReadReply {
+            tag: 1,
+            need: need(),
+            result: Ok(vec![BlockSum::Zero, crc(3)]),
+            data: block(3).into(),
+        }),
+        Body::ReadReply(ReadReply { tag: 1, need: need(), result: Err(Refusal::Busy), data: Payload::default() }),
+        Body::WriteReply(WriteReply { tag: 1, need: need(), result: Ok(()) }),
+        Body::WriteReply(WriteReply { tag: 1, need: need(), result: Err(Refusal::NoSpace) }),
+        Body::MapReply(MapReply {
+            tag: 1,
+            result: Ok(MapPart { elements: vec![(300, 0x00ff), (310, 1)], complete_below: 320, not_here: vec![9] }),
+        }),
+        Body::Admin(Admin { tag: 1, request: AdminRequest::Hints { name: "vol0".into() } }),
+        Body::AdminReply(AdminReply { tag: 1, result: Err(AdminError::NoSuchDisk("vol0".into())) }),
+        replicate(
+            Part::Write {
+                element: element(),
+                version: version(12, 7),
+                lineage: LineageId(1),
+                epoch: Epoch(2),
+                parents: vec![(LineageId(1), Epoch(1))],
+                id: RequestId { session: SessionId(3), number: 21 },
+                finished_below: 20,
+                first_block: 2,
+                sums: vec![crc(2), BlockSum::Zero],
+            },
+            vec![block(2)],
+        ),
+        replicate(
+            Part::Copy { element: element(), image: image(), blocks: vec![(0, 2), (0, 3)], settles: true },
+            vec![block(2), block(3)],
+        ),
+        replicate(Part::SettlementDone, vec![]),
+        replicate(Part::Skip { version: version(12, 8) }, vec![]),
+        replicate(Part::Mark { state_index: 13 }, vec![]),
+        Body::StreamAck(StreamAck {
+            slots: vec![SlotAck { slot: slot(), term: 12, stream: 1, through: 8, durable_watermark: version(12, 6) }],
+            window: 1024,
+            full: false,
+        }),
+        Body::Watermarks(Watermarks { slots: vec![] }),
+        Body::Promise(Promise { slots: vec![(slot(), 12)] }),
+        Body::Promised(Promised { slots: vec![(slot(), 12, version(10, 4))], window: 512, full: true }),
+        Body::List(List { slot: slot(), term: 12, above: version(10, 4), after: Some(element()) }),
+        Body::Listed(Listed { slot: slot(), term: 12, elements: vec![(element(), image())], next: None }),
+        Body::Fetch(Fetch { slot: slot(), term: 12, element: element(), blocks: vec![(0, 3)] }),
+        Body::Fetched(Fetched { slot: slot(), term: 12, element: element(), result: Ok(()), data: block(3).into() }),
+        Body::Ring(Ring { configuration: 1, bytes: vec![1, 2, 3] }),
+        Body::Propose(Propose { id: id(), command: Command::DeleteDisk { vdisk: VdiskId(2) } }),
+        Body::Learn(Learn { from: 13 }),
+        Body::Entries(Entries { from: 13, entries: vec![Entry { id: id(), command: Command::Noop }] }),
+        Body::Snapshot(Snapshot { state: vec![4, 5, 6] }),
+        Body::Settle(Settle { index: 13 }),
+        Body::Settled(Settled { index: 13 }),
+        Body::Index,
+    ];
+    bodies.into_iter().map(|body| Message { state_index: 13, body }).collect()
+}
