@@ -12,4 +12,5 @@
 //! * `client`: drives `petal::client::Client`.
 
 pub mod clock;
+pub mod disk;
 pub mod engine;
