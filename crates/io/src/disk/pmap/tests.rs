@@ -33,6 +33,7 @@ impl CrashRegion {
         CrashRegion(Arc::new(Mutex::new(Crash { durable, unsynced: Vec::new(), steps: 0, dies_at: u64::MAX })))
     }
     /// The disk after power came back: each sector holds what was synced, or any later write to it.
+    /// The two heads may even be torn inside of a sector.
     fn after_power_loss(&self, random: &mut Prng) -> CrashRegion {
         let crash = self.0.lock().unwrap();
         let mut bytes = crash.durable.clone();
@@ -44,9 +45,11 @@ impl CrashRegion {
                     1 => true,
                     _ => random.chance(1, 2),
                 };
+                let at = *offset as usize + index * SECTOR;
+                let is_torn_head = at < 2 * PAGE && random.chance(1, 3);
+                let length = if is_torn_head { random.below(SECTOR as u64) as usize } else { sector.len() };
                 if !lost {
-                    let at = *offset as usize + index * SECTOR;
-                    bytes[at..at + sector.len()].copy_from_slice(sector);
+                    bytes[at..at + length].copy_from_slice(&sector[..length]);
                 }
             }
         }
@@ -217,14 +220,23 @@ fn a_crash_at_any_step_leaves_the_last_commit_or_the_one_in_flight() {
             region.dies_at(region.steps() + random.between(1, 120));
             let in_flight = live(&region, &mut random, &mut model, 6);
             region = region.after_power_loss(&mut random);
+            if random.chance(1, 2) {
+                // The opening itself is cut off too.
+                region.dies_at(random.below(12));
+                drop(open(&region));
+                region = region.after_power_loss(&mut random);
+            }
             let found = content(&mut open(&region)).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
             if found != model {
                 assert_eq!(Some(&found), in_flight.as_ref(), "seed {seed}: neither the old nor the next state");
                 model = found;
             }
-            if random.chance(1, 2) {
-                // The opening itself may be cut off too.
-                region = region.after_power_loss(&mut random);
+            if random.chance(1, 4) {
+                // Either head may rot afterwards: the other one has the same state.
+                drop(open(&region));
+                let head = random.below(2) as usize * PAGE;
+                region.0.lock().unwrap().durable[head + random.below(300) as usize] ^= 1;
+                assert_eq!(content(&mut open(&region)).unwrap(), model, "seed {seed}: an older head answered");
             }
         }
     }
