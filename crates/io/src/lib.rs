@@ -12,6 +12,7 @@
 //! * `client`: drives `petal::client::Client`.
 
 pub mod clock;
+pub mod disk;
 pub mod engine;
 pub mod server;
 pub mod transport;
