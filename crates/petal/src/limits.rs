@@ -71,3 +71,24 @@ pub const RETRY_MAX: Duration = Duration::from_secs(1);
 pub const SETTLE_DEADLINE: Duration = Duration::from_secs(10);
 /// Log entries that the ring keeps behind its snapshot.
 pub const LOG_KEEP: usize = 1024;
+/// Longest read or write that a client takes in one request: two of the largest NBD requests, 1,024
+/// elements.
+pub const REQUEST_LENGTH_MAX: u64 = 64 << 20;
+/// Bytes of requests that one client works on at one time; further ones wait whole, in order. Four of
+/// the largest, and what 512 operations of 64 KiB at each of eight servers carry.
+pub const CLIENT_BYTES_MAX: u64 = 256 << 20;
+/// Requests that may wait in a client behind `CLIENT_BYTES_MAX`; the next is refused.
+pub const CLIENT_REQUESTS_WAITING_MAX: usize = 65536;
+/// Numbers of a session between the oldest unfinished write and the newest. One hung write lets this
+/// many others pass; servers remember the ids of all of them, in the elements, 16 bytes each.
+pub const SESSION_NUMBERS_MAX: usize = 65536;
+/// A zeroing request of more elements than this asks which exist before it writes zeros.
+pub const ZERO_ELEMENTS_MAX: u64 = 64;
+/// Elements with data that one `Extents` answer is made from; what lies behind is asked for again.
+pub const EXTENT_ELEMENTS_MAX: usize = 8192;
+/// How often every copy of a block is tried before a read gives up.
+pub const BAD_COPY_ROUNDS_MAX: u32 = 3;
+/// How long a request waits in silence before a person is told for whom it waits.
+pub const WARNING_FIRST: Duration = Duration::from_secs(10);
+/// Time between two such warnings.
+pub const WARNING_AGAIN: Duration = Duration::from_secs(60);

@@ -1,0 +1,595 @@
+//! One operation on one element: routed, sent, answered, tried again.
+//!
+//! ```text
+//!             +--------------------------- Waiting <------ refused: again later
+//!             v   timer, newer hints                            ^
+//!   new --> Ready --route--> Queued --window has room--> Sent --+--> finished
+//!             |  ^  connection gone  |                    |
+//!             |  +-------------------+--------------------+
+//!             v
+//!         Unnumbered (the oldest unfinished write of the session is too far behind)
+//! ```
+//!
+//! Lists of operations hold indices, and are checked against the state when an index is taken out: an
+//! operation that was dropped or moved leaves its index behind, which then means nothing.
+
+use super::link::choose_copy;
+use super::split::{Piece, checked_read, piece_crcs};
+use super::*;
+use crate::message::{Access, Map, Payload, Read, ReadReply, Write, WriteReply, Zero};
+use smallvec::SmallVec;
+
+/// What an operation does.
+#[derive(Clone, Debug)]
+pub(super) enum Task {
+    /// Read the blocks of a piece; the result is that part of the request.
+    Read { piece: Piece, part: u32 },
+    /// Write a piece. The number is zero until it is given.
+    Write { number: u64, piece: Piece, data: Bytes },
+    /// Make a piece zero.
+    Zero { number: u64, piece: Piece },
+    /// Ask a server which elements exist; for that part of the request's walk.
+    Map { server: ServerId, first: u64, end: u64, map_changes: u64 },
+}
+
+/// Where an operation stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Ready,
+    Unnumbered,
+    Queued(ServerId),
+    Sent { server: ServerId, at: Instant },
+    Waiting,
+}
+
+/// An operation.
+#[derive(Clone, Debug)]
+pub(super) struct Operation {
+    pub request: u32,
+    pub session: SessionId,
+    pub task: Task,
+    pub state: State,
+    since: Instant,
+    /// Where it went last.
+    target: Option<ServerId>,
+    /// The last refusal, for people.
+    trouble: Option<Refusal>,
+    /// Refusals in a row.
+    tries: u32,
+    /// Replicas whose copy cannot be used, in this round.
+    bad: SmallVec<[ServerId; 2]>,
+    bad_rounds: u32,
+    /// The secondary has an unfinished write there.
+    primary_only: bool,
+}
+
+impl Operation {
+    pub fn new(request: u32, session: SessionId, task: Task, since: Instant) -> Operation {
+        Operation {
+            request,
+            session,
+            task,
+            state: State::Ready,
+            since,
+            target: None,
+            trouble: None,
+            tries: 0,
+            bad: SmallVec::new(),
+            bad_rounds: 0,
+            primary_only: false,
+        }
+    }
+    fn element(&self) -> u64 {
+        match &self.task {
+            Task::Read { piece, .. } | Task::Write { piece, .. } | Task::Zero { piece, .. } => piece.element,
+            Task::Map { first, .. } => *first,
+        }
+    }
+    /// Of a change: its number, zero before it is given.
+    pub fn number(&self) -> Option<u64> {
+        match &self.task {
+            Task::Write { number, .. } | Task::Zero { number, .. } => Some(*number),
+            Task::Read { .. } | Task::Map { .. } => None,
+        }
+    }
+    fn number_mut(&mut self) -> Option<&mut u64> {
+        match &mut self.task {
+            Task::Write { number, .. } | Task::Zero { number, .. } => Some(number),
+            Task::Read { .. } | Task::Map { .. } => None,
+        }
+    }
+    pub fn sent_to(&self) -> Option<ServerId> {
+        match self.state {
+            State::Sent { server, .. } => Some(server),
+            _ => None,
+        }
+    }
+}
+
+/// All operations. A tag is the place here and the generation of its use, so that an answer finds its
+/// operation without a map, and one to an earlier use finds none. A new one with each attempt.
+#[derive(Debug, Default)]
+pub(super) struct Operations {
+    entries: Vec<(u64, Option<Operation>)>,
+    free: Vec<u32>,
+}
+
+const INDEX_BITS: u32 = 24;
+
+impl Operations {
+    pub fn insert(&mut self, operation: Operation) -> u32 {
+        match self.free.pop() {
+            Some(index) => {
+                self.entries[index as usize].1 = Some(operation);
+                index
+            }
+            None => {
+                assert!(self.entries.len() < 1 << INDEX_BITS, "bounded by CLIENT_BYTES_MAX");
+                self.entries.push((0, Some(operation)));
+                (self.entries.len() - 1) as u32
+            }
+        }
+    }
+    pub fn remove(&mut self, index: u32) -> Operation {
+        let entry = &mut self.entries[index as usize];
+        entry.0 += 1;
+        self.free.push(index);
+        entry.1.take().expect("an operation is finished once")
+    }
+    pub fn get_mut(&mut self, index: u32) -> Option<&mut Operation> {
+        self.entries.get_mut(index as usize)?.1.as_mut()
+    }
+    pub fn iter(&self) -> impl Iterator<Item = (u32, &Operation)> {
+        self.entries.iter().enumerate().filter_map(|(n, e)| Some((n as u32, e.1.as_ref()?)))
+    }
+    fn generation(&self, index: u32) -> u64 {
+        self.entries[index as usize].0
+    }
+    /// A tag for the next attempt; answers to earlier ones are not known any more.
+    fn new_tag(&mut self, index: u32) -> Tag {
+        let generation = &mut self.entries[index as usize].0;
+        *generation += 1;
+        *generation << INDEX_BITS | u64::from(index)
+    }
+    /// The operation that waits for this answer of this server.
+    fn answered(&self, tag: Tag, from: ServerId) -> Option<u32> {
+        let index = (tag & ((1 << INDEX_BITS) - 1)) as u32;
+        let (generation, operation) = self.entries.get(index as usize)?;
+        let known = *generation == tag >> INDEX_BITS && operation.as_ref()?.sent_to() == Some(from);
+        known.then_some(index)
+    }
+}
+
+impl Client {
+    // --------------------------------------------------------------------------------------------
+    // Out.
+
+    /// Ready -> Unnumbered, Queued, Sent, Waiting or finished.
+    pub(super) fn route(&mut self, index: u32) {
+        let Some(operation) = self.operations.get_mut(index) else { return };
+        if operation.state != State::Ready {
+            return;
+        }
+        let session = self.sessions.get_mut(&operation.session).expect("a session outlives its operations");
+        if session.ended {
+            return self.finish_operation(index, Some(Refusal::SessionEnded.into()));
+        }
+        if let Some(number) = operation.number_mut()
+            && *number == 0
+        {
+            match session.numbers.next() {
+                Some(next) => *number = next,
+                None => {
+                    operation.state = State::Unnumbered;
+                    return session.without_number.push_back(index);
+                }
+            }
+        }
+        let slot = session.slot(operation.element());
+        let target = match &operation.task {
+            Task::Map { map_changes, .. } if *map_changes != session.map_changes => {
+                // Another server acts somewhere: the walk asks anew.
+                return self.finish_operation(index, None);
+            }
+            Task::Map { server, .. } => Some(*server),
+            Task::Read { .. } if !operation.primary_only => {
+                self.turn += 1;
+                let links = &self.links;
+                let usable = slot.in_sync.iter().filter(|s| !operation.bad.contains(s));
+                choose_copy(usable.filter_map(|s| Some((*s, links.get(s)?))), self.turn)
+            }
+            _ => slot.in_sync.first().copied(),
+        };
+        match target {
+            Some(server) => self.enqueue(index, server),
+            None => {
+                operation.bad.clear();
+                let session = operation.session;
+                self.refresh(session);
+                self.retry_later(index);
+            }
+        }
+    }
+
+    fn enqueue(&mut self, index: u32, server: ServerId) {
+        let operation = self.operations.get_mut(index).expect("it is being routed");
+        operation.target = Some(server);
+        let link = self.links.entry(server).or_insert_with(|| Link::new(Vec::new()));
+        if link.has_room() {
+            return self.send_operation(index, server);
+        }
+        operation.state = State::Queued(server);
+        link.queue.push_back(index);
+        if !link.dialed {
+            self.dial(server);
+        }
+    }
+
+    /// Sends what waits for a server's window.
+    pub(super) fn fill_window(&mut self, server: ServerId) {
+        while let Some(link) = self.links.get_mut(&server)
+            && link.has_room()
+            && let Some(index) = link.queue.pop_front()
+        {
+            if self.operations.get_mut(index).is_some_and(|o| o.state == State::Queued(server)) {
+                self.send_operation(index, server);
+            }
+        }
+    }
+
+    fn send_operation(&mut self, index: u32, server: ServerId) {
+        let tag = self.operations.new_tag(index);
+        let operation = self.operations.get_mut(index).expect("it is being sent");
+        operation.state = State::Sent { server, at: self.now };
+        let session = &self.sessions[&operation.session];
+        let need = match operation.task {
+            Task::Map { .. } => session.need_of_disk(),
+            _ => session.need(operation.element()),
+        };
+        let access = Access { tag, vdisk: session.vdisk, session: operation.session, need };
+        let finished_below = session.numbers.finished_below();
+        let body = match &operation.task {
+            Task::Read { piece, .. } => {
+                let (first_block, blocks) = (piece.first_block(), piece.blocks());
+                Body::Read(Read { access, element: piece.element, first_block, blocks })
+            }
+            Task::Write { number, piece, data } => Body::Write(Write {
+                access,
+                number: *number,
+                finished_below,
+                element: piece.element,
+                offset: piece.from,
+                crcs: piece_crcs(piece.from, data),
+                data: Payload::from(data.clone()),
+            }),
+            Task::Zero { number, piece } => Body::Zero(Zero {
+                access,
+                number: *number,
+                finished_below,
+                element: piece.element,
+                offset: piece.from,
+                length: piece.length(),
+            }),
+            Task::Map { first, end, .. } => Body::Map(Map { access, first_element: *first, end_element: *end }),
+        };
+        self.links.get_mut(&server).expect("it has room").in_flight += 1;
+        self.send(server, body);
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // In.
+
+    /// The operation that an answer belongs to, and when it was sent; its place in the window is free.
+    fn take_answer(&mut self, from: ServerId, tag: Tag) -> Option<(u32, Instant)> {
+        let index = self.operations.answered(tag, from)?;
+        self.links.get_mut(&from).expect("it was sent there").in_flight -= 1;
+        let operation = self.operations.get_mut(index)?;
+        let State::Sent { at, .. } = operation.state else { return None };
+        operation.state = State::Ready;
+        Some((index, at))
+    }
+
+    /// A client merges the need before it completes the request (2.4).
+    fn merge_need(&mut self, index: u32, need: Need) {
+        let operation = self.operations.get_mut(index).expect("it was answered");
+        let id = operation.session;
+        let element = operation.element();
+        if self.sessions.get_mut(&id).expect("a session outlives its operations").merge(element, need) {
+            self.refresh(id);
+        }
+    }
+
+    pub(super) fn on_read_reply(&mut self, from: ServerId, reply: ReadReply) {
+        let Some((index, sent_at)) = self.take_answer(from, reply.tag) else { return };
+        self.merge_need(index, reply.need);
+        let operation = self.operations.get_mut(index).expect("it was answered");
+        let (request, task) = (operation.request, &operation.task);
+        match (reply.result, task) {
+            (Ok(sums), Task::Read { piece, part }) => match checked_read(*piece, &sums, &reply.data) {
+                Some(data) => {
+                    self.links.get_mut(&from).expect("it has answered").took(self.now.since(sent_at));
+                    let part = *part as usize;
+                    if let Work::Read { parts } = &mut self.request(request).work {
+                        parts[part] = data;
+                    }
+                    self.finish_operation(index, None);
+                }
+                None => self.on_refusal(index, from, Refusal::BadCopy),
+            },
+            (Err(refusal), _) => self.on_refusal(index, from, refusal),
+            // An answer to another question: no better than a refusal.
+            (Ok(_), _) => self.on_refusal(index, from, Refusal::NotReady),
+        }
+        self.fill_window(from);
+    }
+
+    pub(super) fn on_write_reply(&mut self, from: ServerId, reply: WriteReply) {
+        let Some((index, _)) = self.take_answer(from, reply.tag) else { return };
+        self.merge_need(index, reply.need);
+        let is_change = self.operations.get_mut(index).is_some_and(|o| o.number().is_some());
+        match reply.result {
+            Ok(()) if is_change => self.finish_operation(index, None),
+            Ok(()) => self.on_refusal(index, from, Refusal::NotReady),
+            Err(refusal) => self.on_refusal(index, from, refusal),
+        }
+        self.fill_window(from);
+    }
+
+    pub(super) fn on_map_reply(&mut self, from: ServerId, reply: crate::message::MapReply) {
+        let Some((index, _)) = self.take_answer(from, reply.tag) else { return };
+        match reply.result {
+            Ok(part) => self.on_map_part(index, from, part),
+            Err(refusal) => self.on_refusal(index, from, refusal),
+        }
+        self.fill_window(from);
+    }
+
+    pub(super) fn on_refusal(&mut self, index: u32, from: ServerId, refusal: Refusal) {
+        let operation = self.operations.get_mut(index).expect("it was answered");
+        operation.trouble = Some(refusal);
+        let session = operation.session;
+        match refusal {
+            Refusal::StaleMap | Refusal::NotReady => {
+                self.refresh(session);
+                self.retry_later(index);
+            }
+            Refusal::Busy => self.on_busy(index, from),
+            Refusal::TooMany => self.retry_later(index),
+            Refusal::BadCopy => self.on_bad_copy(index, from),
+            Refusal::Damaged if operation.bad_rounds < BAD_COPY_ROUNDS_MAX => {
+                operation.bad_rounds += 1;
+                self.ready.push_back(index);
+            }
+            Refusal::NoSpace
+            | Refusal::SessionEnded
+            | Refusal::ReadOnly
+            | Refusal::BeyondEnd
+            | Refusal::Damaged
+            | Refusal::Malformed
+            | Refusal::Finished => self.finish_operation(index, Some(refusal.into())),
+        }
+    }
+
+    /// The copy there may be newer than what is known complete: only the primary can say.
+    fn on_busy(&mut self, index: u32, from: ServerId) {
+        let operation = self.operations.get_mut(index).expect("it was answered");
+        let slot = self.sessions[&operation.session].slot(operation.element());
+        let at_primary = operation.primary_only || slot.in_sync.first() == Some(&from);
+        let primary_is_bad = slot.in_sync.first().is_some_and(|p| operation.bad.contains(p));
+        operation.primary_only = !primary_is_bad;
+        if at_primary || primary_is_bad {
+            self.retry_later(index);
+        } else {
+            self.ready.push_back(index);
+        }
+    }
+
+    /// This copy cannot be used: the other ones, and when there is none left all of them again, a few
+    /// times (the servers repair a bad copy from a good one, P7).
+    fn on_bad_copy(&mut self, index: u32, from: ServerId) {
+        let operation = self.operations.get_mut(index).expect("it was answered");
+        operation.primary_only = false;
+        if !operation.bad.contains(&from) {
+            operation.bad.push(from);
+        }
+        let slot = self.sessions[&operation.session].slot(operation.element());
+        let is_read = matches!(operation.task, Task::Read { .. });
+        if is_read && slot.in_sync.iter().any(|s| !operation.bad.contains(s)) {
+            return self.ready.push_back(index);
+        }
+        operation.bad.clear();
+        operation.bad_rounds += 1;
+        if operation.bad_rounds >= BAD_COPY_ROUNDS_MAX {
+            return self.finish_operation(index, Some(Refusal::BadCopy.into()));
+        }
+        self.retry_later(index);
+    }
+
+    /// Ready -> Waiting.
+    pub(super) fn retry_later(&mut self, index: u32) {
+        let pause = {
+            let operation = self.operations.get_mut(index).expect("it is to be retried");
+            operation.state = State::Waiting;
+            operation.tries += 1;
+            backoff(operation.tries, &mut self.prng)
+        };
+        let generation = self.operations.generation(index);
+        self.wake_at(self.now + pause, Timer::Operation { index, generation });
+    }
+
+    /// Waiting -> Ready.
+    pub(super) fn on_retry(&mut self, index: u32, generation: u64) {
+        if self.operations.entries.get(index as usize).is_some_and(|e| e.0 == generation)
+            && let Some(operation) = self.operations.get_mut(index)
+            && operation.state == State::Waiting
+        {
+            operation.state = State::Ready;
+            self.ready.push_back(index);
+        }
+    }
+
+    /// Any state -> gone.
+    pub(super) fn finish_operation(&mut self, index: u32, error: Option<RequestError>) {
+        let request = self.forget_operation(index);
+        let pending = self.request(request);
+        pending.open -= 1;
+        if pending.error.is_none() {
+            pending.error = error;
+        }
+        if pending.open == 0 {
+            self.advance.push_back(request);
+        }
+    }
+
+    /// Takes an operation out, whatever its state; its number is finished.
+    fn forget_operation(&mut self, index: u32) -> u32 {
+        let operation = self.operations.remove(index);
+        if let Some(server) = operation.sent_to() {
+            self.links.get_mut(&server).expect("it was sent there").in_flight -= 1;
+        }
+        if let Some(number) = operation.number().filter(|n| *n > 0) {
+            let session = self.sessions.get_mut(&operation.session).expect("a session outlives its operations");
+            session.numbers.finish(number);
+            // Those that could not get a number try again.
+            let room = session.numbers.room().min(session.without_number.len());
+            for index in session.without_number.drain(..room) {
+                if let Some(operation) = self.operations.get_mut(index)
+                    && operation.state == State::Unnumbered
+                {
+                    operation.state = State::Ready;
+                    self.ready.push_back(index);
+                }
+            }
+        }
+        operation.request
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Many at once.
+
+    /// Sent -> Ready for everything that a lost connection took with it.
+    pub(super) fn take_back_operations(&mut self, server: ServerId) {
+        for (index, entry) in self.operations.entries.iter_mut().enumerate() {
+            if let Some(operation) = entry.1.as_mut()
+                && operation.sent_to() == Some(server)
+            {
+                operation.state = State::Ready;
+                self.ready.push_back(index as u32);
+            }
+        }
+    }
+
+    /// Queued -> Ready for everything that waits for such servers.
+    pub(super) fn route_again(&mut self, which: impl Fn(&Link) -> bool) {
+        for (server, link) in self.links.iter_mut().filter(|(_, link)| which(link)) {
+            for index in std::mem::take(&mut link.queue) {
+                if let Some(operation) = self.operations.get_mut(index)
+                    && operation.state == State::Queued(*server)
+                {
+                    operation.state = State::Ready;
+                    self.ready.push_back(index);
+                }
+            }
+        }
+    }
+
+    /// Waiting -> Ready for a session whose map has changed.
+    pub(super) fn wake_session(&mut self, session: SessionId) {
+        for (index, entry) in self.operations.entries.iter_mut().enumerate() {
+            if let Some(operation) = entry.1.as_mut()
+                && operation.session == session
+                && operation.state == State::Waiting
+            {
+                operation.state = State::Ready;
+                operation.tries = 0;
+                self.ready.push_back(index as u32);
+            }
+        }
+        self.route_again(|_| true);
+    }
+
+    /// Drops a request's operations; for whom they waited.
+    pub(super) fn drop_operations(&mut self, request: u32) -> String {
+        let of_request = |(index, o): (u32, &Operation)| (o.request == request).then_some(index);
+        let indices: Vec<u32> = self.operations.iter().filter_map(of_request).collect();
+        let mut reasons = BTreeMap::new();
+        for index in indices {
+            self.collect_reason(index, &mut reasons);
+            self.forget_operation(index);
+        }
+        self.request(request).open = 0;
+        let servers: Vec<ServerId> = self.links.keys().copied().collect();
+        for server in servers {
+            self.fill_window(server);
+        }
+        in_words(&reasons)
+    }
+
+    fn collect_reason(&self, index: u32, reasons: &mut BTreeMap<ServerId, &'static str>) {
+        let Some(operation) = self.operations.entries[index as usize].1.as_ref() else { return };
+        let Some(server) = operation.target else { return };
+        let connected = self.links.get(&server).is_some_and(|l| l.connected.is_some());
+        let reason = match (connected, operation.state, operation.trouble) {
+            (false, ..) => "not connected",
+            (true, State::Waiting, Some(Refusal::NotReady)) => "not ready yet",
+            (true, State::Waiting, Some(Refusal::StaleMap)) => "no longer responsible",
+            (true, State::Waiting, Some(Refusal::TooMany)) => "overloaded",
+            (true, State::Waiting, Some(Refusal::BadCopy)) => "its copy cannot be read",
+            (true, ..) => "connected, but does not answer",
+        };
+        reasons.insert(server, reason);
+    }
+
+    /// Tells people who waits for whom; fetches hints where something waits for a server that is away.
+    pub(super) fn warn_about_operations(&mut self) {
+        // Of each session: since when its oldest operation waits, and for whom they wait.
+        let mut waits: BTreeMap<SessionId, (Instant, BTreeMap<ServerId, &'static str>)> = BTreeMap::new();
+        let old: Vec<(u32, SessionId, Instant)> = self
+            .operations
+            .iter()
+            .filter(|(_, o)| self.now.since(o.since) >= SCAN_EVERY)
+            .map(|(index, o)| (index, o.session, o.since))
+            .collect();
+        for (index, session, since) in old {
+            let entry = waits.entry(session).or_insert((since, BTreeMap::new()));
+            entry.0 = entry.0.min(since);
+            self.collect_reason(index, &mut entry.1);
+        }
+        let ids: Vec<SessionId> = self.sessions.keys().copied().collect();
+        for id in ids {
+            let session = self.sessions.get_mut(&id).expect("its key was there");
+            let now = self.now;
+            match waits.get(&id) {
+                Some((since, reasons)) => {
+                    let due =
+                        session.warned.map_or(now.since(*since) >= WARNING_FIRST, |w| now.since(w) >= WARNING_AGAIN);
+                    if due && !reasons.is_empty() {
+                        session.warned = Some(now);
+                        let seconds = now.since(*since).as_secs();
+                        let text = format!("{}: waits for {} since {seconds} s", session.name, in_words(reasons));
+                        self.outputs.push_back(Output::Warning(text));
+                    }
+                    self.refresh(id);
+                }
+                None if session.warned.take().is_some() => {
+                    let text = format!("{}: goes on", session.name);
+                    self.outputs.push_back(Output::Warning(text));
+                }
+                None => {}
+            }
+        }
+    }
+}
+
+/// `s2 (not ready yet), s3 (not connected)`.
+fn in_words(reasons: &BTreeMap<ServerId, &'static str>) -> String {
+    let words: Vec<String> = reasons.iter().map(|(server, reason)| format!("{server} ({reason})")).collect();
+    words.join(", ")
+}
+
+/// Doubles from `RETRY_MIN` to `RETRY_MAX`, less up to a quarter, so that those who were refused
+/// together do not come back together.
+pub(super) fn backoff(tries: u32, prng: &mut Prng) -> Duration {
+    let full = RETRY_MIN.saturating_mul(1 << tries.saturating_sub(1).min(16)).min(RETRY_MAX);
+    full - full.mul_f64(prng.below(250) as f64 / 1000.0)
+}
