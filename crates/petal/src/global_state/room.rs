@@ -1,14 +1,49 @@
-//! The room: owns the state and, on ring members, the consensus library; talks to the other servers.
-//! (API skeleton.)
+//! The room: owns the state and, on ring members, the ring; talks to the other servers.
+//!
+//! *Inside* the ring members decide the log (`ring.rs`). *Outside* every server learns it, ring members
+//! that lag included, by one rule: whoever has applied more answers `Learn` with the entries that follow,
+//! or with the whole state if it no longer has them.
+//!
+//! ```text
+//!   propose ----Propose----> leader ==ring==> decided --Entries--> every connected server outside the ring
+//!      ^                                         |
+//!      +---- until `executed` says so            +-- applied --Applied--> the server's other rooms
+//! ```
+//!
+//! A new entry reaches a learner without a timer: the leader pushes it when it applies it. What was lost
+//! with a connection is found by the state index in every message: [`GlobalState::on_index`] notes who has
+//! more, and `Learn` asks.
+//!
+//! Nothing waits for an answer for ever: proposals and `Learn` are sent again, with growing delays, to
+//! one server after the other. Commands are idempotent, entries are numbered, so twice does no harm.
+//!
+//! Driving it: hand in `on_index` before `on_message` of the same message, then drain `poll_output`; what
+//! came in between two drains is put together. The state moves inside `poll_output`, one
+//! [`GlobalOutput::Applied`] per entry, in order.
+//!
+//! Fails: never; a member whose durable state is damaged does not open ([`RingDamaged`]).
+//!
+//! Invariants: `Applied` comes once for each index, in order, except over a `Jumped`; an entry is applied only
+//! when a majority of the ring holds it durably. Paper 2 (global state module).
 
-use super::{Command, Effects, Genesis, State};
+use super::ring::{Decided, Ring, RingDamaged};
+use super::{Command, Effects, Entry, Genesis, State};
 use crate::ids::*;
-use crate::message::{Body, CommandId};
+use crate::limits::{ENTRIES_PER_MESSAGE_MAX, LOG_KEEP, PROPOSALS_MAX, RETRY_MAX, RETRY_MIN};
+use crate::message::{self, Body, CommandId};
 use bytes::Bytes;
-use stdx::Instant;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use stdx::{Duration, Instant};
+
+/// How often a leader tells its index to learners when nothing happens: what a push lost without a
+/// broken connection would be missed for at most this long.
+const ANNOUNCE: Duration = Duration::from_secs(1);
+/// Bytes of an encoded command at most. Names, holders and addresses are bounded one by one when the
+/// command is applied; this keeps monsters out of the log.
+const COMMAND_MAX: usize = 64 << 10;
 
 /// What the room wants.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GlobalOutput {
     /// Send to a server (dropped if it is not connected; the room sends again what matters).
     Send {
@@ -18,7 +53,7 @@ pub enum GlobalOutput {
         body: Body,
     },
     /// Make these durable, in this order, then call `on_persisted(number)`. Messages that depend on them
-    /// are held back until then.
+    /// are held back until then. A crash may leave any prefix of them.
     Persist {
         /// Grows by one with each.
         number: u64,
@@ -29,7 +64,7 @@ pub enum GlobalOutput {
     Applied {
         /// The new index.
         index: StateIndex,
-        /// Which command it was.
+        /// Which command it was; `State::result` has what came of it.
         id: CommandId,
         /// What changed.
         effects: Effects,
@@ -45,61 +80,540 @@ pub enum GlobalOutput {
     },
 }
 
-/// The global-state room of one server.
-pub struct GlobalState;
+/// A command that this server wants decided.
+#[derive(Clone, Debug)]
+struct Proposal {
+    id: CommandId,
+    command: Command,
+    /// Tries so far.
+    tries: u32,
+    delay: Duration,
+    next_try: Instant,
+}
 
-#[allow(unused_variables, missing_docs, clippy::unimplemented)]
+/// A `Learn` that is not answered yet.
+#[derive(Clone, Copy, Debug)]
+struct Asked {
+    whom: ServerId,
+    delay: Duration,
+    again_at: Instant,
+}
+
+/// The global-state room of one server.
+pub struct GlobalState {
+    me: ServerId,
+    state: State,
+    ring: Option<Ring>,
+    /// The last entries applied, for learners: those up to `state.index`.
+    recent: VecDeque<Entry>,
+    /// Connected servers, with the index that each told last.
+    peers: BTreeMap<ServerId, StateIndex>,
+    dialled: BTreeMap<ServerId, Vec<String>>,
+    proposer: u64,
+    next_number: u64,
+    proposals: BTreeMap<(u64, u64), Proposal>,
+    /// Commands that this leader appended and has not applied, and when.
+    appended: BTreeMap<(u64, u64), Instant>,
+    /// Who led when last looked; for a learner, who pushed last.
+    led_by: Option<ServerId>,
+    asked: Option<Asked>,
+    /// When a lag was seen first; ring members give the ring a moment to close it.
+    behind_since: Option<Instant>,
+    announce_at: Instant,
+    now: Instant,
+    /// Something came in since the outputs were put together.
+    dirty: bool,
+    outputs: VecDeque<GlobalOutput>,
+}
+
+// ------------------------------------------------------------------------------------------------
+// Inputs.
+
 impl GlobalState {
     /// `durable` is every metadata value whose key begins with `ring/`, as persisted before.
     /// `proposer` is this server life's own proposer id (server id and incarnation mixed into 64 bits).
-    pub fn open(me: ServerId, genesis: &Genesis, proposer: u64, durable: Vec<(Bytes, Bytes)>) -> GlobalState {
-        unimplemented!()
+    pub fn open(
+        me: ServerId,
+        genesis: &Genesis,
+        proposer: u64,
+        durable: &[(Bytes, Bytes)],
+    ) -> Result<GlobalState, RingDamaged> {
+        let state = State::genesis(genesis);
+        let ring = match state.ring.node_of(me) {
+            Some(node) => Some(Ring::open(node, state.clone(), durable)?),
+            None => None,
+        };
+        let mut room = GlobalState {
+            me,
+            state,
+            ring,
+            recent: VecDeque::new(),
+            peers: BTreeMap::new(),
+            dialled: BTreeMap::new(),
+            proposer,
+            next_number: 1,
+            proposals: BTreeMap::new(),
+            appended: BTreeMap::new(),
+            led_by: None,
+            asked: None,
+            behind_since: None,
+            announce_at: Instant::ZERO,
+            now: Instant::ZERO,
+            dirty: true,
+            outputs: VecDeque::new(),
+        };
+        room.apply_decided();
+        // What was applied before the start is no news.
+        room.outputs.clear();
+        room.dialled.clear();
+        room.dial();
+        Ok(room)
     }
+
     /// The state as applied.
     pub fn state(&self) -> &State {
-        unimplemented!()
+        &self.state
     }
-    /// Ring, Propose, Learn, Entries, Snapshot messages.
-    pub fn on_message(&mut self, now: Instant, from: ServerId, body: Body) {
-        unimplemented!()
-    }
-    /// A peer told its state index (it comes with every message); a higher one starts catching up.
-    pub fn on_index(&mut self, now: Instant, from: ServerId, index: StateIndex) {
-        unimplemented!()
-    }
-    pub fn on_connected(&mut self, now: Instant, server: ServerId) {
-        unimplemented!()
-    }
-    pub fn on_disconnected(&mut self, now: Instant, server: ServerId) {
-        unimplemented!()
-    }
-    /// The writes of `Persist { number }` are stable (and all before).
-    pub fn on_persisted(&mut self, number: u64) {
-        unimplemented!()
-    }
-    /// Keeps proposing the command until the state says that it was executed.
-    pub fn propose(&mut self, now: Instant, id: CommandId, command: Command) {
-        unimplemented!()
-    }
-    /// Proposes a command of this server itself; its number is drawn here.
-    pub fn propose_own(&mut self, now: Instant, command: Command) -> CommandId {
-        unimplemented!()
-    }
-    /// Elections, retries.
-    pub fn tick(&mut self, now: Instant) {
-        unimplemented!()
-    }
-    pub fn next_timeout(&self) -> Option<Instant> {
-        unimplemented!()
-    }
-    pub fn poll_output(&mut self) -> Option<GlobalOutput> {
-        unimplemented!()
-    }
+
     /// Who leads the ring, as far as this server knows.
     pub fn leader(&self) -> Option<ServerId> {
-        unimplemented!()
+        match &self.ring {
+            Some(ring) => ring.leader().and_then(|node| self.state.ring.server_of(node)),
+            None => self.led_by,
+        }
     }
+
+    /// Ring, Propose, Learn, Entries, Snapshot messages; others are none of this room's.
+    pub fn on_message(&mut self, now: Instant, from: ServerId, body: Body) {
+        self.note(now);
+        match body {
+            Body::Ring(m) => self.on_ring(from, m),
+            Body::Propose(m) => self.on_propose(from, m),
+            Body::Learn(m) => self.on_learn(from, m),
+            Body::Entries(m) => self.on_entries(from, m),
+            Body::Snapshot(m) => self.on_snapshot(from, m),
+            _ => {}
+        }
+    }
+
+    /// A peer told its state index (it comes with every message); a higher one starts catching up.
+    pub fn on_index(&mut self, now: Instant, from: ServerId, index: StateIndex) {
+        if let Some(told) = self.peers.get_mut(&from) {
+            *told = index;
+        }
+        if index > self.state.index {
+            self.note(now);
+        }
+    }
+
+    /// A connection to a server is up (also: a new one instead of the old).
+    pub fn on_connected(&mut self, now: Instant, server: ServerId) {
+        self.note(now);
+        self.on_disconnected(now, server);
+        self.peers.insert(server, 0);
+        self.send(server, Body::Index);
+        let node = self.state.ring.node_of(server);
+        if let (Some(ring), Some(node)) = (&mut self.ring, node) {
+            ring.on_connected(node);
+        }
+        if node.is_some() {
+            self.retry_proposals();
+        }
+    }
+
+    /// The connection to a server is gone.
+    pub fn on_disconnected(&mut self, now: Instant, server: ServerId) {
+        self.note(now);
+        self.peers.remove(&server);
+        self.asked = self.asked.filter(|asked| asked.whom != server);
+        if self.ring.is_none() && self.led_by == Some(server) {
+            self.led_by = None;
+        }
+    }
+
+    /// The writes of `Persist { number }` are stable (and all before).
+    pub fn on_persisted(&mut self, number: u64) {
+        self.dirty = true;
+        if let Some(ring) = &mut self.ring {
+            ring.on_persisted(number);
+        }
+    }
+
+    /// Keeps proposing the command until the state says that it was executed: at once if it was
+    /// (`State::result` tells), else `Applied` with its id will come. Of [`PROPOSALS_MAX`] at one time,
+    /// one more is not taken; its caller's deadline tells.
+    pub fn propose(&mut self, now: Instant, id: CommandId, command: Command) {
+        self.note(now);
+        if self.state.is_executed(&id) || self.proposals.len() >= PROPOSALS_MAX || !small(&command) {
+            return;
+        }
+        let proposal = Proposal { id, command, tries: 0, delay: RETRY_MIN, next_try: now };
+        self.proposals.entry((id.proposer, id.number)).or_insert(proposal);
+    }
+
+    /// Proposes a command of this server itself; its number is drawn here.
+    pub fn propose_own(&mut self, now: Instant, command: Command) -> CommandId {
+        let number = self.next_number;
+        self.next_number += 1;
+        let own = (self.proposer, 0)..=(self.proposer, u64::MAX);
+        let finished_below = self.proposals.range(own).next().map_or(number, |((_, oldest), _)| *oldest);
+        let id = CommandId { proposer: self.proposer, number, finished_below };
+        self.propose(now, id, command);
+        id
+    }
+
+    /// Nobody waits for the command any more; it may still be decided.
+    pub fn forget_proposal(&mut self, id: &CommandId) {
+        self.proposals.remove(&(id.proposer, id.number));
+    }
+
+    /// Elections, retries.
+    pub fn tick(&mut self, now: Instant) {
+        self.note(now);
+        if let Some(ring) = &mut self.ring {
+            ring.tick(now);
+        }
+    }
+
+    /// When `tick` has something to do.
+    pub fn next_timeout(&self) -> Option<Instant> {
+        let ring = self.ring.as_ref().and_then(Ring::next_tick);
+        let proposal = self.proposals.values().map(|p| p.next_try).min();
+        let learn = self.learn_at();
+        let announce = self.announces().then_some(self.announce_at);
+        [ring, proposal, learn, announce].into_iter().flatten().min()
+    }
+
+    /// The next output, until `None`.
+    pub fn poll_output(&mut self) -> Option<GlobalOutput> {
+        if self.outputs.is_empty() && self.dirty {
+            self.dirty = false;
+            self.maintain();
+        }
+        self.outputs.pop_front()
+    }
+
+    /// Panics if the room contradicts itself.
     pub fn check_invariants(&self) {
-        unimplemented!()
+        if let Some(complaint) = self.state.complaint() {
+            panic!("{} at {}: {complaint}", self.me, self.state.index);
+        }
+        assert!(self.recent.len() as u64 <= self.state.index, "more entries than were applied");
+        assert!(self.recent.len() <= LOG_KEEP && self.proposals.len() <= PROPOSALS_MAX, "bounds");
+        assert!(self.proposals.values().all(|p| !self.state.is_executed(&p.id)), "proposes what is executed");
+    }
+
+    fn note(&mut self, now: Instant) {
+        self.now = self.now.max(now);
+        self.dirty = true;
     }
 }
+
+// ------------------------------------------------------------------------------------------------
+// Messages.
+
+impl GlobalState {
+    fn on_ring(&mut self, from: ServerId, m: message::Ring) {
+        let node = self.state.ring.node_of(from);
+        if let (Some(ring), Some(node)) = (&mut self.ring, node) {
+            ring.on_message(node, m.configuration, &m.bytes);
+        }
+    }
+
+    fn on_propose(&mut self, from: ServerId, m: message::Propose) {
+        if self.state.is_executed(&m.id) {
+            // It will find out by learning.
+            self.send(from, Body::Index);
+            return;
+        }
+        if self.append(m.id, &m.command) {
+            return;
+        }
+        // One step on, and only for who may not know the ring: two members never send it to and fro.
+        let leader = self.leader().filter(|leader| *leader != self.me && *leader != from);
+        if let (Some(leader), None, Some(_)) = (leader, self.state.ring.node_of(from), &self.ring) {
+            self.send(leader, Body::Propose(m));
+        }
+    }
+
+    fn on_learn(&mut self, from: ServerId, m: message::Learn) {
+        if m.from >= self.state.index {
+            self.send(from, Body::Index);
+            return;
+        }
+        let body = match self.entries_after(m.from) {
+            Some(entries) => Body::Entries(message::Entries { from: m.from, entries }),
+            None => Body::Snapshot(message::Snapshot { state: self.state.encode() }),
+        };
+        self.send(from, body);
+    }
+
+    fn on_entries(&mut self, from: ServerId, m: message::Entries) {
+        if self.ring.is_none() && self.state.ring.node_of(from).is_some() && self.asked.is_none() {
+            // Not an answer, so a push: only a leader does that.
+            self.led_by = Some(from);
+        }
+        let Some(known) = self.state.index.checked_sub(m.from) else {
+            // A gap: the index in front of the message has told that something is missing.
+            return;
+        };
+        let news = m.entries.into_iter().skip(usize::try_from(known).unwrap_or(usize::MAX));
+        let before = self.state.index;
+        for entry in news {
+            self.apply(entry);
+        }
+        self.learnt(from, before);
+    }
+
+    fn on_snapshot(&mut self, from: ServerId, m: message::Snapshot) {
+        let Ok(state) = State::decode(&m.state) else { return };
+        if state.cluster != self.state.cluster || state.index <= self.state.index {
+            return;
+        }
+        let before = self.state.index;
+        self.jump(state);
+        self.learnt(from, before);
+    }
+
+    /// An answer, or a push, has come: ask for more at once if it was not all.
+    fn learnt(&mut self, from: ServerId, before: StateIndex) {
+        if self.state.index > before && self.asked.is_some_and(|asked| asked.whom == from) {
+            self.asked = None;
+        }
+    }
+
+    fn send(&mut self, to: ServerId, body: Body) {
+        if self.peers.contains_key(&to) {
+            self.outputs.push_back(GlobalOutput::Send { to, body });
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// Putting in order, after every round of inputs.
+
+impl GlobalState {
+    fn maintain(&mut self) {
+        let before = self.state.index;
+        self.try_proposals();
+        if let Some(ring) = &mut self.ring {
+            ring.settle();
+        }
+        self.apply_decided();
+        self.watch_leader();
+        self.push_to_learners(before);
+        self.ring_outputs();
+        self.learn();
+    }
+
+    fn ring_outputs(&mut self) {
+        let Some(ring) = &mut self.ring else { return };
+        while let Some((number, writes)) = ring.poll_write() {
+            self.outputs.push_back(GlobalOutput::Persist { number, writes });
+        }
+        while let Some((node, bytes)) = ring.poll_message() {
+            let to = self.state.ring.server_of(node).filter(|to| self.peers.contains_key(to));
+            if let Some(to) = to {
+                let ring = message::Ring { configuration: ring.configuration(), bytes: bytes.into() };
+                self.outputs.push_back(GlobalOutput::Send { to, body: Body::Ring(ring) });
+            }
+        }
+    }
+
+    fn apply_decided(&mut self) {
+        let Some(decided) = self.ring.as_ref().and_then(|ring| ring.decided_after(self.state.index)) else { return };
+        let entries = match decided {
+            Decided::Entries(entries) => entries,
+            Decided::Jump(state, entries) => {
+                self.jump(State::clone(&state));
+                entries
+            }
+        };
+        for entry in entries {
+            self.apply(entry);
+        }
+    }
+
+    fn apply(&mut self, entry: Entry) {
+        let (_, effects) = self.state.apply(&entry);
+        let id = entry.id;
+        self.proposals.remove(&(id.proposer, id.number));
+        self.appended.remove(&(id.proposer, id.number));
+        self.recent.push_back(entry);
+        if self.recent.len() > LOG_KEEP {
+            self.recent.pop_front();
+        }
+        let servers_changed = !effects.servers.is_empty();
+        self.outputs.push_back(GlobalOutput::Applied { index: self.state.index, id, effects });
+        if servers_changed {
+            self.dial();
+        }
+    }
+
+    fn jump(&mut self, state: State) {
+        self.state = state;
+        self.recent.clear();
+        let state = &self.state;
+        self.proposals.retain(|_, p| !state.is_executed(&p.id));
+        self.appended.clear();
+        self.outputs.push_back(GlobalOutput::Jumped);
+        self.dial();
+    }
+
+    /// Asks for connections to servers that are new or have moved.
+    fn dial(&mut self) {
+        for (server, known) in self.state.servers.iter().filter(|(server, _)| **server != self.me) {
+            if self.dialled.get(server) != Some(&known.addresses) {
+                self.dialled.insert(*server, known.addresses.clone());
+                let addresses = known.addresses.clone();
+                self.outputs.push_back(GlobalOutput::Dial { server: *server, addresses });
+            }
+        }
+    }
+
+    fn watch_leader(&mut self) {
+        if self.ring.is_none() {
+            return;
+        }
+        let leader = self.leader();
+        if leader != self.led_by {
+            self.led_by = leader;
+            self.appended.clear();
+            self.announce_at = self.now;
+            self.retry_proposals();
+        }
+    }
+
+    fn leads(&self) -> bool {
+        self.ring.as_ref().is_some_and(Ring::leads)
+    }
+
+    // -------------------------------------------------------------------------------- learners
+
+    fn learners(&self) -> impl Iterator<Item = ServerId> + '_ {
+        self.peers.keys().copied().filter(|server| self.state.ring.node_of(*server).is_none())
+    }
+
+    fn announces(&self) -> bool {
+        self.leads() && self.learners().next().is_some()
+    }
+
+    /// Sends what was applied since `before` to everybody outside the ring; with nothing new, now and then,
+    /// an empty message, which has the index and tells who leads.
+    fn push_to_learners(&mut self, before: StateIndex) {
+        if !self.leads() || (self.state.index == before && self.now < self.announce_at) {
+            return;
+        }
+        self.announce_at = self.now + ANNOUNCE;
+        // After a jump: nothing to push, the index tells.
+        let entries = self.entries_after(before).unwrap_or_default();
+        let from = if entries.is_empty() { self.state.index } else { before };
+        for learner in self.learners().collect::<Vec<_>>() {
+            let entries = message::Entries { from, entries: entries.clone() };
+            self.send(learner, Body::Entries(entries));
+        }
+    }
+
+    /// Entries that follow an index, at most one message full; `None` if they are no longer here.
+    fn entries_after(&self, index: StateIndex) -> Option<Vec<Entry>> {
+        let missing = usize::try_from(self.state.index.checked_sub(index)?).ok()?;
+        let first = self.recent.len().checked_sub(missing)?;
+        Some(self.recent.iter().skip(first).take(ENTRIES_PER_MESSAGE_MAX).cloned().collect())
+    }
+
+    fn behind(&self) -> bool {
+        self.peers.values().any(|told| *told > self.state.index)
+    }
+
+    /// When to ask (again) for what is missing.
+    fn learn_at(&self) -> Option<Instant> {
+        if !self.behind() {
+            return None;
+        }
+        // The ring tells its members; only what it does not tell soon is asked for.
+        let patience = if self.ring.is_some() { RETRY_MIN } else { Duration::ZERO };
+        let first = self.behind_since.unwrap_or(self.now) + patience;
+        Some(self.asked.map_or(first, |asked| asked.again_at))
+    }
+
+    fn learn(&mut self) {
+        if !self.behind() {
+            (self.behind_since, self.asked) = (None, None);
+            return;
+        }
+        self.behind_since = self.behind_since.or(Some(self.now));
+        if self.learn_at().is_none_or(|at| at > self.now) {
+            return;
+        }
+        let ahead: Vec<ServerId> =
+            self.peers.iter().filter(|(_, told)| **told > self.state.index).map(|(server, _)| *server).collect();
+        // Another one than last time, if there is another.
+        let last = self.asked.map(|asked| asked.whom);
+        let whom = ahead.iter().find(|s| last.is_some_and(|last| **s > last)).or(ahead.first());
+        let Some(whom) = whom.copied() else { return };
+        let delay = self.asked.map_or(RETRY_MIN, |asked| (asked.delay * 2).min(RETRY_MAX));
+        self.asked = Some(Asked { whom, delay, again_at: self.now + delay });
+        self.send(whom, Body::Learn(message::Learn { from: self.state.index }));
+    }
+
+    // -------------------------------------------------------------------------------- proposals
+
+    /// The leader appends a command, unless it has done so a moment ago.
+    fn append(&mut self, id: CommandId, command: &Command) -> bool {
+        let key = (id.proposer, id.number);
+        let Some(ring) = self.ring.as_mut().filter(|ring| ring.leads()) else { return false };
+        if !small(command) || self.appended.get(&key).is_some_and(|at| self.now < *at + RETRY_MAX) {
+            return true;
+        }
+        if ring.propose(Entry { id, command: command.clone() }) {
+            self.appended.insert(key, self.now);
+        }
+        true
+    }
+
+    fn retry_proposals(&mut self) {
+        for proposal in self.proposals.values_mut() {
+            (proposal.delay, proposal.next_try) = (RETRY_MIN, self.now);
+        }
+        self.dirty |= !self.proposals.is_empty();
+    }
+
+    fn try_proposals(&mut self) {
+        let due: Vec<(u64, u64)> =
+            self.proposals.iter().filter(|(_, p)| p.next_try <= self.now).map(|(key, _)| *key).collect();
+        for key in due {
+            let proposal = self.proposals.get_mut(&key).expect("collected above");
+            proposal.next_try = self.now + proposal.delay;
+            proposal.delay = (proposal.delay * 2).min(RETRY_MAX);
+            proposal.tries = proposal.tries.wrapping_add(1);
+            let (id, tries, command) = (proposal.id, proposal.tries, proposal.command.clone());
+            if self.append(id, &command) {
+                continue;
+            }
+            if let Some(to) = self.propose_to(tries) {
+                self.send(to, Body::Propose(message::Propose { id, command }));
+            }
+        }
+    }
+
+    /// The leader first; when that did not help, one connected member after the other.
+    fn propose_to(&self, tries: u32) -> Option<ServerId> {
+        let members: BTreeSet<ServerId> = self.state.ring.members.iter().map(|m| m.server).collect();
+        let reachable: Vec<ServerId> = members.into_iter().filter(|s| self.peers.contains_key(s)).collect();
+        let leader = self.leader().filter(|leader| reachable.contains(leader));
+        match (leader, reachable.as_slice()) {
+            (_, []) => None,
+            (Some(leader), _) if tries % 2 == 1 => Some(leader),
+            (_, reachable) => Some(reachable[tries as usize / 2 % reachable.len()]),
+        }
+    }
+}
+
+/// Whether a command may go into the log at all.
+fn small(command: &Command) -> bool {
+    postcard::to_stdvec(command).is_ok_and(|bytes| bytes.len() <= COMMAND_MAX)
+}
+
+#[cfg(test)]
+#[path = "room_tests.rs"]
+mod tests;

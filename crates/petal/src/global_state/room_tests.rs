@@ -1,0 +1,544 @@
+//! Tests of the room: whole clusters of rooms in virtual time, with loss, broken connections and crashes.
+
+use super::*;
+use crate::global_state::state::tests::genesis;
+use crate::global_state::{Attachment, Outcome};
+use crate::translator::gmap::Scheme;
+use stdx::Prng;
+
+type Write = (Bytes, Option<Bytes>);
+
+/// What is going to happen.
+enum Event {
+    Deliver { from: ServerId, to: ServerId, connection: u64, index: StateIndex, body: Body },
+    Persisted { server: ServerId, life: u64, number: u64 },
+    Connect { a: ServerId, b: ServerId },
+    Start { server: ServerId },
+}
+
+/// One server: its room, its durable metadata, and writes on their way there.
+struct Host {
+    room: Option<GlobalState>,
+    life: u64,
+    durable: BTreeMap<Bytes, Bytes>,
+    pending: VecDeque<(u64, Vec<Write>)>,
+    /// Index told last by `Applied`, in this life.
+    applied: StateIndex,
+    jumps: u64,
+}
+
+/// How unkind the world is.
+#[derive(Clone, Copy)]
+struct World {
+    delay: (u64, u64),
+    disk: (u64, u64),
+    /// Of a thousand messages, so many are lost without a trace.
+    loss: u64,
+}
+
+const KIND: World = World { delay: (1000, 1000), disk: (1000, 1000), loss: 0 };
+
+struct Cluster {
+    prng: Prng,
+    now: Instant,
+    world: World,
+    ring: u16,
+    hosts: BTreeMap<ServerId, Host>,
+    events: BTreeMap<(Instant, u64), Event>,
+    event_count: u64,
+    /// Number of the present connection of a pair, smaller id first.
+    connections: BTreeMap<(ServerId, ServerId), u64>,
+    /// No message of a connection overtakes another.
+    last_arrival: BTreeMap<(ServerId, ServerId), Instant>,
+    connection_count: u64,
+    log: BTreeMap<StateIndex, CommandId>,
+}
+
+fn pair(a: ServerId, b: ServerId) -> (ServerId, ServerId) {
+    (a.min(b), a.max(b))
+}
+
+fn millis(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+impl Cluster {
+    /// `ring` members and as many learners that the ring does not know yet.
+    fn new(seed: u64, ring: u16, learners: u16, world: World) -> Cluster {
+        let mut cluster = Cluster {
+            prng: Prng::new(seed),
+            now: Instant::ZERO,
+            world,
+            ring,
+            hosts: BTreeMap::new(),
+            events: BTreeMap::new(),
+            event_count: 0,
+            connections: BTreeMap::new(),
+            last_arrival: BTreeMap::new(),
+            connection_count: 0,
+            log: BTreeMap::new(),
+        };
+        for id in 1..=ring + learners {
+            let host = Host {
+                room: None,
+                life: 0,
+                durable: BTreeMap::new(),
+                pending: VecDeque::new(),
+                applied: 0,
+                jumps: 0,
+            };
+            cluster.hosts.insert(ServerId(id), host);
+            cluster.start(ServerId(id));
+        }
+        cluster
+    }
+
+    fn schedule(&mut self, after: Duration, event: Event) {
+        self.event_count += 1;
+        self.events.insert((self.now + after, self.event_count), event);
+    }
+
+    fn micros(&mut self, (low, high): (u64, u64)) -> Duration {
+        Duration::from_micros(self.prng.between(low, high))
+    }
+
+    fn host(&mut self, server: ServerId) -> &mut Host {
+        self.hosts.get_mut(&server).expect("a server of the cluster")
+    }
+
+    fn room(&mut self, server: u16) -> &mut GlobalState {
+        self.host(ServerId(server)).room.as_mut().expect("it is up")
+    }
+
+    fn start(&mut self, server: ServerId) {
+        let genesis = genesis(self.ring);
+        let host = self.host(server);
+        if host.room.is_some() {
+            return;
+        }
+        host.life += 1;
+        let durable: Vec<(Bytes, Bytes)> = host.durable.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+        let proposer = u64::from(server.0) << 32 | host.life;
+        let room = GlobalState::open(server, &genesis, proposer, &durable).expect("a crash damages nothing");
+        host.applied = room.state().index;
+        host.room = Some(room);
+        for other in self.hosts.keys().copied().filter(|o| *o != server).collect::<Vec<_>>() {
+            let after = self.micros((0, 5000));
+            self.schedule(after, Event::Connect { a: server, b: other });
+        }
+        self.outputs(server);
+    }
+
+    fn crash(&mut self, server: ServerId) {
+        for other in self.hosts.keys().copied().filter(|o| *o != server).collect::<Vec<_>>() {
+            self.disconnect(server, other);
+        }
+        let keep = self.prng.next_u64();
+        let host = self.host(server);
+        host.room = None;
+        let writes: Vec<Write> = host.pending.drain(..).flat_map(|(_, writes)| writes).collect();
+        let kept = (keep % (writes.len() as u64 + 1)) as usize;
+        write(&mut host.durable, writes.into_iter().take(kept));
+        let after = millis(self.prng.between(1, 1500));
+        self.schedule(after, Event::Start { server });
+    }
+
+    fn connect(&mut self, a: ServerId, b: ServerId) {
+        if self.connections.contains_key(&pair(a, b)) || self.hosts[&a].room.is_none() || self.hosts[&b].room.is_none() {
+            return;
+        }
+        self.connection_count += 1;
+        self.connections.insert(pair(a, b), self.connection_count);
+        let now = self.now;
+        for (me, other) in [(a, b), (b, a)] {
+            self.room(me.0).on_connected(now, other);
+            self.outputs(me);
+        }
+    }
+
+    fn disconnect(&mut self, a: ServerId, b: ServerId) {
+        if self.connections.remove(&pair(a, b)).is_none() {
+            return;
+        }
+        let now = self.now;
+        for (me, other) in [(a, b), (b, a)] {
+            if let Some(room) = &mut self.host(me).room {
+                room.on_disconnected(now, other);
+                self.outputs(me);
+            }
+        }
+        let after = millis(self.prng.between(1, 300));
+        self.schedule(after, Event::Connect { a, b });
+    }
+
+    /// Carries out what a room wants.
+    fn outputs(&mut self, server: ServerId) {
+        loop {
+            let host = self.host(server);
+            let Some(room) = &mut host.room else { return };
+            room.check_invariants();
+            let Some(output) = room.poll_output() else { return };
+            let (index, life) = (room.state().index, host.life);
+            match output {
+                GlobalOutput::Send { to, body } => self.on_send(server, to, index, body),
+                GlobalOutput::Persist { number, writes } => {
+                    host.pending.push_back((number, writes));
+                    let after = self.micros(self.world.disk);
+                    self.schedule(after, Event::Persisted { server, life, number });
+                }
+                GlobalOutput::Applied { index, id, .. } => {
+                    assert_eq!(index, host.applied + 1, "{server} skips");
+                    host.applied = index;
+                    assert_eq!(*self.log.entry(index).or_insert(id), id, "{server} has another entry {index}");
+                }
+                GlobalOutput::Jumped => {
+                    // Outputs are put together before they are taken: the entries behind are told next.
+                    host.applied = index - room.outputs.iter().filter(|o| matches!(o, GlobalOutput::Applied { .. })).count() as u64;
+                    host.jumps += 1;
+                }
+                GlobalOutput::Dial { .. } => {}
+            }
+        }
+    }
+
+    fn on_send(&mut self, from: ServerId, to: ServerId, index: StateIndex, body: Body) {
+        let Some(connection) = self.connections.get(&pair(from, to)).copied() else { return };
+        if self.prng.below(1000) < self.world.loss {
+            return;
+        }
+        let delay = self.micros(self.world.delay);
+        let earliest = self.last_arrival.get(&(from, to)).copied().unwrap_or_default();
+        let arrival = (self.now + delay).max(earliest);
+        self.last_arrival.insert((from, to), arrival);
+        self.schedule(arrival.since(self.now), Event::Deliver { from, to, connection, index, body });
+    }
+
+    fn on_event(&mut self, event: Event) {
+        let now = self.now;
+        match event {
+            Event::Deliver { from, to, connection, index, body } => {
+                if self.connections.get(&pair(from, to)) == Some(&connection) {
+                    let room = self.room(to.0);
+                    room.on_index(now, from, index);
+                    room.on_message(now, from, body);
+                    self.outputs(to);
+                }
+            }
+            Event::Persisted { server, life, number } => {
+                let host = self.host(server);
+                if host.life != life || host.room.is_none() {
+                    return;
+                }
+                // In order: whatever was before it is stable with it.
+                while host.pending.front().is_some_and(|(n, _)| *n <= number) {
+                    let (n, writes) = host.pending.pop_front().expect("looked at");
+                    write(&mut host.durable, writes);
+                    host.room.as_mut().expect("checked").on_persisted(n);
+                }
+                self.outputs(server);
+            }
+            Event::Connect { a, b } => self.connect(a, b),
+            Event::Start { server } => self.start(server),
+        }
+    }
+
+    fn run(&mut self, time: Duration) {
+        let end = self.now + time;
+        loop {
+            let event = self.events.first_key_value().map(|((at, _), _)| *at);
+            let timer = |host: &Host| host.room.as_ref().and_then(GlobalState::next_timeout);
+            let timeout = self.hosts.iter().filter_map(|(s, h)| timer(h).map(|at| (at, *s))).min();
+            match (event, timeout) {
+                (Some(at), t) if at <= end && t.is_none_or(|(t, _)| at <= t) => {
+                    self.now = self.now.max(at);
+                    let (_, event) = self.events.pop_first().expect("looked at");
+                    self.on_event(event);
+                }
+                (_, Some((at, server))) if at <= end => {
+                    self.now = self.now.max(at);
+                    let now = self.now;
+                    self.room(server.0).tick(now);
+                    self.outputs(server);
+                }
+                _ => break,
+            }
+        }
+        self.now = end;
+    }
+
+    /// Proposes at a server and waits until that server knows the result.
+    fn execute(&mut self, server: u16, command: Command) -> Outcome {
+        let now = self.now;
+        let id = self.room(server).propose_own(now, command);
+        self.outputs(ServerId(server));
+        for _ in 0..20_000 {
+            if let Some((_, result)) = self.room(server).state().result(&id) {
+                return result.clone().expect("a good command");
+            }
+            self.run(Duration::from_micros(500));
+        }
+        panic!("{id:?} was not decided in 10 s");
+    }
+
+    /// Two servers up and a disk, made through `server`.
+    fn with_disk(&mut self, server: u16) -> VdiskId {
+        for s in 1..=self.ring.min(2) {
+            let up = Command::ServerUp {
+                server: ServerId(s),
+                incarnation: Incarnation(1),
+                addresses: vec![],
+                disks: vec![(DiskId(u128::from(s)), Incarnation(0), 1 << 30)],
+            };
+            self.execute(server, up);
+        }
+        let scheme = if self.ring == 1 { Scheme::Striped } else { Scheme::Chained };
+        let create = Command::CreateDisk { name: "a".into(), size: 1 << 30, scheme, stripe_unit: 1 << 20 };
+        match self.execute(server, create) {
+            Outcome::Disk(disk) => disk,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn assert_equal(&mut self) {
+        let first = self.room(1).state().clone();
+        for (server, host) in &self.hosts {
+            let state = host.room.as_ref().expect("up").state();
+            assert_eq!(state.index, first.index, "{server} lags");
+            assert_eq!(*state, first, "{server} differs");
+        }
+    }
+}
+
+fn write(durable: &mut BTreeMap<Bytes, Bytes>, writes: impl IntoIterator<Item = Write>) {
+    for (key, value) in writes {
+        match value {
+            Some(value) => durable.insert(key, value),
+            None => durable.remove(&key),
+        };
+    }
+}
+
+fn attach(vdisk: VdiskId) -> Command {
+    Command::Attach { vdisk, mode: Attachment::ReadOnly, holder: "h".into(), take_over: false }
+}
+
+#[test]
+fn a_ring_of_three_finds_a_leader_in_less_than_a_second() {
+    let mut cluster = Cluster::new(1, 3, 1, KIND);
+    cluster.run(millis(1000));
+    for server in 1..=4 {
+        assert!(cluster.room(server).leader().is_some(), "s{server}");
+    }
+}
+
+#[test]
+fn a_command_of_any_server_is_applied_everywhere_within_milliseconds() {
+    let mut cluster = Cluster::new(1, 3, 1, KIND);
+    let disk = cluster.with_disk(4);
+    for server in 1..=4 {
+        cluster.run(millis(170));
+        let start = cluster.now;
+        cluster.execute(server, attach(disk));
+        let took = cluster.now.since(start);
+        // Propose, append beside accept, accepted, decide or push: at most 5 ms of the network and 2 of disks.
+        assert!(took <= millis(8), "s{server}: {took:?}");
+        cluster.run(millis(3));
+        cluster.assert_equal();
+    }
+}
+
+#[test]
+fn a_ring_of_one_decides_alone_and_its_learners_follow() {
+    let mut cluster = Cluster::new(2, 1, 2, KIND);
+    let disk = cluster.with_disk(3);
+    let start = cluster.now;
+    cluster.execute(2, attach(disk));
+    assert!(cluster.now.since(start) <= millis(4));
+    cluster.run(millis(3));
+    cluster.assert_equal();
+    cluster.crash(ServerId(1));
+    cluster.run(millis(3000));
+    cluster.execute(3, attach(disk));
+    cluster.run(millis(3));
+    cluster.assert_equal();
+}
+
+#[test]
+fn a_ring_of_one_without_learners_is_idle() {
+    let mut cluster = Cluster::new(2, 1, 0, KIND);
+    cluster.with_disk(1);
+    cluster.run(millis(100));
+    assert_eq!(cluster.room(1).next_timeout(), None);
+}
+
+#[test]
+fn an_idle_ring_sends_few_messages_and_writes_nothing() {
+    let mut cluster = Cluster::new(2, 3, 1, KIND);
+    cluster.with_disk(1);
+    cluster.run(millis(3000));
+    let (events, records) = (cluster.event_count, cluster.hosts[&ServerId(1)].durable.len());
+    cluster.run(millis(10_000));
+    let per_second = (cluster.event_count - events) / 10;
+    assert!(per_second <= 45, "{per_second} messages per second");
+    assert_eq!(cluster.hosts[&ServerId(1)].durable.len(), records);
+}
+
+#[test]
+fn a_learner_that_was_away_for_long_gets_the_state_itself() {
+    let mut cluster = Cluster::new(3, 3, 1, KIND);
+    let disk = cluster.with_disk(1);
+    cluster.run(millis(100));
+    cluster.hosts.get_mut(&ServerId(4)).unwrap().room = None;
+    for other in 1..=3 {
+        cluster.connections.remove(&(ServerId(other), ServerId(4)));
+    }
+    for _ in 0..3 * LOG_KEEP {
+        let now = cluster.now;
+        cluster.room(1).propose_own(now, Command::Noop);
+    }
+    cluster.outputs(ServerId(1));
+    cluster.run(millis(3000));
+    cluster.execute(1, attach(disk));
+    cluster.start(ServerId(4));
+    cluster.run(millis(100));
+    cluster.assert_equal();
+    assert_eq!(cluster.hosts[&ServerId(4)].jumps, 1);
+}
+
+#[test]
+fn everything_restarts_at_once_and_nothing_decided_is_gone() {
+    let mut cluster = Cluster::new(4, 3, 1, KIND);
+    let disk = cluster.with_disk(1);
+    cluster.execute(4, attach(disk));
+    let index = cluster.room(4).state().index;
+    for server in 1..=4 {
+        cluster.crash(ServerId(server));
+    }
+    cluster.run(millis(6000));
+    cluster.execute(2, attach(disk));
+    cluster.run(millis(100));
+    cluster.assert_equal();
+    assert!(cluster.room(1).state().index > index);
+}
+
+#[test]
+fn a_server_that_comes_up_elsewhere_is_dialled_there() {
+    let mut room = GlobalState::open(ServerId(1), &genesis(1), 1, &[]).unwrap();
+    let command = Command::AddServer { addresses: vec!["h:1".into()], token: 1 };
+    room.propose_own(Instant::ZERO, command);
+    let mut dials = Vec::new();
+    while let Some(output) = room.poll_output() {
+        match output {
+            GlobalOutput::Persist { number, .. } => room.on_persisted(number),
+            GlobalOutput::Dial { server, addresses } => dials.push((server, addresses)),
+            _ => {}
+        }
+    }
+    assert_eq!(dials, [(ServerId(2), vec!["h:1".to_string()])]);
+}
+
+#[test]
+fn a_monster_of_a_command_is_not_proposed() {
+    let mut room = GlobalState::open(ServerId(1), &genesis(1), 1, &[]).unwrap();
+    room.propose_own(Instant::ZERO, Command::AddServer { addresses: vec!["x".repeat(COMMAND_MAX)], token: 1 });
+    assert_eq!(room.proposals.len(), 0);
+}
+
+#[test]
+fn messages_that_make_no_sense_change_nothing() {
+    let mut cluster = Cluster::new(5, 3, 1, KIND);
+    cluster.with_disk(1);
+    cluster.run(millis(100));
+    let before = cluster.room(2).state().clone();
+    let now = cluster.now;
+    let noop = Entry { id: CommandId { proposer: 1, number: 1, finished_below: 1 }, command: Command::Noop };
+    let hostile = [
+        Body::Entries(message::Entries { from: u64::MAX, entries: vec![noop.clone()] }),
+        Body::Entries(message::Entries { from: 0, entries: vec![noop] }),
+        Body::Snapshot(message::Snapshot { state: vec![1, 2, 3] }),
+        Body::Snapshot(message::Snapshot { state: State::genesis(&genesis(3)).encode() }),
+        Body::Learn(message::Learn { from: u64::MAX }),
+        Body::Ring(message::Ring { configuration: 9, bytes: vec![0; 9] }),
+        Body::Index,
+    ];
+    for body in hostile {
+        cluster.room(2).on_index(now, ServerId(4), u64::MAX);
+        cluster.room(2).on_message(now, ServerId(4), body);
+        cluster.outputs(ServerId(2));
+    }
+    assert_eq!(*cluster.room(2).state(), before);
+    cluster.run(millis(2000));
+    cluster.assert_equal();
+}
+
+/// Commands from everywhere while servers crash, connections break and messages are lost; then quiet.
+fn storm(seed: u64) -> (Cluster, u64) {
+    let mut prng = Prng::new(seed ^ 0x5eed);
+    let world = World {
+        delay: (100, prng.between(200, 60_000)),
+        disk: (100, prng.between(200, 40_000)),
+        loss: prng.below(3) * prng.below(20),
+    };
+    let ring = *prng.pick(&[3, 3, 3, 1]);
+    let mut cluster = Cluster::new(seed, ring, 1 + u16::from(ring == 1), world);
+    let disk = cluster.with_disk(1);
+    let servers = cluster.hosts.len() as u64;
+    let mut number = 0;
+    for _ in 0..60 {
+        let at = prng.between(1, servers) as u16;
+        match prng.below(10) {
+            0 => cluster.crash(ServerId(at)),
+            1 => {
+                let other = at as u64 % servers + 1;
+                cluster.disconnect(ServerId(at), ServerId(other as u16));
+            }
+            _ => {
+                // Like a client that asks two servers.
+                number += 1;
+                let id = CommandId { proposer: 99, number, finished_below: 1 };
+                for at in [at, prng.between(1, servers) as u16] {
+                    let now = cluster.now;
+                    if let Some(room) = &mut cluster.host(ServerId(at)).room {
+                        room.propose(now, id, attach(disk));
+                        cluster.outputs(ServerId(at));
+                    }
+                }
+            }
+        }
+        cluster.run(millis(prng.below(400)));
+    }
+    cluster.world.loss = 0;
+    cluster.run(millis(20_000));
+    // What a server forgot by crashing is proposed again by whoever wants it.
+    for number in 1..=number {
+        let id = CommandId { proposer: 99, number, finished_below: 1 };
+        let now = cluster.now;
+        cluster.room(ring).propose(now, id, attach(disk));
+    }
+    cluster.outputs(ServerId(ring));
+    cluster.run(millis(10_000));
+    let state = cluster.room(1).state();
+    assert_eq!(state.vdisk(disk).unwrap().sessions.len() as u64, number, "seed {seed}: each exactly once");
+    cluster.assert_equal();
+    (cluster, number)
+}
+
+#[test]
+fn in_any_storm_every_command_is_executed_once_and_all_servers_agree() {
+    let seeds = std::env::var("ROOM_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(30);
+    let mut commands = 0;
+    for seed in 0..seeds {
+        commands += storm(seed).1;
+    }
+    assert!(commands > 20 * seeds);
+}
+
+#[test]
+fn the_same_storm_ends_the_same() {
+    let run = || {
+        let (cluster, _) = storm(11);
+        let durable: Vec<_> = cluster.hosts.into_values().map(|h| h.durable).collect();
+        (cluster.log, cluster.event_count, durable)
+    };
+    assert_eq!(run(), run());
+}
