@@ -106,7 +106,8 @@ pub(super) fn write_zeros(file: &DiskFile, range: Range<u64>) -> Result<(), Disk
     let mut at = range.start;
     while at < range.end {
         let length = (range.end - at).min(CHUNK as u64);
-        file.write_at(&zeros[..length as usize], at).map_err(|error| disk_error(file.path(), "write zeros to", &error))?;
+        file.write_at(&zeros[..length as usize], at)
+            .map_err(|error| disk_error(file.path(), "write zeros to", &error))?;
         at += length;
     }
     Ok(())

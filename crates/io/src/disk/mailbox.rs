@@ -71,8 +71,7 @@ impl Doorbell {
     /// A doorbell, and the mailbox that rings it.
     pub fn new() -> io::Result<(Doorbell, Arc<Mailbox>)> {
         let signal = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-        let mailbox =
-            Mailbox { answers: Mutex::new(Vec::new()), any: AtomicBool::new(false), signal: signal.clone() };
+        let mailbox = Mailbox { answers: Mutex::new(Vec::new()), any: AtomicBool::new(false), signal: signal.clone() };
         Ok((Doorbell { signal, watched: None }, Arc::new(mailbox)))
     }
 

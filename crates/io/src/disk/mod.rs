@@ -24,9 +24,7 @@ mod uring;
 mod tests;
 
 pub use buffer::{Buffer, BufferPool};
-pub use open::{
-    DirectIo, DiskFile, Format, FoundDisk, Medium, OpenError, SUPERBLOCK_AREA, format_disk, open_disk,
-};
+pub use open::{DirectIo, DiskFile, Format, FoundDisk, Medium, OpenError, SUPERBLOCK_AREA, format_disk, open_disk};
 pub use threads::ThreadEngine;
 pub use uring::UringEngine;
 

@@ -79,14 +79,8 @@ impl Cluster {
             log: BTreeMap::new(),
         };
         for id in 1..=ring + learners {
-            let host = Host {
-                room: None,
-                life: 0,
-                durable: BTreeMap::new(),
-                pending: VecDeque::new(),
-                applied: 0,
-                jumps: 0,
-            };
+            let host =
+                Host { room: None, life: 0, durable: BTreeMap::new(), pending: VecDeque::new(), applied: 0, jumps: 0 };
             cluster.hosts.insert(ServerId(id), host);
             cluster.start(ServerId(id));
         }
@@ -144,7 +138,8 @@ impl Cluster {
     }
 
     fn connect(&mut self, a: ServerId, b: ServerId) {
-        if self.connections.contains_key(&pair(a, b)) || self.hosts[&a].room.is_none() || self.hosts[&b].room.is_none() {
+        if self.connections.contains_key(&pair(a, b)) || self.hosts[&a].room.is_none() || self.hosts[&b].room.is_none()
+        {
             return;
         }
         self.connection_count += 1;
@@ -193,7 +188,8 @@ impl Cluster {
                 }
                 GlobalOutput::Jumped => {
                     // Outputs are put together before they are taken: the entries behind are told next.
-                    host.applied = index - room.outputs.iter().filter(|o| matches!(o, GlobalOutput::Applied { .. })).count() as u64;
+                    host.applied = index
+                        - room.outputs.iter().filter(|o| matches!(o, GlobalOutput::Applied { .. })).count() as u64;
                     host.jumps += 1;
                 }
                 GlobalOutput::Dial { .. } => {}

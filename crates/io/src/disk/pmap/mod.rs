@@ -156,9 +156,7 @@ impl Guarded {
             DiskCommand::PmapRange { table, from, to, limit } => {
                 DiskResult::PmapRange(self.run(|store| store.range(table, &from, &to, limit)))
             }
-            DiskCommand::PmapCommit { changes } => {
-                DiskResult::PmapCommitted(self.run(|store| store.commit(&changes)))
-            }
+            DiskCommand::PmapCommit { changes } => DiskResult::PmapCommitted(self.run(|store| store.commit(&changes))),
             other => panic!("{other:?} is not for the PMap store"),
         }
     }
@@ -272,10 +270,7 @@ impl Store {
         })
     }
 
-    fn write(
-        &self,
-        work: impl FnOnce(&redb::WriteTransaction) -> Result<(), redb::Error>,
-    ) -> Result<(), DiskError> {
+    fn write(&self, work: impl FnOnce(&redb::WriteTransaction) -> Result<(), redb::Error>) -> Result<(), DiskError> {
         self.tried(|| {
             let mut transaction = self.database.begin_write()?;
             transaction.set_two_phase_commit(true);

@@ -269,7 +269,8 @@ fn a_flipped_bit_anywhere_gives_an_error_or_the_right_answer() {
     let (region, mut random, mut model) = (CrashRegion::new(), Prng::new(3), Model::new());
     live(&region, &mut random, &mut model, 12);
     let clean = region.0.lock().unwrap().durable.clone();
-    let used: Vec<usize> = (0..clean.len() / PAGE).filter(|p| clean[p * PAGE..][..PAGE].iter().any(|b| *b != 0)).collect();
+    let used: Vec<usize> =
+        (0..clean.len() / PAGE).filter(|p| clean[p * PAGE..][..PAGE].iter().any(|b| *b != 0)).collect();
     let (mut errors, rounds) = (0, 600);
     for _ in 0..rounds {
         let mut bytes = clean.clone();
