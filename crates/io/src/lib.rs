@@ -9,8 +9,9 @@
 //! * [`engine`]: the interface to disks;
 //! * `disk`: the engines themselves;
 //! * [`server`]: drives `petal::server::Server`;
-//! * `client`: drives `petal::client::Client`.
+//! * [`client`]: drives `petal::client::Client`: the library that programs use.
 
+pub mod client;
 pub mod clock;
 pub mod disk;
 pub mod engine;

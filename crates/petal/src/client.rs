@@ -181,6 +181,9 @@ pub enum RequestError {
     /// The caller has handed in more than the client can remember.
     #[error("{0} requests wait already, which is the most; wait for answers before asking for more")]
     TooMany(usize),
+    /// The client has come to its end with the request unanswered.
+    #[error("the client was stopped")]
+    Stopped,
     /// The deadline passed.
     #[error("no answer in time from {waiting_for}; {advice}")]
     Deadline {
@@ -394,6 +397,11 @@ impl Client {
     /// Size of an attached disk as last heard.
     pub fn size(&self, session: SessionId) -> Option<u64> {
         self.sessions.get(&session).map(|s| s.size)
+    }
+
+    /// Requests that are not answered.
+    pub fn unanswered(&self) -> usize {
+        self.requests.len() - self.requests_free.len() + self.waiting.len()
     }
 
     /// Servers to which a connection is up.

@@ -76,14 +76,14 @@ fn is_better(new: &Link, old: &Link, turn: u64) -> bool {
         return rank(new) < rank(old);
     }
     let slower = |a: &Link, b: &Link| b.latency != 0 && a.latency > b.latency + b.latency / 2 + LATENCY_SLACK;
-    let probe = turn % PROBE_EVERY == 0;
+    let probe = turn.is_multiple_of(PROBE_EVERY);
     if slower(old, new) {
         return !probe;
     }
     if slower(new, old) {
         return probe;
     }
-    turn % 2 == 0
+    turn.is_multiple_of(2)
 }
 
 #[cfg(test)]

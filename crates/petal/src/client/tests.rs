@@ -721,7 +721,7 @@ fn detach_waits_for_requests_in_flight() {
     assert_eq!(world.run(late), Err(RequestError::NotAttached));
     assert_eq!(world.replies.remove(&write), Some(Ok(Response::Done)));
     assert_eq!(world.wait(detach), Ok(Response::Done));
-    assert_eq!(world.sessions[&session], false);
+    assert!(!world.sessions[&session]);
     assert_eq!(world.run(Request::Detach { session }), Err(RequestError::NotAttached));
 }
 
