@@ -1,0 +1,2 @@
+//! What must hold, one file each.
+pub mod linearizability;
