@@ -11,7 +11,8 @@
 //! Operations without an answer (the client died, or the answer left it open) may take effect at any
 //! time after they were invoked, or never. If nobody ever read such a write's value it never has to.
 
-use crate::content::Value;
+use crate::content::{Value, ZEROS};
+use crate::history::History;
 
 /// One operation on one cell.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -78,6 +79,43 @@ pub fn check(history: &[Operation], initial: Value) -> Verdict {
         }
     }
     Verdict::Linearizable
+}
+
+/// Judges every cell of a history.
+pub fn complaints(history: &History) -> Vec<String> {
+    let mut complaints = Vec::new();
+    for ((vdisk, cell), operations) in history.cells() {
+        match check(operations, ZEROS) {
+            Verdict::Linearizable => {}
+            Verdict::TooHard => complaints.push(format!(
+                "linearizability of {vdisk} at {cell} could not be judged ({} operations): make the run less crowded",
+                operations.len()
+            )),
+            Verdict::Violation { at, possible } => complaints.push(format!(
+                "not linearizable: {vdisk}, cell at {cell}: {} cannot be explained; the cell could have held {possible:?}. {}",
+                in_words(&operations[at]),
+                around(operations, operations[at].returned)
+            )),
+        }
+    }
+    complaints
+}
+
+fn in_words(o: &Operation) -> String {
+    let until = if o.returned == u64::MAX { "?".into() } else { o.returned.to_string() };
+    let doubt = if o.optional { " perhaps" } else { "" };
+    match o.action {
+        Action::Read(value) => format!("operation {} [{}..{until}] read {value}", o.id, o.invoked),
+        Action::Write(value) => format!("operation {} [{}..{until}]{doubt} wrote {value}", o.id, o.invoked),
+    }
+}
+
+/// The operations just before a moment, for a person to see what went wrong.
+fn around(operations: &[Operation], moment: u64) -> String {
+    let mut before: Vec<&Operation> = operations.iter().filter(|o| o.invoked < moment).collect();
+    before.sort_by_key(|o| (o.returned.min(moment), o.invoked));
+    let skip = before.len().saturating_sub(10);
+    before[skip..].iter().map(|o| in_words(o)).collect::<Vec<_>>().join("; ")
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
