@@ -9,18 +9,50 @@ use crate::disk::SimDisk;
 use crate::net::{ConnectionId, EndPoint, Node, Side};
 use petal::client::{self, Client};
 use petal::global_state::Genesis;
-use petal::ids::{DiskId, ServerId};
+use petal::ids::{DiskId, Incarnation, ServerId};
+use petal::message::Message;
 use petal::server::{self, ClientId, Peer, Server};
 use std::collections::{BTreeMap, VecDeque};
 use stdx::Instant;
+
+/// What has arrived at a node and was not taken up yet. Connections change for the core when they are
+/// taken up, so that what it wanted to send before goes over the connection that it meant, or nowhere.
+#[derive(Debug)]
+pub enum Arrival<I, P> {
+    /// For the core as it is.
+    Input(I),
+    /// A message.
+    Message {
+        /// Over which connection.
+        connection: ConnectionId,
+        /// What.
+        message: Message,
+    },
+    /// A connection is up.
+    Up {
+        /// Which.
+        connection: ConnectionId,
+        /// Our side of it.
+        side: Side,
+        /// Who is at the other end.
+        peer: P,
+        /// Of a server; zero for clients.
+        incarnation: Incarnation,
+    },
+    /// A connection is gone.
+    Down {
+        /// Which.
+        connection: ConnectionId,
+    },
+}
 
 /// What every life of a node has.
 #[derive(Debug)]
 pub struct Driver<I, P> {
     /// Which life of the node, from 1.
     pub life: u64,
-    /// Inputs not taken up yet.
-    pub inbox: VecDeque<I>,
+    /// What was not taken up yet.
+    pub inbox: VecDeque<Arrival<I, P>>,
     /// The thread will take them up.
     pub run_planned: bool,
     /// Number of the wake-up that counts; older ones are void.
@@ -80,6 +112,8 @@ pub struct ServerLife {
     pub server: Server,
     /// What drives it.
     pub driver: Driver<server::Input, Peer>,
+    /// It showed that its incarnation is durable: from then on it lets others in.
+    pub open: bool,
     /// It said that it serves.
     pub ready: bool,
     /// Number of the next client connection.

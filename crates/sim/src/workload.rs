@@ -8,7 +8,7 @@
 use crate::content::{Layout, ZEROS, fill, read_cell};
 use crate::counters::Kind;
 use crate::history::{Effect, End, OperationId};
-use crate::host::address_of;
+use crate::host::{Arrival, address_of};
 use crate::net::Node;
 use crate::options::Options;
 use crate::world::World;
@@ -219,7 +219,7 @@ impl World {
         let Some(life) = &mut self.clients[host].life else { return };
         let number = life.next_request;
         life.next_request += 1;
-        life.driver.inbox.push_back(client::Input::Request { number, request });
+        life.driver.inbox.push_back(Arrival::Input(client::Input::Request { number, request }));
         life.driver.idle_ticks = 0;
         life.user.asked.insert(number, asked);
         self.plan_run(Node::Client(host));

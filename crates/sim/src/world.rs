@@ -12,7 +12,7 @@ use crate::disk::{SimDisk, Ticket};
 use crate::ending::Ending;
 use crate::event::{Event, Queue};
 use crate::history::History;
-use crate::host::{ClientHost, ClientLife, Driver, ServerHost, ServerLife, address_of, host_at};
+use crate::host::{Arrival, ClientHost, ClientLife, Driver, ServerHost, ServerLife, address_of, host_at};
 use crate::net::{ConnectionId, EndPoint, Node, Side, SimNet};
 use crate::options::Options;
 use crate::trace::Trace;
@@ -211,7 +211,7 @@ impl World {
         let config = formatting::server_config(options, host);
         let server = Server::start(machine.clock.local(self.now), config, disks);
         let driver = Driver::new(machine.lives);
-        machine.life = Some(ServerLife { server, driver, ready: false, next_client: 1 });
+        machine.life = Some(ServerLife { server, driver, open: false, ready: false, next_client: 1 });
         self.run_server(host);
     }
 
@@ -287,7 +287,8 @@ impl World {
             return;
         }
         self.trace.event(self.now, &[1, number(node), host as u64], || format!("{node:?} dials host {host}"));
-        match self.servers[host].end_point(host) {
+        let open = self.servers[host].life.as_ref().is_some_and(|l| l.open);
+        match self.servers[host].end_point(host).filter(|_| open) {
             Some(acceptor) => {
                 let (connection, [at_acceptor, at_dialler]) = self.net.connect(self.now, dialler, acceptor);
                 self.queue.plan(at_acceptor, Event::Up { connection, side: Side::Acceptor });
@@ -327,26 +328,15 @@ impl World {
             // The other end died while the hello was on its way.
             (Node::Server(_), None) => return,
         };
-        if let Some((old, old_side)) = life.driver.enter(peer, connection, side) {
-            self.counters.count(Kind::Replaced);
-            self.net.close_end(old, old_side);
-            // The contract lets the driver say so or not: a new connection replaces the old.
-            if self.prng.chance(1, 2) {
-                life.driver.inbox.push_back(server::Input::Disconnected { peer });
-            }
-        }
-        life.driver.inbox.push_back(server::Input::Connected { peer, incarnation });
+        life.driver.inbox.push_back(Arrival::Up { connection, side, peer, incarnation });
         self.plan_run(Node::Server(host));
     }
 
     fn up_at_client(&mut self, host: usize, connection: ConnectionId, them: EndPoint) {
         let Some((server, incarnation)) = self.identity(them) else { return };
         let Some(life) = &mut self.clients[host].life else { return };
-        if let Some((old, old_side)) = life.driver.enter(server, connection, Side::Dialler) {
-            self.net.close_end(old, old_side);
-            life.driver.inbox.push_back(client::Input::Disconnected { server });
-        }
-        life.driver.inbox.push_back(client::Input::Connected { server, incarnation });
+        let up = Arrival::Up { connection, side: Side::Dialler, peer: server, incarnation };
+        life.driver.inbox.push_back(up);
         self.plan_run(Node::Client(host));
     }
 
@@ -370,15 +360,11 @@ impl World {
         match us.node {
             Node::Server(host) => {
                 let Some(life) = &mut self.servers[host].life else { return };
-                if let Some(peer) = life.driver.forget(connection) {
-                    life.driver.inbox.push_back(server::Input::Disconnected { peer });
-                }
+                life.driver.inbox.push_back(Arrival::Down { connection });
             }
             Node::Client(host) => {
                 let Some(life) = &mut self.clients[host].life else { return };
-                if let Some(server) = life.driver.forget(connection) {
-                    life.driver.inbox.push_back(client::Input::Disconnected { server });
-                }
+                life.driver.inbox.push_back(Arrival::Down { connection });
             }
         }
         self.plan_run(us.node);
@@ -428,14 +414,12 @@ impl World {
         let overtaken = match us.node {
             Node::Server(host) => {
                 let Some(life) = &mut self.servers[host].life else { return };
-                let Some(from) = life.driver.peers.get(&connection).copied() else { return };
-                life.driver.inbox.push_back(server::Input::Message { from, message });
+                life.driver.inbox.push_back(Arrival::Message { connection, message });
                 note_frame(&mut life.driver.newest_frame, sent, connection)
             }
             Node::Client(host) => {
                 let Some(life) = &mut self.clients[host].life else { return };
-                let Some(from) = life.driver.peers.get(&connection).copied() else { return };
-                life.driver.inbox.push_back(client::Input::Message { from, message });
+                life.driver.inbox.push_back(Arrival::Message { connection, message });
                 note_frame(&mut life.driver.newest_frame, sent, connection)
             }
         };
@@ -507,11 +491,11 @@ impl World {
         let spins = match node {
             Node::Server(host) => {
                 let driver = &mut self.servers[host].life.as_mut().expect("it lives").driver;
-                tick(driver, generation, server::Input::Tick)
+                tick(driver, generation)
             }
             Node::Client(host) => {
                 let driver = &mut self.clients[host].life.as_mut().expect("it lives").driver;
-                tick(driver, generation, client::Input::Tick)
+                tick(driver, generation)
             }
         };
         match spins {
@@ -526,31 +510,82 @@ impl World {
         self.plan_run(node);
     }
 
+    /// As `petal_io::server` does it: all that has arrived goes in, then the wake-up if it is due, then
+    /// all outputs come out; outputs from before a connection changed are carried out before it changes.
     fn run_server(&mut self, host: usize) {
-        let machine = &mut self.servers[host];
-        let local = machine.clock.local(self.now);
-        let Some(life) = &mut machine.life else { return };
-        life.driver.run_planned = false;
-        while let Some(input) = life.driver.inbox.pop_front() {
+        let local = self.servers[host].clock.local(self.now);
+        while let Some(arrival) = self.next_at_server(host) {
+            if matches!(arrival, Arrival::Up { .. } | Arrival::Down { .. }) {
+                self.carry_out_all(host);
+            }
+            let Some(input) = self.server_input(host, local, arrival) else { continue };
+            let Some(life) = &mut self.servers[host].life else { return };
             life.server.handle(local, input);
         }
-        let mut outputs = Vec::new();
-        while let Some(output) = life.server.poll_output() {
-            outputs.push(output);
+        let Some(life) = &mut self.servers[host].life else { return };
+        life.driver.run_planned = false;
+        if life.server.next_timeout().is_some_and(|at| at <= local) {
+            life.server.handle(local, server::Input::Tick);
         }
+        self.carry_out_all(host);
+        let machine = &mut self.servers[host];
+        let Some(life) = &mut machine.life else { return };
         life.server.check_invariants();
         let wanted = life.server.next_timeout().map(|at| machine.clock.world(at));
-        if let Some(complaint) = self.checkers.see_server(host, &life.server) {
+        let complaint = self.checkers.see_server(host, &life.server);
+        if let Some(complaint) = complaint {
             self.complain(complaint);
         }
         self.plan_tick(Node::Server(host), wanted);
-        for output in outputs {
+    }
+
+    fn next_at_server(&mut self, host: usize) -> Option<Arrival<server::Input, Peer>> {
+        self.servers[host].life.as_mut()?.driver.inbox.pop_front()
+    }
+
+    /// What an arrival is to the core; `None` if it is of a connection that was replaced.
+    fn server_input(
+        &mut self,
+        host: usize,
+        local: Instant,
+        arrival: Arrival<server::Input, Peer>,
+    ) -> Option<server::Input> {
+        let life = self.servers[host].life.as_mut()?;
+        match arrival {
+            Arrival::Input(input) => Some(input),
+            Arrival::Message { connection, message } => {
+                let from = *life.driver.peers.get(&connection)?;
+                Some(server::Input::Message { from, message })
+            }
+            Arrival::Up { connection, side, peer, incarnation } => {
+                if let Some((old, old_side)) = life.driver.enter(peer, connection, side) {
+                    self.counters.count(Kind::Replaced);
+                    self.net.close_end(old, old_side);
+                    // The contract lets the driver say so or not: a new connection replaces the old.
+                    if self.prng.chance(1, 2) {
+                        life.server.handle(local, server::Input::Disconnected { peer });
+                    }
+                }
+                Some(server::Input::Connected { peer, incarnation })
+            }
+            Arrival::Down { connection } => {
+                let peer = life.driver.forget(connection)?;
+                Some(server::Input::Disconnected { peer })
+            }
+        }
+    }
+
+    fn carry_out_all(&mut self, host: usize) {
+        while let Some(output) = self.servers[host].life.as_mut().and_then(|l| l.server.poll_output()) {
             self.carry_out(host, output);
         }
     }
 
     fn carry_out(&mut self, host: usize, output: server::Output) {
         let Some(life) = &mut self.servers[host].life else { return };
+        if matches!(output, server::Output::Send { .. } | server::Output::Dial { .. } | server::Output::Ready) {
+            life.open = true;
+        }
         match output {
             server::Output::Send { to, message } => match life.driver.connections.get(&to).copied() {
                 Some((connection, side)) => self.send(connection, side, &message),
@@ -589,33 +624,72 @@ impl World {
         let Some((op, result)) = machine.disks[disk].finish(ticket, &mut self.counters) else { return };
         self.trace
             .event(self.now, &[5, host as u64, disk as u64, op], || format!("host {host} disk {disk}: {op} is done"));
-        server.driver.inbox.push_back(server::Input::Disk { disk, op, result });
+        server.driver.inbox.push_back(Arrival::Input(server::Input::Disk { disk, op, result }));
         server.driver.idle_ticks = 0;
         self.plan_run(Node::Server(host));
     }
 
     fn run_client(&mut self, host: usize) {
-        let machine = &mut self.clients[host];
-        let local = machine.clock.local(self.now);
-        let Some(life) = &mut machine.life else { return };
-        life.driver.run_planned = false;
-        while let Some(input) = life.driver.inbox.pop_front() {
+        let local = self.clients[host].clock.local(self.now);
+        self.carry_out_client(host);
+        while let Some(arrival) = self.clients[host].life.as_mut().and_then(|l| l.driver.inbox.pop_front()) {
+            if matches!(arrival, Arrival::Up { .. } | Arrival::Down { .. }) {
+                self.carry_out_client(host);
+            }
+            let Some(input) = self.client_input(host, local, arrival) else { continue };
+            let Some(life) = &mut self.clients[host].life else { return };
             life.client.handle(local, input);
         }
-        let mut outputs = Vec::new();
-        while let Some(output) = life.client.poll_output() {
-            outputs.push(output);
+        let Some(life) = &mut self.clients[host].life else { return };
+        life.driver.run_planned = false;
+        if life.client.next_timeout().is_some_and(|at| at <= local) {
+            life.client.handle(local, client::Input::Tick);
         }
+        self.carry_out_client(host);
+        let machine = &mut self.clients[host];
+        let Some(life) = &mut machine.life else { return };
         life.client.check_invariants();
         let wanted = life.client.next_timeout().map(|at| machine.clock.world(at));
         self.plan_tick(Node::Client(host), wanted);
-        for output in outputs {
-            let Some(life) = &mut self.clients[host].life else { return };
+    }
+
+    fn client_input(
+        &mut self,
+        host: usize,
+        local: Instant,
+        arrival: Arrival<client::Input, ServerId>,
+    ) -> Option<client::Input> {
+        let life = self.clients[host].life.as_mut()?;
+        match arrival {
+            Arrival::Input(input) => Some(input),
+            Arrival::Message { connection, message } => {
+                let from = *life.driver.peers.get(&connection)?;
+                Some(client::Input::Message { from, message })
+            }
+            Arrival::Up { connection, side, peer: server, incarnation } => {
+                if let Some((old, old_side)) = life.driver.enter(server, connection, side) {
+                    self.net.close_end(old, old_side);
+                    life.client.handle(local, client::Input::Disconnected { server });
+                }
+                Some(client::Input::Connected { server, incarnation })
+            }
+            Arrival::Down { connection } => {
+                let server = life.driver.forget(connection)?;
+                Some(client::Input::Disconnected { server })
+            }
+        }
+    }
+
+    fn carry_out_client(&mut self, host: usize) {
+        while let Some(output) = self.clients[host].life.as_mut().and_then(|l| l.client.poll_output()) {
             match output {
-                client::Output::Send { to, message } => match life.driver.connections.get(&to).copied() {
-                    Some((connection, side)) => self.send(connection, side, &message),
-                    None => self.counters.count(Kind::MessageLost),
-                },
+                client::Output::Send { to, message } => {
+                    let connections = self.clients[host].life.as_ref().map(|l| &l.driver.connections);
+                    match connections.and_then(|c| c.get(&to)).copied() {
+                        Some((connection, side)) => self.send(connection, side, &message),
+                        None => self.counters.count(Kind::MessageLost),
+                    }
+                }
                 client::Output::Dial { server, addresses } => self.on_want(Node::Client(host), server, &addresses),
                 client::Output::Reply { number, result } => self.on_reply(host, number, result),
                 client::Output::Warning(words) => {
@@ -655,14 +729,13 @@ impl World {
     }
 }
 
-/// Puts a wake-up into the inbox if it is the one that counts; tells whether the core spins.
-fn tick<I, P>(driver: &mut Driver<I, P>, generation: u64, input: I) -> Option<bool> {
+/// Tells whether the wake-up is the one that counts, and whether the core spins.
+fn tick<I, P>(driver: &mut Driver<I, P>, generation: u64) -> Option<bool> {
     if driver.tick_generation != generation {
         return None;
     }
     driver.tick_at = None;
     driver.idle_ticks = if driver.inbox.is_empty() { driver.idle_ticks + 1 } else { 0 };
-    driver.inbox.push_back(input);
     Some(driver.idle_ticks > IDLE_TICKS_MAX)
 }
 
@@ -700,7 +773,7 @@ fn draw_clock(prng: &mut Prng, options: &Options) -> Clock {
 
 fn draw_server(prng: &mut Prng, options: &Options, genesis: &Genesis, _host: usize) -> ServerHost {
     let id = |prng: &mut Prng| u128::from(prng.next_u64()) << 64 | u128::from(prng.next_u64());
-    let frontier = if options.raw_disks { options.disk_size } else { formatting::FIRST_FRONTIER };
+    let frontier = if options.raw_disks { options.disk_size } else { 0 };
     let disk_ids: Vec<DiskId> = (0..options.disks).map(|_| DiskId(id(prng))).collect();
     let new_disk = |prng: &mut Prng| SimDisk::new(options.disk_size, frontier, options.disk_times, prng.fork());
     ServerHost {
