@@ -219,7 +219,9 @@ impl SimDisk {
 
     /// A command that no store of ours may give.
     fn check(&self, command: &DiskCommand) {
-        let aligned = |offset: u64, length: u64| offset % PAGE as u64 == 0 && length % PAGE as u64 == 0 && length > 0;
+        let aligned = |offset: u64, length: u64| {
+            offset.is_multiple_of(PAGE as u64) && length.is_multiple_of(PAGE as u64) && length > 0
+        };
         match command {
             DiskCommand::Read { offset, length } => {
                 assert!(aligned(*offset, *length), "unaligned disk read of {length} bytes at {offset}");

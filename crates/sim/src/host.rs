@@ -26,7 +26,7 @@ pub enum Arrival<I, P> {
         /// Over which connection.
         connection: ConnectionId,
         /// What.
-        message: Message,
+        message: Box<Message>,
     },
     /// A connection is up.
     Up {

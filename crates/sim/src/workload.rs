@@ -344,7 +344,7 @@ impl World {
     pub fn write_range(&mut self, host: usize, held: Held, start: u64, end: u64) {
         let cells = self.workload.disks[&held.vdisk].layout.cells(start, end).map(|c| (c.0, false)).collect();
         let id = self.history.invoke(held.vdisk, Some(held.session), Effect::Write, cells);
-        if start % BLOCK_SIZE != 0 || end % BLOCK_SIZE != 0 {
+        if !start.is_multiple_of(BLOCK_SIZE) || !end.is_multiple_of(BLOCK_SIZE) {
             self.counters.count(Kind::UnalignedWrite);
         }
         if start / ELEMENT_SIZE != (end - 1) / ELEMENT_SIZE {

@@ -404,7 +404,7 @@ impl World {
         let from_client = matches!(self.net.ends(connection), Some(ends) if matches!(ends[side.other() as usize].node, Node::Client(_)));
         let sum = u64::from(stdx::checksum::crc32c(&frame));
         let message = match codec::decode(frame, from_client) {
-            Ok(message) => message,
+            Ok(message) => Box::new(message),
             Err(why) => return self.complain(format!("a frame of {connection} cannot be decoded: {why}")),
         };
         self.trace.event(self.now, &[4, connection, side as u64, sum], || {
@@ -555,7 +555,7 @@ impl World {
             Arrival::Input(input) => Some(input),
             Arrival::Message { connection, message } => {
                 let from = *life.driver.peers.get(&connection)?;
-                Some(server::Input::Message { from, message })
+                Some(server::Input::Message { from, message: *message })
             }
             Arrival::Up { connection, side, peer, incarnation } => {
                 if let Some((old, old_side)) = life.driver.enter(peer, connection, side) {
@@ -664,7 +664,7 @@ impl World {
             Arrival::Input(input) => Some(input),
             Arrival::Message { connection, message } => {
                 let from = *life.driver.peers.get(&connection)?;
-                Some(client::Input::Message { from, message })
+                Some(client::Input::Message { from, message: *message })
             }
             Arrival::Up { connection, side, peer: server, incarnation } => {
                 if let Some((old, old_side)) = life.driver.enter(server, connection, side) {
