@@ -190,6 +190,7 @@ impl World {
         if !self.clients[host].life.as_ref().is_some_and(|l| l.user.is_idle()) {
             return;
         }
+        self.ending.since = self.now;
         let Some(held) = self.ending.held.clone() else { return self.judge_disk(host) };
         match self.ending.steps.pop_front() {
             Some(Step::Read(start, end)) => self.read_range(host, held, start, end),
@@ -260,6 +261,9 @@ impl World {
     /// Judges the whole history; for after the run.
     pub fn check_history(&mut self) {
         self.history.close();
+        for complaint in self.history.complaints().to_vec() {
+            self.complain(complaint);
+        }
         for complaint in checkers::linearizability::complaints(&self.history) {
             self.complain(complaint);
         }

@@ -44,6 +44,8 @@ struct Open {
     cells: Vec<(u64, bool)>,
     /// A fence returned at this moment.
     fenced: Option<u64>,
+    /// It was fenced before it was invoked.
+    dead: bool,
 }
 
 /// The history of a run.
@@ -52,6 +54,9 @@ pub struct History {
     clock: u64,
     next: OperationId,
     open: BTreeMap<OperationId, Open>,
+    /// Sessions of the disk that are older than this one are over.
+    fences: BTreeMap<VdiskId, SessionId>,
+    complaints: Vec<String>,
     cells: BTreeMap<Cell, Vec<Operation>>,
     finished: u64,
     unknown: u64,
@@ -69,7 +74,9 @@ impl History {
     ) -> OperationId {
         self.next += 1;
         let invoked = self.tick();
-        self.open.insert(self.next, Open { vdisk, session, effect, invoked, cells, fenced: None });
+        let fence = self.fences.get(&vdisk);
+        let dead = fence.zip(session).is_some_and(|(fence, session)| session < *fence);
+        self.open.insert(self.next, Open { vdisk, session, effect, invoked, cells, fenced: None, dead });
         self.next
     }
 
@@ -102,6 +109,16 @@ impl History {
             Effect::Write => id,
             Effect::Zero => ZEROS,
         };
+        if open.dead {
+            if acknowledged.is_some() {
+                let (vdisk, session) = (open.vdisk, open.session);
+                let words =
+                    format!("operation {id} on {vdisk} was acknowledged although {session:?} was fenced before");
+                self.complaints.push(words);
+            }
+            // It never takes effect: whoever reads its value reads what nobody wrote.
+            return;
+        }
         for (cell, may_skip) in open.cells {
             let returned = open.fenced.or(acknowledged).unwrap_or(u64::MAX);
             let optional = may_skip || acknowledged.is_none();
@@ -110,15 +127,22 @@ impl History {
         }
     }
 
-    /// A fencing call for the disk returned: what any session but `keep` has not finished takes effect
-    /// before now or never (promise P5).
+    /// A fencing call for the disk returned with session `keep`: what older sessions have not finished
+    /// takes effect before now or never, and what they ask from now on never does (promise P5).
     pub fn fence(&mut self, vdisk: VdiskId, keep: SessionId) {
         let now = self.tick();
+        let fence = self.fences.entry(vdisk).or_insert(keep);
+        *fence = keep.max(*fence);
         for open in self.open.values_mut() {
-            if open.vdisk == vdisk && open.session.is_some_and(|s| s != keep) && open.fenced.is_none() {
+            if open.vdisk == vdisk && open.session.is_some_and(|s| s < keep) && open.fenced.is_none() {
                 open.fenced = Some(now);
             }
         }
+    }
+
+    /// What is wrong by itself, whatever the cells say.
+    pub fn complaints(&self) -> &[String] {
+        &self.complaints
     }
 
     /// The run is over: what is open is unknown.
@@ -178,6 +202,18 @@ mod tests {
         h.finish(r, End::Done);
         h.close();
         assert!(matches!(verdict(&h, 0), Verdict::Violation { .. }));
+    }
+
+    #[test]
+    fn an_operation_of_a_fenced_session_is_never_acknowledged() {
+        let mut h = History::default();
+        h.fence(DISK, SessionId(2));
+        let w = h.invoke(DISK, Some(SessionId(1)), Effect::Write, vec![(0, false)]);
+        h.finish(w, End::Done);
+        assert_eq!(h.complaints().len(), 1);
+        let w = h.invoke(DISK, Some(SessionId(2)), Effect::Write, vec![(0, false)]);
+        h.finish(w, End::Done);
+        assert_eq!(h.complaints().len(), 1);
     }
 
     #[test]

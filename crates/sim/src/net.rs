@@ -189,8 +189,9 @@ impl SimNet {
         self.connections.iter().filter_map(|(id, c)| side(c).map(|s| (*id, s))).collect()
     }
 
-    /// Everything is fast and regular from now on.
+    /// No more stalls and spikes from now on.
     pub fn heal(&mut self) {
+        self.times.spike_one_in = u64::MAX;
         for connection in self.connections.values_mut() {
             for end in &mut connection.ends {
                 end.stalled_until = Instant::ZERO;
