@@ -1,0 +1,455 @@
+//! Is there an order of the operations on one cell that explains every answer (promise P2)?
+//!
+//! A cell is a register. Operations are intervals; a legal order respects the intervals, and every
+//! read returns the latest write before it. The search goes through the history once, in time, with
+//! the set of all *configurations* that are still possible: the register's value, and which of the open
+//! operations have not taken effect yet. An operation takes effect no earlier than it must (when it
+//! returns) except that a read takes effect as soon as the value is right, which can never hurt.
+//! Since written values are unique, few configurations survive each read; zeros are the only value
+//! that several operations write.
+//!
+//! Operations without an answer (the client died, or the answer left it open) may take effect at any
+//! time after they were invoked, or never. If nobody ever read such a write's value it never has to.
+
+use crate::content::{Value, ZEROS};
+use crate::history::History;
+
+/// One operation on one cell.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Operation {
+    /// Its number, for reports.
+    pub id: u64,
+    /// When it was invoked, in the history's own count.
+    pub invoked: u64,
+    /// The last moment at which it can have taken effect; `u64::MAX` = any time later.
+    pub returned: u64,
+    /// It may also never have taken effect.
+    pub optional: bool,
+    /// What it did.
+    pub action: Action,
+}
+
+/// What an operation does to a cell.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Action {
+    /// Returned this value.
+    Read(Value),
+    /// Sets this value.
+    Write(Value),
+}
+
+/// The judgement.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// There is such an order.
+    Linearizable,
+    /// There is none: no order of what was invoked before explains this operation's answer.
+    Violation {
+        /// Position in the given history of the operation that cannot be explained.
+        at: usize,
+        /// Values that the cell could have had just then.
+        possible: Vec<Value>,
+    },
+    /// The search was given up; nothing is said.
+    TooHard,
+}
+
+/// More configurations than this are not searched.
+const CONFIGURATIONS_MAX: usize = 20_000;
+/// Open operations at one time at most.
+const OPEN_MAX: usize = 128;
+
+/// Judges the history of one cell that holds `initial` at first.
+pub fn check(history: &[Operation], initial: Value) -> Verdict {
+    let steps = steps(history);
+    let mut search = Search {
+        history,
+        slots: [usize::MAX; OPEN_MAX],
+        configurations: vec![Configuration { value: initial, open: 0 }],
+        reads: 0,
+        optional: 0,
+    };
+    for step in steps {
+        let verdict = match step.what {
+            What::Invoke => search.invoke(step.operation),
+            What::Return => search.finish(step.operation),
+        };
+        if verdict != Verdict::Linearizable {
+            return verdict;
+        }
+    }
+    Verdict::Linearizable
+}
+
+/// Judges every cell of a history.
+pub fn complaints(history: &History) -> Vec<String> {
+    let mut complaints = Vec::new();
+    for ((vdisk, cell), operations) in history.cells() {
+        match check(operations, ZEROS) {
+            Verdict::Linearizable => {}
+            Verdict::TooHard => complaints.push(format!(
+                "linearizability of {vdisk} at {cell} could not be judged ({} operations): make the run less crowded",
+                operations.len()
+            )),
+            Verdict::Violation { at, possible } => complaints.push(format!(
+                "not linearizable: {vdisk}, cell at {cell}: {} cannot be explained; the cell could have held {possible:?}. {}",
+                in_words(&operations[at]),
+                around(operations, operations[at].returned)
+            )),
+        }
+    }
+    complaints
+}
+
+fn in_words(o: &Operation) -> String {
+    let until = if o.returned == u64::MAX { "?".into() } else { o.returned.to_string() };
+    let doubt = if o.optional { " perhaps" } else { "" };
+    match o.action {
+        Action::Read(value) => format!("operation {} [{}..{until}] read {value}", o.id, o.invoked),
+        Action::Write(value) => format!("operation {} [{}..{until}]{doubt} wrote {value}", o.id, o.invoked),
+    }
+}
+
+/// The operations just before a moment, for a person to see what went wrong.
+fn around(operations: &[Operation], moment: u64) -> String {
+    let mut before: Vec<&Operation> = operations.iter().filter(|o| o.invoked < moment).collect();
+    before.sort_by_key(|o| (o.returned.min(moment), o.invoked));
+    let skip = before.len().saturating_sub(10);
+    before[skip..].iter().map(|o| in_words(o)).collect::<Vec<_>>().join("; ")
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum What {
+    Invoke,
+    Return,
+}
+
+struct Step {
+    time: u64,
+    what: What,
+    operation: usize,
+}
+
+/// Invocations and returns in order of time; unfinished writes that nobody read are left out.
+fn steps(history: &[Operation]) -> Vec<Step> {
+    let mut read: Vec<Value> = history
+        .iter()
+        .filter_map(|o| match o.action {
+            Action::Read(value) => Some(value),
+            Action::Write(_) => None,
+        })
+        .collect();
+    read.sort_unstable();
+    let mut steps = Vec::with_capacity(history.len() * 2);
+    for (operation, o) in history.iter().enumerate() {
+        let unread = matches!(o.action, Action::Write(value) if read.binary_search(&value).is_err());
+        if o.optional && unread {
+            continue;
+        }
+        steps.push(Step { time: o.invoked, what: What::Invoke, operation });
+        if o.returned != u64::MAX {
+            steps.push(Step { time: o.returned, what: What::Return, operation });
+        }
+    }
+    steps.sort_by_key(|s| (s.time, s.what, s.operation));
+    steps
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Configuration {
+    value: Value,
+    /// Slots of operations that are invoked and have not taken effect.
+    open: u128,
+}
+
+struct Search<'a> {
+    history: &'a [Operation],
+    /// Operation in each slot; `usize::MAX` = free.
+    slots: [usize; OPEN_MAX],
+    configurations: Vec<Configuration>,
+    /// Slots that hold reads.
+    reads: u128,
+    /// Slots that hold operations that may never take effect.
+    optional: u128,
+}
+
+impl Search<'_> {
+    fn invoke(&mut self, operation: usize) -> Verdict {
+        let Some(slot) = self.slots.iter().position(|s| *s == usize::MAX) else { return Verdict::TooHard };
+        let bit = 1u128 << slot;
+        self.slots[slot] = operation;
+        if matches!(self.history[operation].action, Action::Read(_)) {
+            self.reads |= bit;
+        }
+        if self.history[operation].optional {
+            self.optional |= bit;
+        }
+        for i in 0..self.configurations.len() {
+            let mut c = self.configurations[i];
+            c.open |= bit;
+            self.configurations[i] = self.settle_reads(c);
+        }
+        Verdict::Linearizable
+    }
+
+    fn finish(&mut self, operation: usize) -> Verdict {
+        let slot = self.slots.iter().position(|s| *s == operation).expect("invoked before it returned");
+        let bit = 1u128 << slot;
+        let before = std::mem::take(&mut self.configurations);
+        let after = if self.optional & bit != 0 { self.give_up(&before, bit) } else { self.take_effect(&before, bit) };
+        let Some(after) = after else { return Verdict::TooHard };
+        if after.is_empty() {
+            let mut possible: Vec<Value> = before.iter().map(|c| c.value).collect();
+            possible.sort_unstable();
+            possible.dedup();
+            return Verdict::Violation { at: operation, possible };
+        }
+        self.slots[slot] = usize::MAX;
+        self.reads &= !bit;
+        self.optional &= !bit;
+        self.configurations = after;
+        Verdict::Linearizable
+    }
+
+    /// Its last moment passes: it has taken effect or never will.
+    fn give_up(&self, before: &[Configuration], bit: u128) -> Option<Vec<Configuration>> {
+        let mut after = self.reach(before, bit)?;
+        after.extend(before.iter().map(|c| Configuration { value: c.value, open: c.open & !bit }));
+        Some(self.distinct(after))
+    }
+
+    /// It returns: every configuration in which it has not taken effect goes on to those in which it has.
+    fn take_effect(&self, before: &[Configuration], bit: u128) -> Option<Vec<Configuration>> {
+        self.reach(before, bit).map(|after| self.distinct(after))
+    }
+
+    /// Configurations without `bit` that can be reached by letting open writes take effect.
+    fn reach(&self, before: &[Configuration], bit: u128) -> Option<Vec<Configuration>> {
+        let mut after = Vec::new();
+        let mut seen = std::collections::BTreeSet::new();
+        let mut todo: Vec<Configuration> = before.to_vec();
+        while let Some(c) = todo.pop() {
+            if c.open & bit == 0 {
+                after.push(c);
+                continue;
+            }
+            if !seen.insert(c) {
+                continue;
+            }
+            if seen.len() > CONFIGURATIONS_MAX {
+                return None;
+            }
+            let mut writes = c.open & !self.reads;
+            while writes != 0 {
+                let slot = writes.trailing_zeros();
+                writes &= writes - 1;
+                let Action::Write(value) = self.history[self.slots[slot as usize]].action else { unreachable!() };
+                todo.push(self.settle_reads(Configuration { value, open: c.open & !(1u128 << slot) }));
+            }
+        }
+        Some(after)
+    }
+
+    /// Lets every open read of the present value take effect.
+    fn settle_reads(&self, mut c: Configuration) -> Configuration {
+        let mut reads = c.open & self.reads;
+        while reads != 0 {
+            let slot = reads.trailing_zeros();
+            reads &= reads - 1;
+            if self.history[self.slots[slot as usize]].action == Action::Read(c.value) {
+                c.open &= !(1u128 << slot);
+            }
+        }
+        c
+    }
+
+    /// Without doubles, and without configurations that another one can only do better than: same value,
+    /// same duties, and more optional operations in hand.
+    fn distinct(&self, mut all: Vec<Configuration>) -> Vec<Configuration> {
+        all.sort_unstable();
+        all.dedup();
+        let mut best: Vec<Configuration> = Vec::with_capacity(all.len());
+        let duty = |c: &Configuration| (c.value, c.open & !self.optional);
+        all.sort_by_key(|c| (duty(c), std::cmp::Reverse((c.open & self.optional).count_ones()), c.open));
+        for c in all {
+            let beaten = |b: &&Configuration| b.open & c.open == c.open;
+            let rivals = best.iter().rev().take_while(|b| duty(b) == duty(&c));
+            if rivals.filter(beaten).count() == 0 {
+                best.push(c);
+            }
+        }
+        best
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use stdx::Prng;
+
+    fn op(id: u64, invoked: u64, returned: u64, action: Action) -> Operation {
+        Operation { id, invoked, returned, optional: false, action }
+    }
+    fn write(value: Value, invoked: u64, returned: u64) -> Operation {
+        op(value, invoked, returned, Action::Write(value))
+    }
+    fn read(value: Value, invoked: u64, returned: u64) -> Operation {
+        op(1000 + invoked, invoked, returned, Action::Read(value))
+    }
+    fn lost(value: Value, invoked: u64) -> Operation {
+        Operation { optional: true, ..write(value, invoked, u64::MAX) }
+    }
+    fn good(history: &[Operation]) {
+        assert_eq!(check(history, 0), Verdict::Linearizable, "{history:?}");
+    }
+    fn bad(history: &[Operation]) {
+        assert!(matches!(check(history, 0), Verdict::Violation { .. }), "{history:?}");
+    }
+
+    #[test]
+    fn a_read_returns_the_last_write() {
+        good(&[write(1, 1, 2), read(1, 3, 4), write(2, 5, 6), read(2, 7, 8)]);
+        bad(&[write(1, 1, 2), write(2, 3, 4), read(1, 5, 6)]);
+        bad(&[write(1, 1, 2), read(0, 3, 4)]);
+        bad(&[read(1, 1, 2), write(1, 3, 4)]);
+        bad(&[read(7, 1, 2)]);
+    }
+
+    #[test]
+    fn concurrent_writes_may_land_in_either_order_but_only_in_one() {
+        let both = [write(1, 1, 4), write(2, 2, 3)];
+        good(&[both[0], both[1], read(1, 5, 6)]);
+        good(&[both[0], both[1], read(2, 5, 6)]);
+        bad(&[both[0], both[1], read(2, 5, 6), read(1, 7, 8)]);
+        good(&[both[0], write(2, 2, 9), read(1, 3, 4), read(2, 5, 6)]);
+        bad(&[write(1, 1, 20), write(2, 2, 20), read(1, 3, 4), read(2, 5, 6), read(1, 7, 8)]);
+    }
+
+    #[test]
+    fn a_value_that_was_seen_is_not_unseen() {
+        bad(&[write(1, 1, 2), write(2, 3, 10), read(2, 4, 5), read(1, 6, 7)]);
+        good(&[write(1, 1, 2), write(2, 3, 10), read(1, 4, 5), read(2, 6, 7)]);
+        good(&[write(1, 1, 2), write(2, 3, 10), read(2, 4, 7), read(1, 5, 6)]);
+    }
+
+    #[test]
+    fn unfinished_writes_may_land_late_or_never_but_once() {
+        good(&[lost(1, 1), read(0, 2, 3)]);
+        good(&[lost(1, 1), read(0, 2, 3), read(1, 4, 5)]);
+        bad(&[lost(1, 1), read(1, 2, 3), read(0, 4, 5)]);
+        bad(&[lost(1, 1), read(1, 2, 3), write(2, 4, 5), read(1, 6, 7)]);
+        good(&[lost(1, 1), write(2, 4, 5), read(2, 6, 7), read(1, 8, 9)]);
+    }
+
+    #[test]
+    fn unfinished_writes_of_a_fenced_client_do_not_land_after_the_fence() {
+        let fenced = Operation { returned: 10, ..lost(1, 1) };
+        good(&[fenced, read(0, 2, 3), read(1, 11, 12)]);
+        good(&[fenced, read(0, 11, 12), read(0, 13, 14)]);
+        bad(&[fenced, read(0, 11, 12), read(1, 13, 14)]);
+    }
+
+    #[test]
+    fn zeros_may_come_from_several_operations() {
+        let zero = |invoked, returned| write(0, invoked, returned);
+        good(&[write(1, 1, 2), zero(3, 4), read(0, 5, 6), write(2, 7, 8), zero(9, 10), read(0, 11, 12)]);
+        bad(&[write(1, 1, 2), zero(3, 4), read(0, 5, 6), read(1, 7, 8)]);
+        let lost_zero = |at| Operation { optional: true, ..zero(at, u64::MAX) };
+        good(&[lost_zero(1), lost_zero(2), write(1, 3, 4), read(0, 5, 6), write(2, 7, 8), read(0, 9, 10)]);
+        bad(&[lost_zero(1), write(1, 3, 4), read(0, 5, 6), write(2, 7, 8), read(0, 9, 10)]);
+    }
+
+    #[test]
+    fn a_retry_applied_twice_is_seen() {
+        // 1 is applied, acknowledged late; 2 overwrites it; the retry of 1 is applied over 2.
+        bad(&[write(1, 1, 4), write(2, 5, 6), read(2, 7, 8), read(1, 9, 10)]);
+    }
+
+    /// Every order, without any cleverness.
+    fn by_force(history: &[Operation], done: u32, value: Value) -> bool {
+        let open = |i: usize| done & (1 << i) == 0;
+        if (0..history.len()).all(|i| !open(i) || history[i].optional) {
+            return true;
+        }
+        let horizon =
+            (0..history.len()).filter(|i| open(*i) && !history[*i].optional).map(|i| history[i].returned).min();
+        (0..history.len()).any(|i| {
+            let o = &history[i];
+            // Who takes effect now must not come after the return of one that is still to come.
+            if !open(i) || o.invoked > horizon.unwrap_or(u64::MAX) {
+                return false;
+            }
+            // An optional one whose last moment is past what was invoked of those done cannot any more.
+            let late = (0..history.len()).any(|j| done & (1 << j) != 0 && history[j].invoked > o.returned);
+            match o.action {
+                _ if late => false,
+                Action::Write(new) => by_force(history, done | 1 << i, new),
+                Action::Read(seen) => seen == value && by_force(history, done | 1 << i, value),
+            }
+        })
+    }
+
+    #[test]
+    fn the_search_agrees_with_trying_every_order() {
+        let mut found = [0; 2];
+        for seed in 0..20_000 {
+            let mut prng = Prng::new(seed);
+            let count = prng.between(2, 7);
+            let mut times: Vec<u64> = (1..=2 * count).collect();
+            prng.shuffle(&mut times);
+            let mut history = Vec::new();
+            for i in 0..count as usize {
+                let (a, b) = (times[2 * i].min(times[2 * i + 1]), times[2 * i].max(times[2 * i + 1]));
+                let action = match prng.below(5) {
+                    0 => Action::Write(0),
+                    1 | 2 => Action::Write(1 + i as u64),
+                    _ => Action::Read(prng.below(count + 1)),
+                };
+                let is_write = matches!(action, Action::Write(_));
+                let optional = is_write && prng.chance(1, 4);
+                let returned = if optional && prng.chance(1, 2) { u64::MAX } else { b };
+                history.push(Operation { id: i as u64, invoked: a, returned, optional, action });
+            }
+            let expected = by_force(&history, 0, 0);
+            let verdict = check(&history, 0);
+            assert_eq!(verdict == Verdict::Linearizable, expected, "seed {seed}: {history:?}: {verdict:?}");
+            found[usize::from(expected)] += 1;
+        }
+        assert!(found[0] > 1000 && found[1] > 1000, "{found:?}");
+    }
+
+    #[test]
+    fn thousands_of_operations_on_one_cell_are_judged_quickly() {
+        // A register driven for real by eight clients at once, with operations that never return.
+        let mut prng = Prng::new(9);
+        let mut history: Vec<Operation> = Vec::new();
+        let mut open: Vec<(usize, bool)> = Vec::new();
+        let mut value = 0;
+        for time in 1..20_000u64 {
+            let choice = prng.below(3);
+            if choice == 0 && open.len() < 8 {
+                let action = if prng.chance(1, 2) { Action::Write(time) } else { Action::Read(0) };
+                history.push(Operation { id: time, invoked: time, returned: u64::MAX, optional: false, action });
+                open.push((history.len() - 1, false));
+            } else if choice == 1 && !open.is_empty() {
+                let pick = prng.below(open.len() as u64) as usize;
+                if !std::mem::replace(&mut open[pick].1, true) {
+                    match &mut history[open[pick].0].action {
+                        Action::Write(new) => value = *new,
+                        Action::Read(seen) => *seen = value,
+                    }
+                }
+            } else if let Some(pick) = open.iter().position(|o| o.1) {
+                let (i, _) = open.swap_remove(pick);
+                if prng.chance(1, 50) && matches!(history[i].action, Action::Write(_)) {
+                    history[i].optional = true;
+                } else {
+                    history[i].returned = time;
+                }
+            }
+        }
+        history.retain(|o| o.returned != u64::MAX || o.optional);
+        assert!(history.len() > 3000);
+        assert_eq!(check(&history, 0), Verdict::Linearizable);
+    }
+}

@@ -1,0 +1,30 @@
+//! What must hold, one file each. Some look at every step, some at the end, some at the history.
+//!
+//! Bounded queues have no file: `check_invariants` of every core is called after every step, and
+//! asserts the bounds of `petal::limits`.
+
+pub mod addresses;
+pub mod copies;
+pub mod durability;
+pub mod global_state;
+pub mod linearizability;
+pub mod primaries;
+pub mod progress;
+
+use petal::server::Server;
+
+/// The checkers that look at every step of a server.
+#[derive(Default)]
+pub struct Checkers {
+    /// Equal states at equal indexes.
+    pub states: global_state::States,
+    /// One primary per slot.
+    pub primaries: primaries::Primaries,
+}
+
+impl Checkers {
+    /// Looks at a server that has just been stepped.
+    pub fn see_server(&mut self, host: usize, server: &Server) -> Option<String> {
+        self.states.see(host, server.state()).or_else(|| self.primaries.see(host, std::iter::empty()))
+    }
+}

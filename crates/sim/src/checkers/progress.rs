@@ -1,0 +1,29 @@
+//! Without faults everything that was asked is answered, in bounded virtual time.
+
+use crate::ending::Phase;
+use crate::host::{ClientHost, ServerHost};
+use stdx::Duration;
+
+/// Longest time that a phase without faults may take: 60 times the longest delay between two tries.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Why a run that does not end does not, as far as can be seen from outside.
+pub fn complaint(phase: Phase, waited: Duration, what: &str, servers: &[ServerHost], clients: &[ClientHost]) -> String {
+    let servers = servers.iter().enumerate().map(|(host, s)| match &s.life {
+        None => format!("host {host} is down"),
+        Some(l) => {
+            let index = l.server.state().index;
+            format!(
+                "host {host} is {} at index {index}, {}",
+                l.server.id(),
+                if l.ready { "ready" } else { "not ready" }
+            )
+        }
+    });
+    let clients = clients.iter().enumerate().filter_map(|(i, c)| {
+        let user = &c.life.as_ref()?.user;
+        (!user.is_idle()).then(|| format!("client {i}: {}", user.waits_for()))
+    });
+    let all: Vec<String> = servers.chain(clients).collect();
+    format!("no progress: {phase:?} has lasted {waited:?} without faults; {what}. {}", all.join(". "))
+}

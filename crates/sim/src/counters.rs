@@ -1,0 +1,164 @@
+//! How often each kind of fault, and each thing worth meeting, happened.
+//!
+//! A simulation that no longer injects what it says it injects still passes. So every kind has a
+//! counter, and a run of many seeds in which one stayed at zero is itself a failure (design 5.1).
+
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $name:ident => $text:literal,)*) => {
+        /// What is counted.
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+        pub enum Kind {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl Kind {
+            /// Every kind.
+            pub const ALL: &'static [Kind] = &[$(Kind::$name,)*];
+
+            /// The kind in words.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Kind::$name => $text,)*
+                }
+            }
+        }
+    };
+}
+
+kinds! {
+    /// One server was killed.
+    CrashOne => "one server crashed",
+    /// Several servers, but not all, were killed at one moment.
+    CrashSeveral => "several servers crashed at once",
+    /// All servers were killed at one moment.
+    CrashAll => "all servers crashed at once",
+    /// A server was killed before it was ready.
+    CrashInStart => "a server crashed while it started",
+    /// A server was asked to stop, and did.
+    Stop => "a server was stopped in order",
+    /// A killed server started again.
+    Restart => "a server started again",
+    /// A disk write in flight at a crash is there afterwards.
+    WriteKept => "an unanswered disk write was kept by a crash",
+    /// A disk write in flight at a crash is gone.
+    WriteLost => "an unanswered disk write was lost by a crash",
+    /// Some sectors of a disk write in flight at a crash are there.
+    WriteTorn => "an unanswered disk write was torn by a crash",
+    /// A PMap transaction in flight at a crash is there.
+    CommitKept => "an unanswered PMap commit was kept by a crash",
+    /// A PMap transaction in flight at a crash is gone.
+    CommitLost => "an unanswered PMap commit was lost by a crash",
+    /// A growth of the disk file in flight at a crash is gone.
+    ExtendLost => "an unanswered extension was lost by a crash",
+    /// A disk answered commands in another order than they were given.
+    DiskReordered => "a disk answered out of order",
+    /// A disk became slow for a while.
+    SlowDisk => "a disk was slow",
+    /// A server's thread became slow for a while.
+    SlowServer => "a server was slow",
+    /// A connection was reset while both ends lived.
+    Reset => "a connection was reset",
+    /// A connection delivered nothing for a while.
+    Stall => "a connection stalled",
+    /// A message was on a connection when it broke.
+    MessageLost => "a message was lost with its connection",
+    /// A message overtook one sent earlier to the same node over another connection.
+    Overtaken => "a message overtook one of another connection",
+    /// A new connection replaced one that its acceptor still thought alive.
+    Replaced => "a connection replaced a half-dead one",
+    /// A client died.
+    ClientCrash => "a client crashed",
+    /// An operation's client died, or its answer left open what became of it.
+    Unfinished => "an operation was left unfinished",
+    /// A client took a disk over from another.
+    TakeOver => "a disk was taken over",
+    /// An operation was refused because its session had been ended by somebody else.
+    Fenced => "a fenced operation was refused",
+    /// A learner joined.
+    Joined => "a server joined",
+    /// A disk was made.
+    Created => "a disk was created",
+    /// A disk got another name.
+    Renamed => "a disk was renamed",
+    /// A disk grew.
+    Grown => "a disk grew",
+    /// A disk shrank.
+    Shrunk => "a disk shrank",
+    /// A disk was deleted.
+    Deleted => "a disk was deleted",
+    /// A client gave a disk back.
+    Detached => "a disk was detached",
+    /// A write that does not begin and end at blocks.
+    UnalignedWrite => "an unaligned write",
+    /// A write that touches more than one element.
+    StraddlingWrite => "a write across elements",
+    /// A write far out in a huge disk.
+    FarWrite => "a write beyond 2^40",
+    /// Zeros were written.
+    Zeroed => "a range was zeroed",
+    /// A range was discarded.
+    Discarded => "a range was discarded",
+    /// Zeros over all of a disk.
+    ZeroedAll => "a whole disk was zeroed or discarded",
+    /// The extents of a range were asked for.
+    Mapped => "extents were read",
+    /// A read returned what a write had written.
+    ReadData => "a read returned data",
+}
+
+/// A number for each kind.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Counters([u64; Kind::ALL.len()]);
+
+impl Default for Counters {
+    fn default() -> Self {
+        Counters([0; Kind::ALL.len()])
+    }
+}
+
+impl Counters {
+    /// One more.
+    pub fn count(&mut self, kind: Kind) {
+        self.add(kind, 1);
+    }
+
+    /// `n` more.
+    pub fn add(&mut self, kind: Kind, n: u64) {
+        self.0[kind as usize] += n;
+    }
+
+    /// How often.
+    pub fn get(&self, kind: Kind) -> u64 {
+        self.0[kind as usize]
+    }
+
+    /// Adds another run's numbers.
+    pub fn merge(&mut self, other: &Counters) {
+        for (mine, theirs) in self.0.iter_mut().zip(&other.0) {
+            *mine += theirs;
+        }
+    }
+
+    /// Kinds that never happened.
+    pub fn never(&self) -> Vec<Kind> {
+        Kind::ALL.iter().copied().filter(|k| self.get(*k) == 0).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kind_that_never_happened_is_named() {
+        let mut counters = Counters::default();
+        for kind in Kind::ALL {
+            if *kind != Kind::Stall {
+                counters.count(*kind);
+            }
+        }
+        let mut sum = Counters::default();
+        sum.merge(&counters);
+        assert_eq!(sum.never(), vec![Kind::Stall]);
+    }
+}

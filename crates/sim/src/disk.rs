@@ -1,0 +1,457 @@
+//! A disk that keeps the promises of [`DiskCommand`] and not one more.
+//!
+//! What is promised: a command that was answered is durable. What is not: the order of commands in
+//! flight, and anything about a command that a crash overtook. So at a crash every unanswered write is
+//! kept, lost, or torn in any subset of its 512-byte sectors; unanswered PMap commits are durable up
+//! to any one of them, each wholly or not at all (redb makes them one after the other); an extension
+//! is there or not. A read that overlaps a write in flight sees any mixture of old and new sectors.
+//!
+//! Commands that break the contract from the other side (unaligned, beyond the frontier) are bugs of
+//! the store and panic, which the world reports with its seed.
+
+use crate::counters::{Counters, Kind};
+use bytes::Bytes;
+use petal::store::{DiskCommand, DiskError, DiskResult, OpId, Table};
+use std::collections::BTreeMap;
+use stdx::{Duration, FastMap, Instant, Prng};
+
+/// What a crash keeps or loses independently.
+pub const SECTOR: usize = 512;
+const PAGE: usize = 4096;
+const TABLES: usize = 5;
+
+/// Number of a command in flight on one disk; grows with each.
+pub type Ticket = u64;
+
+/// How long a disk takes.
+#[derive(Clone, Copy, Debug)]
+pub struct DiskTimes {
+    /// Shortest answer.
+    pub min: Duration,
+    /// Longest answer.
+    pub max: Duration,
+    /// A PMap commit takes so many times longer.
+    pub commit_factor: u32,
+}
+
+/// One physical disk: what is durable, and what is in flight.
+pub struct SimDisk {
+    prng: Prng,
+    times: DiskTimes,
+    /// Slower by this factor until that moment.
+    slow: (u32, Instant),
+    pages: FastMap<u64, Box<[u8; PAGE]>>,
+    pmap: [BTreeMap<Bytes, Bytes>; TABLES],
+    frontier: u64,
+    size: u64,
+    pending: BTreeMap<Ticket, (OpId, DiskCommand)>,
+    next_ticket: Ticket,
+    newest_answered: Ticket,
+    last_commit_done: Instant,
+    /// Answers every command with an error: the point where EIO will be injected.
+    pub failing: bool,
+}
+
+impl SimDisk {
+    /// An empty disk of `size` bytes of which `frontier` may be written without growing.
+    pub fn new(size: u64, frontier: u64, times: DiskTimes, prng: Prng) -> SimDisk {
+        assert!(frontier <= size);
+        SimDisk {
+            prng,
+            times,
+            slow: (1, Instant::ZERO),
+            pages: FastMap::new(),
+            pmap: Default::default(),
+            frontier,
+            size,
+            pending: BTreeMap::new(),
+            next_ticket: 1,
+            newest_answered: 0,
+            last_commit_done: Instant::ZERO,
+            failing: false,
+        }
+    }
+
+    /// Bytes that may be written without growing.
+    pub fn frontier(&self) -> u64 {
+        self.frontier
+    }
+
+    /// Bytes of the disk.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Makes the disk `factor` times slower until `until`.
+    pub fn slow_down(&mut self, factor: u32, until: Instant) {
+        self.slow = (factor, until);
+    }
+
+    /// Takes a command; it will be done at the returned moment, when `finish` must be called.
+    pub fn submit(&mut self, now: Instant, op: OpId, command: DiskCommand) -> (Ticket, Instant) {
+        self.check(&command);
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        let mut delay = self.prng.between(self.times.min.as_nanos() as u64, self.times.max.as_nanos() as u64);
+        let commit = matches!(command, DiskCommand::PmapCommit { .. });
+        if commit {
+            delay *= u64::from(self.times.commit_factor);
+        }
+        if now < self.slow.1 {
+            delay *= u64::from(self.slow.0);
+        }
+        let mut done = now + Duration::from_nanos(delay);
+        if commit {
+            done = done.max(self.last_commit_done + Duration::from_nanos(1));
+            self.last_commit_done = done;
+        }
+        self.pending.insert(ticket, (op, command));
+        (ticket, done)
+    }
+
+    /// Does a command in flight and answers it. `None` if a crash came first.
+    pub fn finish(&mut self, ticket: Ticket, counters: &mut Counters) -> Option<(OpId, DiskResult)> {
+        let (op, command) = self.pending.remove(&ticket)?;
+        if ticket < self.newest_answered {
+            counters.count(Kind::DiskReordered);
+        }
+        self.newest_answered = self.newest_answered.max(ticket);
+        Some((op, self.execute(command)))
+    }
+
+    /// Does a command at once.
+    pub fn execute(&mut self, command: DiskCommand) -> DiskResult {
+        let broken = || DiskError::Io("the simulator was told to fail this disk".into());
+        if self.failing {
+            return failed(&command, broken());
+        }
+        match command {
+            DiskCommand::Read { offset, length } => DiskResult::Read(Ok(self.read(offset, length))),
+            DiskCommand::Write { offset, pieces } => {
+                self.write(offset, &gather(&pieces), |_| true);
+                DiskResult::Written(Ok(()))
+            }
+            DiskCommand::Extend { to } if to > self.size => {
+                DiskResult::Extended(Err(DiskError::HostFull(format!("{} bytes is all there is", self.size))))
+            }
+            DiskCommand::Extend { to } => {
+                self.frontier = self.frontier.max(to);
+                DiskResult::Extended(Ok(()))
+            }
+            DiskCommand::PmapGet { table, key } => DiskResult::PmapValue(Ok(self.table(table).get(&key).cloned())),
+            DiskCommand::PmapRange { table, from, to, limit } => {
+                let found = if from < to {
+                    self.table(table).range(from..to).take(limit).map(|(k, v)| (k.clone(), v.clone())).collect()
+                } else {
+                    Vec::new()
+                };
+                DiskResult::PmapRange(Ok(found))
+            }
+            DiskCommand::PmapCommit { changes } => {
+                self.commit(changes);
+                DiskResult::PmapCommitted(Ok(()))
+            }
+        }
+    }
+
+    /// The power goes, or the process is killed: what is in flight is kept, lost or torn.
+    pub fn crash(&mut self, counters: &mut Counters) {
+        let weights = [*self.prng.pick(&[0, 1, 3]), *self.prng.pick(&[0, 1, 3]), 1];
+        let pending = std::mem::take(&mut self.pending);
+        let mut commits_end = false;
+        for (_, command) in pending.into_values() {
+            match command {
+                DiskCommand::Write { offset, pieces } => self.crash_write(offset, &gather(&pieces), weights, counters),
+                DiskCommand::PmapCommit { changes } => {
+                    commits_end |= self.prng.chance(1, 2);
+                    if commits_end {
+                        counters.count(Kind::CommitLost);
+                    } else {
+                        self.commit(changes);
+                        counters.count(Kind::CommitKept);
+                    }
+                }
+                DiskCommand::Extend { to } if to <= self.size => {
+                    if self.prng.chance(1, 2) {
+                        self.frontier = self.frontier.max(to);
+                    } else {
+                        counters.count(Kind::ExtendLost);
+                    }
+                }
+                DiskCommand::Extend { .. }
+                | DiskCommand::Read { .. }
+                | DiskCommand::PmapGet { .. }
+                | DiskCommand::PmapRange { .. } => {}
+            }
+        }
+        self.newest_answered = self.next_ticket;
+        self.last_commit_done = Instant::ZERO;
+        self.slow = (1, Instant::ZERO);
+    }
+
+    /// Flips one bit at rest: the point where bit rot will be injected.
+    pub fn rot(&mut self, offset: u64, bit: u8) {
+        let page = self.page_mut(offset / PAGE as u64);
+        page[(offset % PAGE as u64) as usize] ^= 1 << (bit % 8);
+    }
+
+    fn crash_write(&mut self, offset: u64, data: &[u8], weights: [u64; 3], counters: &mut Counters) {
+        let draw = self.prng.below(weights.iter().sum());
+        if draw < weights[0] {
+            counters.count(Kind::WriteKept);
+            self.write(offset, data, |_| true);
+        } else if draw < weights[0] + weights[1] {
+            counters.count(Kind::WriteLost);
+        } else {
+            counters.count(Kind::WriteTorn);
+            // Three ways to tear: any subset, a prefix, all but one.
+            let sectors = (data.len() / SECTOR) as u64;
+            let way = self.prng.below(3);
+            let mark = self.prng.below(sectors);
+            let mut subset = self.prng.fork();
+            self.write(offset, data, |sector| match way {
+                0 => subset.chance(1, 2),
+                1 => sector < mark,
+                _ => sector != mark,
+            });
+        }
+    }
+
+    /// A command that no store of ours may give.
+    fn check(&self, command: &DiskCommand) {
+        let aligned = |offset: u64, length: u64| {
+            offset.is_multiple_of(PAGE as u64) && length.is_multiple_of(PAGE as u64) && length > 0
+        };
+        match command {
+            DiskCommand::Read { offset, length } => {
+                assert!(aligned(*offset, *length), "unaligned disk read of {length} bytes at {offset}");
+                assert!(offset + length <= self.size, "disk read beyond the end: {length} bytes at {offset}");
+            }
+            DiskCommand::Write { offset, pieces } => {
+                let length = pieces.iter().map(|p| p.len() as u64).sum::<u64>();
+                assert!(aligned(*offset, length), "unaligned disk write of {length} bytes at {offset}");
+                assert!(
+                    offset + length <= self.frontier,
+                    "disk write beyond the frontier {}: {length} bytes at {offset}",
+                    self.frontier
+                );
+            }
+            DiskCommand::Extend { to } => assert!(to % (1 << 20) == 0, "extension to {to}, not a multiple of 1 MiB"),
+            DiskCommand::PmapGet { .. } | DiskCommand::PmapRange { .. } | DiskCommand::PmapCommit { .. } => {}
+        }
+    }
+
+    /// What is durable, mixed with any sectors of writes in flight.
+    fn read(&mut self, offset: u64, length: u64) -> Bytes {
+        let mut out = vec![0; length as usize];
+        for (i, chunk) in out.chunks_mut(PAGE).enumerate() {
+            if let Some(page) = self.pages.get(&(offset / PAGE as u64 + i as u64)) {
+                chunk.copy_from_slice(&page[..]);
+            }
+        }
+        for (_, command) in self.pending.values() {
+            if let DiskCommand::Write { offset: at, pieces } = command {
+                let data_length = pieces.iter().map(|p| p.len() as u64).sum::<u64>();
+                let (low, high) = ((*at).max(offset), (at + data_length).min(offset + length));
+                if low >= high {
+                    continue;
+                }
+                let data = gather(pieces);
+                for sector in (low..high).step_by(SECTOR) {
+                    if self.prng.chance(1, 2) {
+                        let (to, from) = ((sector - offset) as usize, (sector - at) as usize);
+                        out[to..to + SECTOR].copy_from_slice(&data[from..from + SECTOR]);
+                    }
+                }
+            }
+        }
+        out.into()
+    }
+
+    /// Writes the sectors that `keep` wants.
+    fn write(&mut self, offset: u64, data: &[u8], mut keep: impl FnMut(u64) -> bool) {
+        for (i, chunk) in data.chunks(PAGE).enumerate() {
+            let page = self.page_mut(offset / PAGE as u64 + i as u64);
+            for (s, sector) in chunk.chunks(SECTOR).enumerate() {
+                if keep((i * PAGE / SECTOR + s) as u64) {
+                    page[s * SECTOR..s * SECTOR + sector.len()].copy_from_slice(sector);
+                }
+            }
+        }
+    }
+
+    fn page_mut(&mut self, number: u64) -> &mut [u8; PAGE] {
+        self.pages.get_or_insert_with(number, || Box::new([0; PAGE]))
+    }
+
+    fn table(&self, table: Table) -> &BTreeMap<Bytes, Bytes> {
+        &self.pmap[table as usize]
+    }
+
+    fn commit(&mut self, changes: Vec<(Table, Bytes, Option<Bytes>)>) {
+        for (table, key, value) in changes {
+            let table = &mut self.pmap[table as usize];
+            match value {
+                Some(value) => table.insert(key, value),
+                None => table.remove(&key),
+            };
+        }
+    }
+}
+
+fn gather(pieces: &[Bytes]) -> Bytes {
+    match pieces {
+        [one] => one.clone(),
+        many => many.concat().into(),
+    }
+}
+
+fn failed(command: &DiskCommand, error: DiskError) -> DiskResult {
+    match command {
+        DiskCommand::Read { .. } => DiskResult::Read(Err(error)),
+        DiskCommand::Write { .. } => DiskResult::Written(Err(error)),
+        DiskCommand::Extend { .. } => DiskResult::Extended(Err(error)),
+        DiskCommand::PmapGet { .. } => DiskResult::PmapValue(Err(error)),
+        DiskCommand::PmapRange { .. } => DiskResult::PmapRange(Err(error)),
+        DiskCommand::PmapCommit { .. } => DiskResult::PmapCommitted(Err(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TIMES: DiskTimes =
+        DiskTimes { min: Duration::from_micros(10), max: Duration::from_micros(100), commit_factor: 3 };
+
+    fn disk(seed: u64) -> SimDisk {
+        SimDisk::new(1 << 30, 1 << 20, TIMES, Prng::new(seed))
+    }
+
+    fn write(offset: u64, byte: u8, length: usize) -> DiskCommand {
+        DiskCommand::Write { offset, pieces: vec![Bytes::from(vec![byte; length])] }
+    }
+
+    fn read(disk: &mut SimDisk, offset: u64, length: u64) -> Bytes {
+        match disk.execute(DiskCommand::Read { offset, length }) {
+            DiskResult::Read(Ok(bytes)) => bytes,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn commit(key: &'static str, value: &'static str) -> DiskCommand {
+        let change = (Table::Meta, Bytes::from(key), Some(Bytes::from(value)));
+        DiskCommand::PmapCommit { changes: vec![change] }
+    }
+
+    fn value(disk: &mut SimDisk, key: &'static str) -> Option<Bytes> {
+        match disk.execute(DiskCommand::PmapGet { table: Table::Meta, key: key.into() }) {
+            DiskResult::PmapValue(Ok(value)) => value,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn answered_writes_survive_every_crash() {
+        let mut counters = Counters::default();
+        for seed in 0..50 {
+            let mut d = disk(seed);
+            let (ticket, _) = d.submit(Instant::ZERO, 1, write(8192, 7, 8192));
+            assert_eq!(d.finish(ticket, &mut counters), Some((1, DiskResult::Written(Ok(())))));
+            d.submit(Instant::ZERO, 2, write(4096, 9, 4096));
+            d.crash(&mut counters);
+            assert!(read(&mut d, 8192, 8192).iter().all(|b| *b == 7));
+        }
+    }
+
+    #[test]
+    fn unanswered_writes_are_kept_lost_or_torn_by_sectors() {
+        let mut counters = Counters::default();
+        for seed in 0..200 {
+            let mut d = disk(seed);
+            let (ticket, _) = d.submit(Instant::ZERO, 1, write(0, 5, 16384));
+            d.crash(&mut counters);
+            assert_eq!(d.finish(ticket, &mut counters), None, "a command of a dead process is never answered");
+            for sector in read(&mut d, 0, 16384).chunks(SECTOR) {
+                assert!(sector.iter().all(|b| *b == sector[0]), "a sector is never torn itself");
+            }
+        }
+        for kind in [Kind::WriteKept, Kind::WriteLost, Kind::WriteTorn] {
+            assert!(counters.get(kind) > 5, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn unanswered_commits_are_durable_up_to_one_of_them() {
+        let mut counters = Counters::default();
+        let mut seen = [false; 3];
+        for seed in 0..100 {
+            let mut d = disk(seed);
+            d.submit(Instant::ZERO, 1, commit("a", "1"));
+            d.submit(Instant::ZERO, 2, commit("b", "2"));
+            d.crash(&mut counters);
+            match (value(&mut d, "a").is_some(), value(&mut d, "b").is_some()) {
+                (false, false) => seen[0] = true,
+                (true, false) => seen[1] = true,
+                (true, true) => seen[2] = true,
+                (false, true) => panic!("the second transaction without the first"),
+            }
+        }
+        assert_eq!(seen, [true; 3]);
+    }
+
+    #[test]
+    fn commits_are_answered_in_order_and_writes_are_not() {
+        let mut d = disk(1);
+        let mut last = Instant::ZERO;
+        let mut writes = Vec::new();
+        for op in 0..50 {
+            let (_, done) = d.submit(Instant::ZERO, op, commit("k", "v"));
+            assert!(done > last);
+            last = done;
+            writes.push(d.submit(Instant::ZERO, 100 + op, write(op * 4096, 1, 4096)).1);
+        }
+        assert!(writes.windows(2).any(|w| w[0] > w[1]));
+    }
+
+    #[test]
+    fn a_read_over_a_write_in_flight_sees_a_mixture_of_whole_sectors() {
+        let mut d = disk(3);
+        d.execute(write(0, 1, 65536));
+        d.submit(Instant::ZERO, 1, write(4096, 2, 4096));
+        let seen = read(&mut d, 0, 65536);
+        assert!(seen[..4096].iter().chain(&seen[8192..]).all(|b| *b == 1));
+        let middle: Vec<u8> = seen[4096..8192].chunks(SECTOR).map(|s| s[0]).collect();
+        assert!(middle.contains(&1) && middle.contains(&2));
+    }
+
+    #[test]
+    fn pages_that_were_never_written_are_zeros_and_ranges_are_half_open() {
+        let mut d = disk(4);
+        assert!(read(&mut d, 0, 8192).iter().all(|b| *b == 0));
+        for key in ["a", "b", "c"] {
+            d.execute(commit(key, "x"));
+        }
+        let range = |d: &mut SimDisk, from: &'static str, to: &'static str, limit| {
+            let command = DiskCommand::PmapRange { table: Table::Meta, from: from.into(), to: to.into(), limit };
+            match d.execute(command) {
+                DiskResult::PmapRange(Ok(found)) => found.len(),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!((range(&mut d, "a", "c", 9), range(&mut d, "a", "z", 2), range(&mut d, "c", "a", 9)), (2, 2, 0));
+    }
+
+    #[test]
+    #[should_panic(expected = "beyond the frontier")]
+    fn a_write_beyond_the_frontier_is_a_bug() {
+        disk(5).submit(Instant::ZERO, 1, write(1 << 20, 1, 4096));
+    }
+
+    #[test]
+    fn a_failing_disk_answers_with_errors() {
+        let mut d = disk(6);
+        d.failing = true;
+        assert!(matches!(d.execute(write(0, 1, 4096)), DiskResult::Written(Err(DiskError::Io(_)))));
+    }
+}

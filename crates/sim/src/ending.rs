@@ -1,0 +1,274 @@
+//! How a run ends: faults stop, everything must finish, everything must be readable, all must be equal.
+//!
+//! ```text
+//!   Faulty --time or operations up--> Draining --all answered, all ready--> PowerLoss (half of the runs)
+//!     --all ready--> Judging: a new client takes over every disk, reads, writes, reads again
+//!     --done--> Quiet: nothing happens for a while --> Over: all stopped, disks examined
+//! ```
+//!
+//! Each arrow but the first has a bound in virtual time: that is the progress checker.
+
+use crate::checkers;
+use crate::checkers::progress::PATIENCE;
+use crate::clock::Clock;
+use crate::counters::Kind;
+use crate::event::Event;
+use crate::host::ClientHost;
+use crate::net::Node;
+use crate::workload::{Asked, Held, Role};
+use crate::world::World;
+use petal::client::Request;
+use petal::global_state::Attachment;
+use petal::ids::VdiskId;
+use std::collections::{BTreeMap, VecDeque};
+use stdx::{Duration, Instant};
+
+/// How often the world looks whether a phase is over.
+pub const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// Time without requests after which nothing may be busy any more.
+const QUIET: Duration = Duration::from_secs(3);
+
+/// Where a run is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Phase {
+    /// Faults are injected.
+    #[default]
+    Faulty,
+    /// No more faults and no new requests.
+    Draining,
+    /// Everything was killed once more.
+    PowerLoss,
+    /// The judge reads everything.
+    Judging,
+    /// Nothing is asked.
+    Quiet,
+}
+
+/// The end of a run.
+#[derive(Debug, Default)]
+pub struct Ending {
+    phase: Phase,
+    since: Instant,
+    judge: usize,
+    /// Disks that the judge has still to judge.
+    to_judge: VecDeque<(VdiskId, String)>,
+    /// What the judge does with the present one.
+    steps: VecDeque<Step>,
+    held: Option<Held>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Read(u64, u64),
+    Write(u64, u64),
+}
+
+impl Ending {
+    /// Faults may happen.
+    pub fn is_faulty(&self) -> bool {
+        self.phase == Phase::Faulty
+    }
+
+    /// Where the run is.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+}
+
+impl World {
+    pub(crate) fn on_phase(&mut self) {
+        self.queue.plan(self.now + LOOK_EVERY, Event::Phase);
+        let waited = self.now.since(self.ending.since);
+        match self.ending.phase {
+            Phase::Faulty => {
+                let enough = self.history.finished() + self.history.unknown() >= 2 * self.options.operations;
+                if waited >= self.options.faulty || enough {
+                    self.calm_down();
+                }
+            }
+            Phase::Draining => match self.unfinished() {
+                None if self.options.power_loss_at_end => {
+                    self.crash_some(usize::MAX, Kind::CrashAll);
+                    self.enter(Phase::PowerLoss);
+                }
+                None => self.begin_to_judge(),
+                Some(what) => self.lose_patience(waited, &what),
+            },
+            Phase::PowerLoss => match self.unready() {
+                None => self.begin_to_judge(),
+                Some(what) => self.lose_patience(waited, &what),
+            },
+            Phase::Judging => self.lose_patience(waited, "the judge has not read everything"),
+            Phase::Quiet if waited >= QUIET => {
+                self.check_at_rest();
+                self.stop();
+            }
+            Phase::Quiet => {}
+        }
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        self.trace.event(self.now, &[30, phase as u64], || format!("phase {phase:?}"));
+        self.ending.phase = phase;
+        self.ending.since = self.now;
+    }
+
+    fn lose_patience(&mut self, waited: Duration, what: &str) {
+        if waited >= PATIENCE {
+            let complaint =
+                checkers::progress::complaint(self.ending.phase, waited, what, &self.servers, &self.clients);
+            self.complain(complaint);
+            self.stop();
+        }
+    }
+
+    /// The end of all faults.
+    fn calm_down(&mut self) {
+        self.enter(Phase::Draining);
+        self.workload.stopped = true;
+        self.net.heal();
+        for host in 0..self.servers.len() {
+            self.servers[host].slow_until = Instant::ZERO;
+            for disk in &mut self.servers[host].disks {
+                disk.slow_down(1, Instant::ZERO);
+            }
+            if self.servers[host].id.is_some() && self.servers[host].life.is_none() {
+                self.plan_start(Node::Server(host), self.now);
+            }
+        }
+        if self.clients[0].life.is_none() {
+            self.plan_start(Node::Client(0), self.now);
+        }
+    }
+
+    fn unready(&self) -> Option<String> {
+        if !self.workload.is_set_up() {
+            return Some("not every server has joined, or no disk could be made".into());
+        }
+        let not = |h: &usize| !self.servers[*h].life.as_ref().is_some_and(|l| l.ready);
+        let unready: Vec<usize> = (0..self.servers.len()).filter(not).collect();
+        (!unready.is_empty()).then(|| format!("hosts {unready:?} are not ready"))
+    }
+
+    fn unfinished(&self) -> Option<String> {
+        let busy = |(i, c): (usize, &ClientHost)| {
+            c.life.as_ref().filter(|l| !l.user.is_idle()).map(|l| format!("client {i} has {}", l.user.waits_for()))
+        };
+        self.unready().or_else(|| self.clients.iter().enumerate().find_map(busy))
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // The judge.
+
+    fn begin_to_judge(&mut self) {
+        self.enter(Phase::Judging);
+        let newest = self.servers.iter().filter_map(|s| s.life.as_ref()).max_by_key(|l| l.server.state().index);
+        let Some(newest) = newest else { return };
+        let known = &self.workload.disks;
+        let disks = newest.server.state().vdisks.values().filter(|v| known.contains_key(&v.id));
+        self.ending.to_judge = disks.map(|v| (v.id, v.name.clone())).collect();
+        self.ending.judge = self.clients.len();
+        self.clients.push(ClientHost {
+            clock: Clock::new(0, 0),
+            life: None,
+            lives: 0,
+            start_planned: false,
+            role: Role::Judge,
+        });
+        let judge = self.ending.judge;
+        self.plan_start(Node::Client(judge), self.now);
+        self.queue.plan(self.now + LOOK_EVERY, Event::Phase);
+        self.ending.steps.clear();
+        self.ending.held = None;
+    }
+
+    /// Called when the judge's client lives and whenever it has an answer.
+    pub(crate) fn judge_next(&mut self, host: usize) {
+        if self.ending.phase != Phase::Judging || host != self.ending.judge {
+            return;
+        }
+        if !self.clients[host].life.as_ref().is_some_and(|l| l.user.is_idle()) {
+            return;
+        }
+        self.ending.since = self.now;
+        let Some(held) = self.ending.held.clone() else { return self.judge_disk(host) };
+        match self.ending.steps.pop_front() {
+            Some(Step::Read(start, end)) => self.read_range(host, held, start, end),
+            Some(Step::Write(start, end)) => self.write_range(host, held, start, end),
+            None => {
+                self.ending.held = None;
+                self.ask(host, Request::Detach { session: held.session }, Asked::Detach);
+            }
+        }
+    }
+
+    fn judge_disk(&mut self, host: usize) {
+        match self.ending.to_judge.pop_front() {
+            Some((_, name)) => {
+                let mode = Attachment::Exclusive;
+                let request = Request::Attach { name, mode, holder: "judge".into(), take_over: true };
+                self.ask(host, request, Asked::Attach { mode, take_over: true });
+            }
+            None => self.enter(Phase::Quiet),
+        }
+    }
+
+    pub(crate) fn judge_attached(&mut self, _host: usize, held: Held) {
+        let layout = &self.workload.disks[&held.vdisk].layout;
+        let mut steps = VecDeque::new();
+        for spot in &layout.spots {
+            let inside: Vec<u64> = spot.iter().copied().filter(|c| *c <= held.size).collect();
+            if let (Some(first), Some(last)) = (inside.first(), inside.last().filter(|_| inside.len() > 1)) {
+                steps.push_back(Step::Read(*first, *last));
+                steps.push_back(Step::Write(inside[inside.len() / 2 - 1], inside[inside.len() / 2]));
+                steps.push_back(Step::Read(*first, *last));
+            }
+        }
+        self.ending.steps = steps;
+        self.ending.held = Some(held);
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // At rest.
+
+    fn check_at_rest(&mut self) {
+        if let Some(what) = self.unready() {
+            self.complain(format!("not at rest: {what}"));
+        }
+        for complaint in checkers::global_state::all_equal(&self.servers) {
+            self.complain(complaint);
+        }
+        let newest = self.servers.iter().filter_map(|s| s.life.as_ref()).max_by_key(|l| l.server.state().index);
+        let state = newest.map(|l| l.server.state().clone());
+        for host in 0..self.servers.len() {
+            self.crash_server(host);
+        }
+        let Some(state) = state else { return };
+        let mut found = BTreeMap::new();
+        for host in 0..self.servers.len() {
+            let Some(id) = self.servers[host].id else { continue };
+            let examined = checkers::addresses::examine(&mut self.servers[host], &self.options);
+            for complaint in &examined.complaints {
+                self.complain(format!("the disks of {id}: {complaint}"));
+            }
+            found.insert(id, examined.elements);
+        }
+        for complaint in checkers::copies::compare(&state, &found) {
+            self.complain(complaint);
+        }
+    }
+
+    /// Judges the whole history; for after the run.
+    pub fn check_history(&mut self) {
+        self.history.close();
+        for complaint in self.history.complaints().to_vec() {
+            self.complain(complaint);
+        }
+        for complaint in checkers::linearizability::complaints(&self.history) {
+            self.complain(complaint);
+        }
+        for complaint in checkers::durability::complaints(&self.history) {
+            self.complain(complaint);
+        }
+    }
+}

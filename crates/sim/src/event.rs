@@ -1,0 +1,149 @@
+//! What the world has planned: a queue by time, and by order of planning within one moment.
+
+use crate::disk::Ticket;
+use crate::net::{ConnectionId, Node, Side};
+use bytes::Bytes;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use stdx::Instant;
+
+/// Something that will happen.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A node tries to connect to a server host.
+    Dial {
+        /// Who.
+        node: Node,
+        /// In which of its lives.
+        life: u64,
+        /// To which host.
+        host: usize,
+    },
+    /// An end learns that its connection is up.
+    Up {
+        /// Which.
+        connection: ConnectionId,
+        /// Which end.
+        side: Side,
+    },
+    /// An end learns that its connection is gone.
+    Closed {
+        /// Which.
+        connection: ConnectionId,
+        /// Which end.
+        side: Side,
+    },
+    /// A frame arrives.
+    Deliver {
+        /// Over which connection.
+        connection: ConnectionId,
+        /// At which end.
+        side: Side,
+        /// The frame.
+        frame: Bytes,
+        /// Its number among all frames ever sent.
+        sent: u64,
+    },
+    /// A disk is done with a command.
+    DiskDone {
+        /// Host.
+        host: usize,
+        /// Disk of the host.
+        disk: usize,
+        /// In which life the command was given.
+        life: u64,
+        /// Which.
+        ticket: Ticket,
+    },
+    /// A node takes up its inputs.
+    Run {
+        /// Who.
+        node: Node,
+        /// In which of its lives.
+        life: u64,
+    },
+    /// A node wanted to be woken up.
+    Tick {
+        /// Who.
+        node: Node,
+        /// In which of its lives.
+        life: u64,
+        /// Which wake-up; older ones are void.
+        generation: u64,
+    },
+    /// A dead host or client starts again.
+    Start {
+        /// Who.
+        node: Node,
+    },
+    /// The next fault.
+    Fault,
+    /// A client thinks of something to do.
+    Think {
+        /// Client host.
+        client: usize,
+        /// In which of its lives.
+        life: u64,
+    },
+    /// The world looks whether the next phase begins.
+    Phase,
+}
+
+struct Planned {
+    at: Instant,
+    number: u64,
+    event: Event,
+}
+
+impl PartialEq for Planned {
+    fn eq(&self, other: &Self) -> bool {
+        self.number == other.number
+    }
+}
+impl Eq for Planned {}
+impl PartialOrd for Planned {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Planned {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.at, self.number).cmp(&(other.at, other.number))
+    }
+}
+
+/// The queue.
+#[derive(Default)]
+pub struct Queue {
+    heap: BinaryHeap<Reverse<Planned>>,
+    next: u64,
+}
+
+impl Queue {
+    /// Plans an event.
+    pub fn plan(&mut self, at: Instant, event: Event) {
+        self.next += 1;
+        self.heap.push(Reverse(Planned { at, number: self.next, event }));
+    }
+
+    /// Takes the next one.
+    pub fn next(&mut self) -> Option<(Instant, Event)> {
+        self.heap.pop().map(|Reverse(planned)| (planned.at, planned.event))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_come_by_time_and_then_in_the_order_of_planning() {
+        let mut queue = Queue::default();
+        queue.plan(Instant::from_nanos(5), Event::Fault);
+        queue.plan(Instant::from_nanos(3), Event::Phase);
+        queue.plan(Instant::from_nanos(5), Event::Phase);
+        let order: Vec<String> =
+            std::iter::from_fn(|| queue.next()).map(|(at, e)| format!("{} {e:?}", at.as_nanos())).collect();
+        assert_eq!(order, ["3 Phase", "5 Fault", "5 Phase"]);
+    }
+}

@@ -1,0 +1,42 @@
+//! Making a host's disks, and finding them again at a start.
+
+use crate::host::{ServerHost, address_of};
+use crate::options::Options;
+use petal::server::ServerConfig;
+use petal::store::superblock::{FormatParams, SUPERBLOCK_SIZE, Superblock};
+use petal::store::{DiskCommand, DiskResult, OpenDisk, StoreConfig};
+
+/// Formats one disk of a host that has an id. The PMap store of a pretended disk is empty from the
+/// start.
+pub fn format(machine: &mut ServerHost, disk: usize) {
+    let params = FormatParams {
+        genesis: machine.genesis.clone(),
+        server: machine.id.expect("it has been given an id"),
+        disk: machine.disk_ids[disk],
+        disks: machine.disk_ids.clone(),
+        size: machine.disks[disk].size(),
+    };
+    let (superblock, writes) = Superblock::format(params).expect("the options draw disks that can be formatted");
+    let disk = &mut machine.disks[disk];
+    disk.execute(DiskCommand::Extend { to: superblock.layout.data.offset });
+    for (offset, bytes) in writes {
+        disk.execute(DiskCommand::Write { offset, pieces: vec![bytes] });
+    }
+}
+
+/// Reads both copies of a disk's superblock and chooses.
+pub fn open(machine: &mut ServerHost, disk: usize) -> Result<OpenDisk, String> {
+    let disk = &mut machine.disks[disk];
+    let length = 2 * SUPERBLOCK_SIZE as u64;
+    let DiskResult::Read(Ok(bytes)) = disk.execute(DiskCommand::Read { offset: 0, length }) else {
+        return Err("its first bytes cannot be read".into());
+    };
+    let (a, b) = bytes.split_at(SUPERBLOCK_SIZE);
+    let superblock = Superblock::choose(a, b).map_err(|e| e.to_string())?;
+    Ok(OpenDisk { path: format!("disk {}", superblock.disk), superblock, frontier: disk.frontier() })
+}
+
+/// What a server is started with.
+pub fn server_config(options: &Options, host: usize) -> ServerConfig {
+    ServerConfig { addresses: vec![address_of(host)], store: StoreConfig { cache_elements: options.cache_elements } }
+}

@@ -1,0 +1,193 @@
+//! `petal-sim`: runs seeds, and shows one again. `cargo xtask sim` calls it.
+
+use petal::sabotage::Sabotage;
+use petal_sim::counters::Kind;
+use petal_sim::options::Overrides;
+use petal_sim::trace::Keep;
+use petal_sim::{Report, compare_runs, run_many, run_seed};
+use std::process::ExitCode;
+
+const HELP: &str = "\
+petal-sim: whole clusters in one thread, in virtual time, decided by a seed
+
+  --seeds N              how many seeds to run (default 20)
+  --first-seed M         the first one (default 1)
+  --threads N            on so many threads (default: all cores)
+  --keep-going N         stop after N seeds with complaints (default 1)
+  --verify-determinism   run every seed twice and compare the logs
+  --trace                print every event (use with --seeds 1)
+  --coverage             fail if a kind of fault never happened
+  --sabotage NAME        leave out a rule, to see that it is caught (list: --sabotage help)
+  --servers N  --disks N  --copies N  --operations N   instead of what the seed draws
+  --no-faults  --only-crashes  --crowded               likewise
+  --options              print what is drawn for each seed
+
+Ends with 0 if no checker complained, else with 1 and how to see it again. See docs/testing.md.
+";
+
+struct Arguments {
+    seeds: u64,
+    first: u64,
+    threads: usize,
+    bad_max: usize,
+    verify: bool,
+    trace: bool,
+    coverage: bool,
+    options: bool,
+    overrides: Overrides,
+    /// Words that make the same choice again.
+    again: String,
+}
+
+fn main() -> ExitCode {
+    match parse(std::env::args().skip(1)) {
+        Ok(Some(arguments)) => run(&arguments),
+        Ok(None) => {
+            print!("{HELP}");
+            ExitCode::SUCCESS
+        }
+        Err(why) => {
+            eprintln!("petal-sim: {why}\n\n{HELP}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Arguments>, String> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut a = Arguments {
+        seeds: 20,
+        first: 1,
+        threads,
+        bad_max: 1,
+        verify: false,
+        trace: false,
+        coverage: false,
+        options: false,
+        overrides: Overrides::default(),
+        again: String::new(),
+    };
+    while let Some(word) = words.next() {
+        let mut value = || words.next().ok_or(format!("{word} needs a value"));
+        let mut shapes_run = true;
+        let before = a.again.clone();
+        match word.as_str() {
+            "--seeds" | "--first-seed" | "--threads" | "--keep-going" => {
+                let n: u64 = number(&word, value()?)?;
+                shapes_run = false;
+                match word.as_str() {
+                    "--seeds" => a.seeds = n,
+                    "--first-seed" => a.first = n,
+                    "--threads" => a.threads = n as usize,
+                    _ => a.bad_max = n as usize,
+                }
+            }
+            "--verify-determinism" | "--trace" | "--coverage" | "--options" => {
+                shapes_run = false;
+                match word.as_str() {
+                    "--verify-determinism" => a.verify = true,
+                    "--trace" => a.trace = true,
+                    "--coverage" => a.coverage = true,
+                    _ => a.options = true,
+                }
+            }
+            "--sabotage" => {
+                let name = value()?;
+                a.overrides.sabotage = Sabotage::from_name(&name).ok_or_else(|| {
+                    let names: Vec<&str> = Sabotage::ALL.iter().map(|s| s.name()).collect();
+                    format!("there is no sabotage '{name}'; there are: {}", names.join(", "))
+                })?;
+                a.again.push_str(&format!(" --sabotage {name}"));
+            }
+            "--servers" | "--disks" | "--copies" | "--operations" => {
+                let n = number(&word, value()?)?;
+                match word.as_str() {
+                    "--servers" => a.overrides.servers = Some(n as usize),
+                    "--disks" => a.overrides.disks = Some(n as usize),
+                    "--copies" => a.overrides.copies = Some(n as usize),
+                    _ => a.overrides.operations = Some(n),
+                }
+                a.again.push_str(&format!(" {word} {n}"));
+            }
+            "--no-faults" => a.overrides.no_faults = true,
+            "--only-crashes" => a.overrides.only_crashes = true,
+            "--crowded" => a.overrides.crowded = true,
+            "--help" | "-h" => return Ok(None),
+            other => return Err(format!("'{other}' is not an argument")),
+        }
+        if shapes_run && a.again == before {
+            a.again.push_str(&format!(" {word}"));
+        }
+    }
+    Ok(Some(a))
+}
+
+fn number(word: &str, value: String) -> Result<u64, String> {
+    value.parse().map_err(|_| format!("{word} needs a number, not '{value}'"))
+}
+
+fn run(a: &Arguments) -> ExitCode {
+    if a.trace {
+        return trace(a);
+    }
+    println!("seeds {}..{} on {} threads{}", a.first, a.first + a.seeds, a.threads, a.again);
+    let started = std::time::Instant::now();
+    let parted = std::sync::Mutex::new(Vec::new());
+    let summary = run_many(a.first, a.seeds, a.threads, a.bad_max, &a.overrides, |report| {
+        if a.options {
+            println!("seed {}: {:?}", report.seed, report.options);
+        }
+        if a.verify
+            && let Some(event) = compare_runs(report.seed, &a.overrides)
+        {
+            parted.lock().expect("no panic holds it").push((report.seed, event));
+        }
+    });
+    let seconds = started.elapsed().as_secs_f64();
+    println!(
+        "{} seeds, {} operations, {} events in {seconds:.1} s ({:.1} seeds/s)",
+        summary.seeds,
+        summary.operations,
+        summary.events,
+        summary.seeds as f64 / seconds
+    );
+    for kind in Kind::ALL {
+        println!("{:>10}  {}", summary.counters.get(*kind), kind.name());
+    }
+    let mut good = summary.bad.is_empty();
+    for report in &summary.bad {
+        show(report, &a.again);
+    }
+    for (seed, event) in parted.into_inner().expect("no panic holds it") {
+        good = false;
+        println!("seed {seed} is not deterministic: two runs part at event {event}");
+    }
+    for kind in summary.never() {
+        println!("never happened: {}", kind.name());
+        good &= !a.coverage;
+    }
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn trace(a: &Arguments) -> ExitCode {
+    let mut good = true;
+    for seed in a.first..a.first + a.seeds {
+        let report = run_seed(seed, &a.overrides, Keep::Words);
+        println!("seed {seed}: log hash {:016x}, {} events", report.log_hash, report.events);
+        if !report.complaints.is_empty() {
+            show(&report, &a.again);
+            good = false;
+        }
+    }
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn show(report: &Report, again: &str) {
+    println!("\nseed {}: {} complaints", report.seed, report.complaints.len());
+    println!("  options: {:?}", report.options);
+    println!("  events: {}, ended at {:?}, log hash {:016x}", report.events, report.ended_at, report.log_hash);
+    for complaint in &report.complaints {
+        println!("  - {complaint}");
+    }
+    println!("  again: cargo xtask sim --first-seed {} --seeds 1 --trace{again}", report.seed);
+}

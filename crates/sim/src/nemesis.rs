@@ -1,0 +1,121 @@
+//! Faults: what goes wrong, drawn one after the other while the faulty phase lasts.
+
+use crate::counters::Kind;
+use crate::event::Event;
+use crate::net::{Node, Side};
+use crate::workload::draw_weighted;
+use crate::world::World;
+use stdx::Duration;
+
+impl World {
+    pub(crate) fn on_fault(&mut self) {
+        let Some(interval) = self.options.fault_interval.filter(|_| self.ending.is_faulty()) else { return };
+        let at = self.now + self.draw(interval * 2) + Duration::from_micros(1);
+        self.queue.plan(at, Event::Fault);
+        let weights = self.options.faults.list();
+        if weights.iter().sum::<u64>() == 0 {
+            return;
+        }
+        let kind = draw_weighted(&mut self.chaos, &weights);
+        self.trace.event(self.now, &[9, kind as u64], || format!("fault {kind}"));
+        match kind {
+            0 => self.crash_some(1, Kind::CrashOne),
+            1 => self.crash_several(),
+            2 => self.crash_some(usize::MAX, Kind::CrashAll),
+            3 => self.stop_one(),
+            4 => self.reset_one(),
+            5 => self.stall_one(),
+            6 => self.slow_disk(),
+            7 => self.slow_server(),
+            _ => self.crash_one_client(),
+        }
+    }
+
+    fn running(&self) -> Vec<usize> {
+        (0..self.servers.len()).filter(|h| self.servers[*h].life.is_some()).collect()
+    }
+
+    /// Kills so many of the running servers, and plans their return.
+    pub fn crash_some(&mut self, count: usize, kind: Kind) {
+        let mut running = self.running();
+        if running.is_empty() {
+            return;
+        }
+        self.counters.count(kind);
+        self.chaos.shuffle(&mut running);
+        for host in running.into_iter().take(count) {
+            self.crash_server(host);
+            let at = self.now + self.draw(self.options.restart_delay);
+            self.plan_start(Node::Server(host), at);
+        }
+    }
+
+    fn crash_several(&mut self) {
+        let running = self.running().len() as u64;
+        if running > 2 {
+            let count = self.chaos.between(2, running - 1) as usize;
+            self.crash_some(count, Kind::CrashSeveral);
+        }
+    }
+
+    fn stop_one(&mut self) {
+        let running = self.running();
+        if !running.is_empty() {
+            let host = *self.chaos.pick(&running);
+            self.stop_server(host);
+        }
+    }
+
+    fn reset_one(&mut self) {
+        let alive = self.net.alive();
+        if !alive.is_empty() {
+            self.counters.count(Kind::Reset);
+            let connection = *self.chaos.pick(&alive);
+            self.reset(connection);
+        }
+    }
+
+    fn stall_one(&mut self) {
+        let alive = self.net.alive();
+        if !alive.is_empty() {
+            self.counters.count(Kind::Stall);
+            let connection = *self.chaos.pick(&alive);
+            let until = self.now + Duration::from_micros(self.chaos.between(100, 500_000));
+            // One way or both.
+            let sides: &[Side] = match self.chaos.below(3) {
+                0 => &[Side::Dialler],
+                1 => &[Side::Acceptor],
+                _ => &[Side::Dialler, Side::Acceptor],
+            };
+            for side in sides {
+                self.net.stall(connection, *side, until);
+            }
+        }
+    }
+
+    fn slow_disk(&mut self) {
+        let host = self.chaos.below(self.servers.len() as u64) as usize;
+        let disk = self.chaos.below(self.servers[host].disks.len() as u64) as usize;
+        let until = self.now + Duration::from_millis(self.chaos.between(5, 1000));
+        let factor = *self.chaos.pick(&[5, 30]);
+        self.counters.count(Kind::SlowDisk);
+        self.servers[host].disks[disk].slow_down(factor, until);
+    }
+
+    fn slow_server(&mut self) {
+        let host = self.chaos.below(self.servers.len() as u64) as usize;
+        let until = self.now + Duration::from_millis(self.chaos.between(5, 1000));
+        self.counters.count(Kind::SlowServer);
+        self.servers[host].slow_until = until;
+    }
+
+    fn crash_one_client(&mut self) {
+        let running: Vec<usize> = (0..self.clients.len()).filter(|c| self.clients[*c].life.is_some()).collect();
+        if !running.is_empty() {
+            let client = *self.chaos.pick(&running);
+            self.crash_client(client);
+            let at = self.now + self.draw(self.options.restart_delay);
+            self.plan_start(Node::Client(client), at);
+        }
+    }
+}

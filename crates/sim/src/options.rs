@@ -1,0 +1,289 @@
+//! What one seed's run looks like: drawn before anything else, and printed first.
+//!
+//! Swarm testing: instead of one mixture of everything, each run draws which kinds of faults and
+//! operations it has at all, and how fast everything is. A fault that only does harm when another is
+//! absent (a slow disk without crashes that reset it, say) is then met by some runs.
+
+use crate::disk::DiskTimes;
+use crate::net::NetTimes;
+use petal::sabotage::Sabotage;
+use stdx::{Duration, Prng};
+
+/// Everything that is drawn per seed.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Servers, 1..=5.
+    pub servers: usize,
+    /// How many of them are the ring: 1 or 3.
+    pub ring: usize,
+    /// Learners that join while faults are already injected.
+    pub late_learners: bool,
+    /// Disks per server, 1 or 2.
+    pub disks: usize,
+    /// Bytes of a disk.
+    pub disk_size: u64,
+    /// Disks behave like raw devices: all of it may be written from the start.
+    pub raw_disks: bool,
+    /// Copies that new virtual disks have: 1, 2, 3, each at most as many as there are servers.
+    pub copies: Vec<usize>,
+    /// Stripe unit of new virtual disks.
+    pub stripe_unit: u64,
+    /// Element entries that a server keeps in memory.
+    pub cache_elements: usize,
+    /// Clients at one time, 1..=4.
+    pub clients: usize,
+    /// Operations that a client keeps outstanding.
+    pub depth: usize,
+    /// Deadline of clients' requests; `None` = for ever.
+    pub client_deadline: Option<Duration>,
+    /// Operations of the whole run, about.
+    pub operations: u64,
+    /// Virtual time with faults.
+    pub faulty: Duration,
+    /// The network's speed.
+    pub net: NetTimes,
+    /// The disks' speed.
+    pub disk_times: DiskTimes,
+    /// A server's thread takes up its inputs at most so late.
+    pub run_delay: Duration,
+    /// Clocks run fast or slow by up to so many parts per million.
+    pub drift: u64,
+    /// Mean time between two faults; `None` = no faults at all.
+    pub fault_interval: Option<Duration>,
+    /// A dead server or client starts again after at most so long.
+    pub restart_delay: Duration,
+    /// How likely each fault is, relative to the others.
+    pub faults: FaultWeights,
+    /// How likely each operation is, relative to the others.
+    pub mix: Mix,
+    /// Whether the end of the run is a loss of power before everything is read again.
+    pub power_loss_at_end: bool,
+    /// A rule that is left out on purpose.
+    pub sabotage: Sabotage,
+}
+
+/// How likely each fault is, relative to the others.
+#[derive(Clone, Copy, Debug)]
+pub struct FaultWeights {
+    /// Kill one server.
+    pub crash_one: u64,
+    /// Kill some.
+    pub crash_several: u64,
+    /// Kill all.
+    pub crash_all: u64,
+    /// Ask one server to stop.
+    pub stop: u64,
+    /// Reset a connection.
+    pub reset: u64,
+    /// Stall a connection.
+    pub stall: u64,
+    /// Slow a disk down.
+    pub slow_disk: u64,
+    /// Slow a server's thread down.
+    pub slow_server: u64,
+    /// Kill a client.
+    pub crash_client: u64,
+}
+
+/// How likely each operation is, relative to the others.
+#[derive(Clone, Copy, Debug)]
+pub struct Mix {
+    /// Read a range.
+    pub read: u64,
+    /// Write a range.
+    pub write: u64,
+    /// Zero a range.
+    pub zero: u64,
+    /// Discard a range.
+    pub discard: u64,
+    /// Zero or discard everything.
+    pub zero_all: u64,
+    /// Ask for extents.
+    pub extents: u64,
+    /// Detach.
+    pub detach: u64,
+    /// Management calls per hundred operations.
+    pub admin_percent: u64,
+}
+
+/// What the caller wants instead of what the seed draws.
+#[derive(Clone, Debug, Default)]
+pub struct Overrides {
+    /// The rule to leave out.
+    pub sabotage: Sabotage,
+    /// Servers.
+    pub servers: Option<usize>,
+    /// Disks per server.
+    pub disks: Option<usize>,
+    /// Copies of every virtual disk.
+    pub copies: Option<usize>,
+    /// Operations.
+    pub operations: Option<u64>,
+    /// Mean time between faults.
+    pub fault_interval: Option<Duration>,
+    /// Only crashes of servers, no other faults.
+    pub only_crashes: bool,
+    /// No faults at all.
+    pub no_faults: bool,
+    /// Few, small spots: many operations on the same blocks.
+    pub crowded: bool,
+}
+
+impl Options {
+    /// Draws a run.
+    pub fn draw(prng: &mut Prng, overrides: &Overrides) -> Options {
+        let servers = overrides.servers.unwrap_or_else(|| *prng.pick(&[1, 2, 2, 3, 3, 3, 4, 4, 5]));
+        let ring = if servers >= 3 && prng.chance(3, 4) { 3 } else { 1 };
+        let mut options = Options {
+            servers,
+            ring,
+            late_learners: prng.chance(1, 4),
+            disks: overrides.disks.unwrap_or_else(|| prng.between(1, 2) as usize),
+            disk_size: *prng.pick(&[256 << 20, 1 << 30]),
+            raw_disks: prng.chance(1, 3),
+            copies: draw_copies(prng, servers),
+            stripe_unit: *prng.pick(&[64 << 10, 128 << 10, 1 << 20]),
+            cache_elements: *prng.pick(&[4, 64, 4096]),
+            clients: prng.between(1, 4) as usize,
+            depth: *prng.pick(&[1, 2, 4, 8]),
+            client_deadline: prng.chance(1, 4).then(|| Duration::from_millis(prng.between(50, 3000))),
+            operations: prng.between(150, 900),
+            faulty: Duration::from_millis(prng.between(500, 6000)),
+            net: draw_net(prng),
+            disk_times: draw_disk_times(prng),
+            run_delay: Duration::from_micros(*prng.pick(&[1, 20, 200, 2000])),
+            drift: *prng.pick(&[0, 100, 10_000]),
+            fault_interval: prng.chance(9, 10).then(|| Duration::from_millis(*prng.pick(&[20, 60, 200, 700]))),
+            restart_delay: Duration::from_millis(*prng.pick(&[5, 100, 1500])),
+            faults: FaultWeights::draw(prng),
+            mix: Mix::draw(prng),
+            power_loss_at_end: prng.chance(1, 2),
+            sabotage: overrides.sabotage,
+        };
+        options.apply(overrides);
+        options
+    }
+
+    fn apply(&mut self, overrides: &Overrides) {
+        if let Some(copies) = overrides.copies {
+            self.copies = vec![copies];
+        }
+        if let Some(operations) = overrides.operations {
+            self.operations = operations;
+        }
+        if let Some(interval) = overrides.fault_interval {
+            self.fault_interval = Some(interval);
+        }
+        if overrides.only_crashes {
+            let crashes = FaultWeights { crash_one: 4, crash_several: 2, crash_all: 3, ..FaultWeights::NONE };
+            self.faults = crashes;
+        }
+        if overrides.no_faults {
+            self.fault_interval = None;
+            self.power_loss_at_end = false;
+        }
+        if overrides.crowded {
+            self.clients = self.clients.max(2);
+            self.depth = self.depth.max(4);
+            self.mix.admin_percent = 0;
+            self.mix.detach = 0;
+        }
+    }
+}
+
+impl FaultWeights {
+    const NONE: FaultWeights = FaultWeights {
+        crash_one: 0,
+        crash_several: 0,
+        crash_all: 0,
+        stop: 0,
+        reset: 0,
+        stall: 0,
+        slow_disk: 0,
+        slow_server: 0,
+        crash_client: 0,
+    };
+
+    fn draw(prng: &mut Prng) -> FaultWeights {
+        let mut some = |often: u64| *prng.pick(&[0, 1, often]);
+        FaultWeights {
+            crash_one: some(6),
+            crash_several: some(3),
+            crash_all: some(3),
+            stop: some(1),
+            reset: some(6),
+            stall: some(4),
+            slow_disk: some(2),
+            slow_server: some(2),
+            crash_client: some(2),
+        }
+    }
+
+    /// The weights in the order of the fields.
+    pub fn list(&self) -> [u64; 9] {
+        [
+            self.crash_one,
+            self.crash_several,
+            self.crash_all,
+            self.stop,
+            self.reset,
+            self.stall,
+            self.slow_disk,
+            self.slow_server,
+            self.crash_client,
+        ]
+    }
+}
+
+impl Mix {
+    fn draw(prng: &mut Prng) -> Mix {
+        let mut some = |often: u64| *prng.pick(&[0, 1, often]);
+        Mix {
+            zero: some(8),
+            discard: some(8),
+            zero_all: some(1),
+            extents: some(4),
+            detach: some(1),
+            read: 10 + some(40),
+            write: 10 + some(40),
+            admin_percent: some(4),
+        }
+    }
+}
+
+fn draw_copies(prng: &mut Prng, servers: usize) -> Vec<usize> {
+    let all: &[&[usize]] = match servers {
+        1 => &[&[1]],
+        2 => &[&[2], &[2], &[1, 2]],
+        _ => &[&[2], &[2], &[3], &[1, 2, 3], &[2, 3]],
+    };
+    prng.pick(all).to_vec()
+}
+
+fn draw_net(prng: &mut Prng) -> NetTimes {
+    let (min, max) = *prng.pick(&[(20, 60), (20, 1000), (100, 10_000), (1000, 40_000)]);
+    let spike_one_in = *prng.pick(&[30, 300, 1_000_000]);
+    NetTimes { min: Duration::from_micros(min), max: Duration::from_micros(max), spike_one_in }
+}
+
+fn draw_disk_times(prng: &mut Prng) -> DiskTimes {
+    let (min, max) = *prng.pick(&[(10, 30), (20, 500), (100, 5000), (1000, 30_000)]);
+    let commit_factor = *prng.pick(&[1, 3, 20]);
+    DiskTimes { min: Duration::from_micros(min), max: Duration::from_micros(max), commit_factor }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_seed_draws_the_same_run_and_the_bounds_hold() {
+        let draw = |seed| Options::draw(&mut Prng::new(seed), &Overrides::default());
+        for seed in 0..500 {
+            let o = draw(seed);
+            assert_eq!(format!("{o:?}"), format!("{:?}", draw(seed)));
+            assert!((1..=5).contains(&o.servers) && (o.ring == 1 || o.ring == 3) && o.ring <= o.servers);
+            assert!(o.copies.iter().all(|c| *c <= o.servers) && !o.copies.is_empty());
+        }
+    }
+}

@@ -1,0 +1,725 @@
+//! What the clients do: operations of all kinds on few blocks, and management at the worst moments.
+//!
+//! Data clients attach disks, keep some operations outstanding on the hot cells ([`crate::content`]),
+//! detach, take disks over from each other, and die. One operator lets servers join and makes, renames,
+//! resizes and deletes disks meanwhile. What they are told is checked on the spot where it is wrong by
+//! itself (an error that cannot be, bytes that nobody wrote), and goes into the history for the rest.
+
+use crate::content::{Layout, ZEROS, fill, read_cell};
+use crate::counters::Kind;
+use crate::history::{Effect, End, OperationId};
+use crate::host::{Arrival, address_of};
+use crate::net::Node;
+use crate::options::Options;
+use crate::world::World;
+use bytes::Bytes;
+use petal::client::{self, Request, RequestError, RequestNumber, Response};
+use petal::global_state::{Attachment, Command, Outcome};
+use petal::ids::{BLOCK_SIZE, ELEMENT_SIZE, SessionId, VdiskId};
+use petal::message::{AdminError, AdminResponse, Refusal};
+use petal::translator::gmap::Scheme;
+use std::collections::BTreeMap;
+use stdx::{Duration, Prng};
+
+/// What a client host is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Role {
+    /// Manages.
+    Operator,
+    /// Reads and writes.
+    Data,
+    /// Reads everything at the end.
+    Judge,
+}
+
+/// What uses a client, in one of its lives.
+#[derive(Debug)]
+pub struct User {
+    role: Role,
+    sessions: Vec<Held>,
+    asked: BTreeMap<RequestNumber, Asked>,
+}
+
+/// A session that a client holds.
+#[derive(Clone, Debug)]
+pub struct Held {
+    /// Its id.
+    pub session: SessionId,
+    /// The disk.
+    pub vdisk: VdiskId,
+    /// Its size when it was attached.
+    pub size: u64,
+    /// How.
+    pub mode: Attachment,
+}
+
+/// A request without an answer.
+#[derive(Clone, Debug)]
+pub enum Asked {
+    /// An operation on cells.
+    Operation {
+        /// Its number.
+        id: OperationId,
+        /// The session.
+        held: Held,
+        /// What.
+        what: What,
+    },
+    /// An attachment.
+    Attach {
+        /// How.
+        mode: Attachment,
+        /// From others.
+        take_over: bool,
+    },
+    /// A detachment.
+    Detach,
+    /// A management call.
+    Admin(Call),
+}
+
+/// Kinds of operations.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum What {
+    /// Reads `start..end`.
+    Read(u64, u64),
+    /// Changes something.
+    Change,
+    /// Asks which of `start..end` exists.
+    Extents(u64, u64),
+}
+
+/// Management calls.
+#[derive(Clone, Debug)]
+pub enum Call {
+    /// A server joins.
+    Join {
+        /// On this host.
+        host: usize,
+    },
+    /// A disk is made.
+    Create {
+        /// Its name.
+        name: String,
+        /// Its size.
+        size: u64,
+    },
+    /// A disk gets another name.
+    Rename {
+        /// Which.
+        vdisk: VdiskId,
+        /// The name.
+        name: String,
+    },
+    /// A disk gets another size.
+    Resize {
+        /// Which.
+        vdisk: VdiskId,
+        /// The size.
+        size: u64,
+        /// What it does to the cells that are cut off, if it shrinks.
+        shrink: Option<OperationId>,
+    },
+    /// A disk is deleted.
+    Delete {
+        /// Which.
+        vdisk: VdiskId,
+    },
+    /// A server is asked to stop.
+    Stop,
+}
+
+/// What is known of a virtual disk.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    /// Names that it may have.
+    pub names: Vec<String>,
+    /// Its hot set.
+    pub layout: Layout,
+    /// The size that it was made with.
+    pub full_size: u64,
+    /// A resize was asked for: sizes differ between those who look.
+    pub resized: bool,
+    /// A deletion was asked for.
+    pub deleting: bool,
+}
+
+/// What all clients share.
+pub struct Workload {
+    prng: Prng,
+    /// Disks that were made.
+    pub disks: BTreeMap<VdiskId, Disk>,
+    /// Hosts of learners that have not joined.
+    to_join: Vec<usize>,
+    /// Calls that the operator must still make before the random ones.
+    to_create: u64,
+    joined: usize,
+    names: u64,
+    think: Duration,
+    /// Nothing new is begun.
+    pub stopped: bool,
+}
+
+impl Workload {
+    /// Nothing done yet.
+    pub fn new(options: &Options, mut prng: Prng) -> Workload {
+        let actors = options.clients as u64;
+        let think = options.faulty * (actors as u32) / (options.operations.max(1) as u32);
+        Workload {
+            to_join: (options.ring..options.servers).collect(),
+            to_create: prng.between(1, 3),
+            prng,
+            disks: BTreeMap::new(),
+            joined: options.ring,
+            names: 0,
+            think,
+            stopped: false,
+        }
+    }
+
+    /// Every server that will ever be has joined, and the first disks exist.
+    pub fn is_set_up(&self) -> bool {
+        self.to_join.is_empty() && self.to_create == 0
+    }
+
+    fn new_name(&mut self) -> String {
+        self.names += 1;
+        format!("disk-{}", self.names)
+    }
+
+    /// A disk that probably exists.
+    fn pick_disk(&mut self) -> Option<VdiskId> {
+        let alive: Vec<VdiskId> = self.disks.iter().filter(|(_, d)| !d.deleting).map(|(id, _)| *id).collect();
+        (!alive.is_empty()).then(|| *self.prng.pick(&alive))
+    }
+}
+
+impl User {
+    /// A new life that holds nothing.
+    pub fn new(role: Role) -> User {
+        User { role, sessions: Vec::new(), asked: BTreeMap::new() }
+    }
+
+    /// Nothing is outstanding.
+    pub fn is_idle(&self) -> bool {
+        self.asked.is_empty()
+    }
+
+    /// What is outstanding, in words.
+    pub fn waits_for(&self) -> String {
+        let words: Vec<String> = self.asked.iter().take(4).map(|(n, a)| format!("{n}: {a:?}")).collect();
+        format!("{} requests outstanding: {}", self.asked.len(), words.join("; "))
+    }
+}
+
+impl World {
+    /// Hands a request to a client.
+    pub fn ask(&mut self, host: usize, request: Request, asked: Asked) {
+        self.trace.words(self.now, || format!("client {host} asks {}", in_words(&request)));
+        let Some(life) = &mut self.clients[host].life else { return };
+        let number = life.next_request;
+        life.next_request += 1;
+        life.driver.inbox.push_back(Arrival::Input(client::Input::Request { number, request }));
+        life.driver.idle_ticks = 0;
+        life.user.asked.insert(number, asked);
+        self.plan_run(Node::Client(host));
+    }
+
+    /// What a dying client leaves open.
+    pub fn abandon_requests(&mut self, host: usize) {
+        let Some(life) = &mut self.clients[host].life else { return };
+        for asked in std::mem::take(&mut life.user.asked).into_values() {
+            self.counters.count(Kind::Unfinished);
+            match asked {
+                Asked::Operation { id, .. } => self.history.finish(id, End::Unknown),
+                Asked::Admin(call) => self.call_unknown(call),
+                Asked::Attach { .. } | Asked::Detach => {}
+            }
+        }
+    }
+
+    pub(crate) fn on_think(&mut self, host: usize, life: u64) {
+        let Some(alive) = self.clients[host].life.as_ref().filter(|l| l.driver.life == life) else { return };
+        let (role, outstanding) = (alive.user.role, alive.user.asked.len());
+        if !self.workload.stopped || !self.workload.is_set_up() {
+            let pause = match role {
+                Role::Judge => return self.judge_next(host),
+                Role::Operator => self.workload.think * 100 / self.options.mix.admin_percent.max(1) as u32,
+                Role::Data => self.workload.think,
+            };
+            let early = !self.workload.is_set_up() && role == Role::Operator;
+            let pause = if early { Duration::from_millis(3) } else { pause };
+            let at = self.now + self.draw(pause * 2) + Duration::from_nanos(1);
+            self.queue.plan(at, crate::event::Event::Think { client: host, life });
+        }
+        match role {
+            Role::Judge => self.judge_next(host),
+            Role::Operator if outstanding == 0 => self.operate(host),
+            Role::Operator => {}
+            Role::Data if self.workload.stopped => {}
+            Role::Data if outstanding < self.options.depth => self.use_disks(host),
+            Role::Data => {}
+        }
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Data clients.
+
+    fn use_disks(&mut self, host: usize) {
+        let Some(life) = &self.clients[host].life else { return };
+        let sessions = life.user.sessions.clone();
+        let attaching = life.user.asked.values().any(|a| matches!(a, Asked::Attach { .. }));
+        let prng = &mut self.workload.prng;
+        if sessions.is_empty() || (sessions.len() < 2 && prng.chance(1, 40)) {
+            if !attaching {
+                self.attach(host);
+            }
+            return;
+        }
+        let held = prng.pick(&sessions).clone();
+        let mix = self.options.mix;
+        if prng.chance(mix.detach, 150) {
+            return self.detach(host, held.session);
+        }
+        let weights = [mix.read, mix.write, mix.zero, mix.discard, mix.zero_all.min(1), mix.extents];
+        let writes_allowed = held.mode != Attachment::ReadOnly || prng.chance(1, 20);
+        match draw_weighted(prng, &weights) {
+            1 if writes_allowed => self.write(host, held),
+            2 if writes_allowed => self.zero(host, held, false),
+            3 if writes_allowed => self.zero(host, held, true),
+            4 if writes_allowed && prng.chance(1, 4) => self.zero_all(host, held),
+            5 => self.extents(host, held),
+            _ => self.read(host, held),
+        }
+    }
+
+    fn attach(&mut self, host: usize) {
+        let Some(vdisk) = self.workload.pick_disk() else { return };
+        let prng = &mut self.workload.prng;
+        let name = prng.pick(&self.workload.disks[&vdisk].names).clone();
+        let mode = *prng.pick(&[
+            Attachment::Exclusive,
+            Attachment::Exclusive,
+            Attachment::Shared,
+            Attachment::Shared,
+            Attachment::Shared,
+            Attachment::ReadOnly,
+        ]);
+        let take_over = prng.chance(2, 5);
+        let request = Request::Attach { name, mode, holder: format!("client {host}"), take_over };
+        self.ask(host, request, Asked::Attach { mode, take_over });
+    }
+
+    fn detach(&mut self, host: usize, session: SessionId) {
+        let Some(life) = &mut self.clients[host].life else { return };
+        life.user.sessions.retain(|h| h.session != session);
+        self.ask(host, Request::Detach { session }, Asked::Detach);
+    }
+
+    fn draw_range(&mut self, held: &Held) -> Option<(u64, u64)> {
+        let disk = self.workload.disks.get(&held.vdisk)?;
+        disk.layout.draw_range(&mut self.workload.prng, held.size)
+    }
+
+    fn read(&mut self, host: usize, held: Held) {
+        if let Some((start, end)) = self.draw_range(&held) {
+            self.read_range(host, held, start, end);
+        }
+    }
+
+    /// Reads a range of cells.
+    pub fn read_range(&mut self, host: usize, held: Held, start: u64, end: u64) {
+        let id = self.history.invoke(held.vdisk, Some(held.session), Effect::Read, Vec::new());
+        let request = Request::Read { session: held.session, offset: start, length: end - start };
+        self.ask(host, request, Asked::Operation { id, held, what: What::Read(start, end) });
+    }
+
+    fn write(&mut self, host: usize, held: Held) {
+        if let Some((start, end)) = self.draw_range(&held) {
+            self.write_range(host, held, start, end);
+        }
+    }
+
+    /// Writes a range of cells.
+    pub fn write_range(&mut self, host: usize, held: Held, start: u64, end: u64) {
+        let cells = self.workload.disks[&held.vdisk].layout.cells(start, end).map(|c| (c.0, false)).collect();
+        let id = self.history.invoke(held.vdisk, Some(held.session), Effect::Write, cells);
+        if !start.is_multiple_of(BLOCK_SIZE) || !end.is_multiple_of(BLOCK_SIZE) {
+            self.counters.count(Kind::UnalignedWrite);
+        }
+        if start / ELEMENT_SIZE != (end - 1) / ELEMENT_SIZE {
+            self.counters.count(Kind::StraddlingWrite);
+        }
+        if start >= 1 << 40 {
+            self.counters.count(Kind::FarWrite);
+        }
+        let data = fill(id, start, end - start);
+        let request = Request::Write { session: held.session, offset: start, data };
+        self.ask(host, request, Asked::Operation { id, held, what: What::Change });
+    }
+
+    fn zero(&mut self, host: usize, held: Held, discard: bool) {
+        if let Some((start, end)) = self.draw_range(&held) {
+            self.counters.count(if discard { Kind::Discarded } else { Kind::Zeroed });
+            self.zero_range(host, held, start, end, discard);
+        }
+    }
+
+    fn zero_all(&mut self, host: usize, held: Held) {
+        self.counters.count(Kind::ZeroedAll);
+        let discard = self.workload.prng.chance(1, 2);
+        let end = held.size;
+        self.zero_range(host, held, 0, end, discard);
+    }
+
+    fn zero_range(&mut self, host: usize, held: Held, start: u64, end: u64, discard: bool) {
+        let whole = |cell: u64| {
+            let block = cell / BLOCK_SIZE * BLOCK_SIZE;
+            block >= start && block + BLOCK_SIZE <= end
+        };
+        let layout = &self.workload.disks[&held.vdisk].layout;
+        let cells = layout.cells(start, end).map(|c| (c.0, discard && !whole(c.0))).collect();
+        let id = self.history.invoke(held.vdisk, Some(held.session), Effect::Zero, cells);
+        let request = Request::Zero { session: held.session, offset: start, length: end - start, discard };
+        self.ask(host, request, Asked::Operation { id, held, what: What::Change });
+    }
+
+    fn extents(&mut self, host: usize, held: Held) {
+        let all = self.workload.prng.chance(1, 3).then_some((0, held.size));
+        if let Some((start, end)) = all.or_else(|| self.draw_range(&held)) {
+            self.counters.count(Kind::Mapped);
+            let id = self.history.invoke(held.vdisk, Some(held.session), Effect::Read, Vec::new());
+            let request = Request::Extents { session: held.session, offset: start, length: end - start };
+            self.ask(host, request, Asked::Operation { id, held, what: What::Extents(start, end) });
+        }
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Answers.
+
+    pub(crate) fn on_reply(&mut self, host: usize, number: RequestNumber, result: Result<Response, RequestError>) {
+        self.trace.words(self.now, || format!("client {host} is answered {number}: {}", outcome_in_words(&result)));
+        let Some(life) = &mut self.clients[host].life else { return };
+        let Some(asked) = life.user.asked.remove(&number) else {
+            return self.complain(format!("client {host} answers request {number}, which is not open"));
+        };
+        match (asked, result) {
+            (Asked::Operation { id, held, what }, Ok(response)) => self.on_operation(id, &held, what, response),
+            (Asked::Operation { id, held, what }, Err(error)) => self.on_operation_error(host, id, held, what, error),
+            (Asked::Attach { mode, take_over }, Ok(Response::Attached { session, vdisk, size })) => {
+                self.on_attached(host, Held { session, vdisk, size, mode }, take_over);
+            }
+            (Asked::Attach { .. }, Err(error)) => self.on_attach_error(host, error),
+            (Asked::Detach, Ok(Response::Done)) => self.counters.count(Kind::Detached),
+            (Asked::Detach, Err(error)) => self.trace.words(self.now, || format!("detach: {error}")),
+            (Asked::Admin(call), Ok(Response::Admin(AdminResponse::Executed { outcome, unsettled, .. }))) => {
+                self.on_executed(call, outcome, unsettled.is_empty());
+            }
+            (Asked::Admin(Call::Stop), Ok(Response::Admin(AdminResponse::ShuttingDown))) => {}
+            (Asked::Admin(call), Err(error)) => self.on_call_error(call, error),
+            (asked, Ok(response)) => {
+                self.complain(format!("client {host} answers {asked:?} with {response:?}"));
+            }
+        }
+        self.judge_next(host);
+    }
+
+    fn on_operation(&mut self, id: OperationId, held: &Held, what: What, response: Response) {
+        match (what, response) {
+            (What::Read(start, end), Response::Data(pieces)) => self.on_data(id, held.vdisk, start, end, &pieces),
+            (What::Extents(start, end), Response::Extents(extents)) => {
+                self.on_extents(id, held.vdisk, start, end, &extents);
+            }
+            (What::Change, Response::Done) => self.history.finish(id, End::Done),
+            (what, response) => self.complain(format!("operation {id}, {what:?}, was answered with {response:?}")),
+        }
+    }
+
+    fn on_data(&mut self, id: OperationId, vdisk: VdiskId, start: u64, end: u64, pieces: &[Bytes]) {
+        let bytes = match pieces {
+            [one] => one.clone(),
+            many => many.concat().into(),
+        };
+        if bytes.len() as u64 != end - start {
+            return self.complain(format!("operation {id} read {} bytes of {start}..{end}", bytes.len()));
+        }
+        let cells: Vec<(u64, u64)> = self.workload.disks[&vdisk].layout.cells(start, end).collect();
+        for (cell, cell_end) in cells {
+            match read_cell(&bytes[(cell - start) as usize..(cell_end - start) as usize], cell) {
+                Ok(value) => {
+                    if value != ZEROS {
+                        self.counters.count(Kind::ReadData);
+                    }
+                    self.history.saw(id, cell, value);
+                }
+                Err(garbage) => self.complain(format!("operation {id} read garbage of {vdisk}: {}", garbage.0)),
+            }
+        }
+        self.history.finish(id, End::Done);
+    }
+
+    /// Where extents say that nothing exists, a read at that moment would have seen zeros.
+    fn on_extents(&mut self, id: OperationId, vdisk: VdiskId, start: u64, end: u64, extents: &[(u64, bool)]) {
+        let mut at = start;
+        for (length, allocated) in extents {
+            let next = at + length;
+            if !allocated {
+                let cells: Vec<u64> = self.workload.disks[&vdisk].layout.cells(at, next).map(|c| c.0).collect();
+                for cell in cells {
+                    self.history.saw(id, cell, ZEROS);
+                }
+            }
+            at = next;
+        }
+        if at > end || at == start {
+            self.complain(format!("operation {id}: extents of {start}..{end} go to {at}"));
+        }
+        self.history.finish(id, End::Done);
+    }
+
+    fn on_operation_error(&mut self, host: usize, id: OperationId, held: Held, what: What, error: RequestError) {
+        self.counters.count(Kind::Unfinished);
+        self.history.finish(id, End::Unknown);
+        let disk = &self.workload.disks[&held.vdisk];
+        let over = match &error {
+            RequestError::NotAttached | RequestError::Refused(Refusal::SessionEnded) => true,
+            RequestError::Admin(AdminError::DiskGone(_) | AdminError::NoSuchDisk(_)) => disk.deleting,
+            _ => false,
+        };
+        if over {
+            self.counters.count(Kind::Fenced);
+            if let Some(life) = &mut self.clients[host].life {
+                life.user.sessions.retain(|h| h.session != held.session);
+            }
+            return;
+        }
+        let expected = match &error {
+            RequestError::Refused(Refusal::ReadOnly) => held.mode == Attachment::ReadOnly && what == What::Change,
+            RequestError::Refused(Refusal::BeyondEnd) => disk.resized,
+            RequestError::Deadline { .. } => self.options.client_deadline.is_some(),
+            _ => false,
+        };
+        if !expected {
+            self.complain(format!("operation {id}, {what:?} on {}, failed: {error} ({error:?})", held.vdisk));
+        }
+    }
+
+    fn on_attached(&mut self, host: usize, held: Held, take_over: bool) {
+        if take_over {
+            self.counters.count(Kind::TakeOver);
+        }
+        if take_over && held.mode == Attachment::Exclusive {
+            self.history.fence(held.vdisk, held.session);
+        }
+        if !self.workload.disks.contains_key(&held.vdisk) {
+            return self.complain(format!("client {host} attached {}, which nobody made", held.vdisk));
+        }
+        let judging = self.clients[host].role == Role::Judge;
+        let Some(life) = &mut self.clients[host].life else { return };
+        life.user.sessions.push(held.clone());
+        if judging {
+            self.judge_attached(host, held);
+        }
+    }
+
+    fn on_attach_error(&mut self, host: usize, error: RequestError) {
+        let expected = match &error {
+            RequestError::Admin(AdminError::Refused(_) | AdminError::NoSuchDisk(_) | AdminError::DiskGone(_)) => true,
+            RequestError::Admin(AdminError::NotDecided { .. } | AdminError::Starting(_)) => true,
+            RequestError::Deadline { .. } => self.options.client_deadline.is_some(),
+            _ => false,
+        };
+        if !expected || self.clients[host].role == Role::Judge {
+            self.complain(format!("client {host} cannot attach: {error} ({error:?})"));
+        }
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // The operator.
+
+    fn operate(&mut self, host: usize) {
+        let late = self.options.late_learners && self.workload.to_create > 0;
+        if let (Some(learner), false) = (self.workload.to_join.last().copied(), late) {
+            let command =
+                Command::AddServer { addresses: vec![address_of(learner)], token: self.servers[learner].token };
+            return self.execute(host, command, Call::Join { host: learner });
+        }
+        if self.workload.to_create > 0 {
+            return self.create(host);
+        }
+        if self.workload.stopped || self.options.mix.admin_percent == 0 {
+            return;
+        }
+        match self.workload.prng.below(8) {
+            0 | 1 if self.workload.disks.len() < 6 => self.create(host),
+            2 | 3 => self.rename(host),
+            4..=6 => self.resize(host),
+            _ => self.delete(host),
+        }
+    }
+
+    fn execute(&mut self, host: usize, command: Command, call: Call) {
+        self.ask(host, crate::ask::execute(command), Asked::Admin(call));
+    }
+
+    fn create(&mut self, host: usize) {
+        let prng = &mut self.workload.prng;
+        let size = match prng.below(6) {
+            0 => prng.between(1, 16) * BLOCK_SIZE * 3 + 512,
+            1 => 3 << 20,
+            2 => 1 << 30,
+            3 => (1 << 41) + 512,
+            4 => petal::limits::DISK_SIZE_MAX,
+            _ => prng.between(1 << 20, 1 << 40) / 512 * 512,
+        };
+        let most = self.workload.joined;
+        let copies: Vec<usize> = self.options.copies.iter().copied().filter(|c| *c <= most).collect();
+        let scheme = match copies.is_empty() {
+            true => Scheme::Striped,
+            false => scheme_of(*self.workload.prng.pick(&copies)),
+        };
+        let name = self.workload.new_name();
+        let command = Command::CreateDisk { name: name.clone(), size, scheme, stripe_unit: self.options.stripe_unit };
+        self.execute(host, command, Call::Create { name, size });
+    }
+
+    fn rename(&mut self, host: usize) {
+        let Some(vdisk) = self.workload.pick_disk() else { return };
+        let name = self.workload.new_name();
+        let disk = self.workload.disks.get_mut(&vdisk).expect("it was picked");
+        disk.names.push(name.clone());
+        self.execute(host, Command::RenameDisk { vdisk, name: name.clone() }, Call::Rename { vdisk, name });
+    }
+
+    fn resize(&mut self, host: usize) {
+        let Some(vdisk) = self.workload.pick_disk() else { return };
+        let disk = self.workload.disks.get_mut(&vdisk).expect("it was picked");
+        let cuts: Vec<u64> = disk.layout.spots.iter().flatten().copied().filter(|c| c % 512 == 0 && *c > 0).collect();
+        let grow = cuts.is_empty() || self.workload.prng.chance(1, 2);
+        let size = if grow { disk.full_size } else { *self.workload.prng.pick(&cuts) };
+        disk.resized = true;
+        // Whether it grows or shrinks depends on resizes whose answers were lost: as if it may shrink.
+        let cut_off: Vec<(u64, bool)> = disk.layout.touched(size, u64::MAX).map(|c| (c.0, grow)).collect();
+        let shrink = (!cut_off.is_empty()).then(|| self.history.invoke(vdisk, None, Effect::Zero, cut_off));
+        self.execute(host, Command::ResizeDisk { vdisk, size }, Call::Resize { vdisk, size, shrink });
+    }
+
+    fn delete(&mut self, host: usize) {
+        let alive = self.workload.disks.values().filter(|d| !d.deleting).count();
+        let Some(vdisk) = self.workload.pick_disk().filter(|_| alive > 1) else { return };
+        self.workload.disks.get_mut(&vdisk).expect("it was picked").deleting = true;
+        self.execute(host, Command::DeleteDisk { vdisk }, Call::Delete { vdisk });
+    }
+
+    /// Asks a server to stop.
+    pub fn stop_server(&mut self, host: usize) {
+        let Some(id) = self.servers[host].id else { return };
+        if let Some(request) = crate::ask::stop(id) {
+            self.ask(0, request, Asked::Admin(Call::Stop));
+        }
+    }
+
+    fn on_executed(&mut self, call: Call, outcome: Outcome, settled: bool) {
+        match (call, outcome) {
+            (Call::Join { host }, Outcome::Server(id)) => {
+                if self.workload.to_join.contains(&host) {
+                    self.counters.count(Kind::Joined);
+                    self.workload.to_join.retain(|h| *h != host);
+                    self.workload.joined += 1;
+                    self.format(host, id);
+                    self.plan_start(Node::Server(host), self.now);
+                }
+            }
+            (Call::Create { name, size }, Outcome::Disk(vdisk)) => {
+                self.counters.count(Kind::Created);
+                self.workload.to_create = self.workload.to_create.saturating_sub(1);
+                let layout = Layout::draw(&mut self.workload.prng, size, self.options.stripe_unit);
+                let disk = Disk { names: vec![name], layout, full_size: size, resized: false, deleting: false };
+                if self.workload.disks.insert(vdisk, disk).is_some() {
+                    self.complain(format!("two disks were made with the id {vdisk}"));
+                }
+            }
+            (Call::Rename { vdisk, name }, Outcome::Done) => {
+                self.counters.count(Kind::Renamed);
+                if let Some(disk) = self.workload.disks.get_mut(&vdisk) {
+                    disk.names = vec![name];
+                }
+            }
+            (Call::Resize { vdisk, size, shrink }, Outcome::Done) => {
+                let grown = self.workload.disks.get(&vdisk).is_some_and(|d| d.full_size == size);
+                self.counters.count(if grown { Kind::Grown } else { Kind::Shrunk });
+                if let Some(id) = shrink {
+                    self.history.finish(id, if settled { End::Done } else { End::Unknown });
+                }
+            }
+            (Call::Delete { .. }, Outcome::Done) => self.counters.count(Kind::Deleted),
+            (call, outcome) => self.complain(format!("{call:?} was executed as {outcome:?}")),
+        }
+    }
+
+    fn on_call_error(&mut self, call: Call, error: RequestError) {
+        let expected = match &error {
+            RequestError::Admin(AdminError::NotDecided { .. } | AdminError::Starting(_)) => true,
+            RequestError::Deadline { .. } => true,
+            // Refused: attached when it was to be deleted, gone when it was to be renamed, and so on.
+            RequestError::Admin(AdminError::Refused(_)) => !matches!(call, Call::Join { .. }),
+            _ => false,
+        };
+        if !expected {
+            self.complain(format!("{call:?} failed: {error} ({error:?})"));
+        }
+        if let (Call::Delete { vdisk }, RequestError::Admin(AdminError::Refused(_))) = (&call, &error)
+            && let Some(disk) = self.workload.disks.get_mut(vdisk)
+        {
+            disk.deleting = false;
+        }
+        self.call_unknown(call);
+    }
+
+    /// A call of which nobody knows whether it was, or will be, executed.
+    fn call_unknown(&mut self, call: Call) {
+        match call {
+            Call::Resize { shrink: Some(id), .. } => self.history.finish(id, End::Unknown),
+            Call::Resize { .. }
+            | Call::Join { .. }
+            | Call::Create { .. }
+            | Call::Rename { .. }
+            | Call::Delete { .. }
+            | Call::Stop => {}
+        }
+    }
+}
+
+fn scheme_of(copies: usize) -> Scheme {
+    match copies {
+        1 => Scheme::Striped,
+        2 => Scheme::Chained,
+        _ => Scheme::Chained3,
+    }
+}
+
+/// Position of a draw among weights.
+pub fn draw_weighted(prng: &mut Prng, weights: &[u64]) -> usize {
+    let mut left = prng.below(weights.iter().sum::<u64>().max(1));
+    for (i, weight) in weights.iter().enumerate() {
+        if left < *weight {
+            return i;
+        }
+        left -= weight;
+    }
+    0
+}
+
+fn in_words(request: &Request) -> String {
+    match request {
+        Request::Write { session, offset, data } => format!("Write {session} {} bytes at {offset}", data.len()),
+        other => format!("{other:?}"),
+    }
+}
+
+fn outcome_in_words(result: &Result<Response, RequestError>) -> String {
+    match result {
+        Ok(Response::Data(pieces)) => format!("{} bytes", pieces.iter().map(Bytes::len).sum::<usize>()),
+        other => format!("{other:?}"),
+    }
+}

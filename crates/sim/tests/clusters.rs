@@ -1,0 +1,35 @@
+//! Whole clusters: a few seeds in every test run; `cargo xtask sim` runs many.
+
+use petal_sim::options::Overrides;
+use petal_sim::trace::Keep;
+use petal_sim::{compare_runs, run_seed};
+
+#[test]
+fn a_cluster_without_faults_finishes_everything() {
+    for seed in 1..=5 {
+        let report = run_seed(seed, &Overrides { no_faults: true, ..Overrides::default() }, Keep::Hash);
+        assert!(report.complaints.is_empty(), "seed {seed}: {:#?}", report.complaints);
+        assert!(report.operations > 50, "seed {seed}: only {} operations", report.operations);
+    }
+}
+
+#[test]
+fn clusters_with_faults_keep_every_promise() {
+    for seed in 1..=15 {
+        let report = run_seed(seed, &Overrides::default(), Keep::Hash);
+        assert!(report.complaints.is_empty(), "seed {seed}: {:#?}", report.complaints);
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_log() {
+    for seed in 100..=104 {
+        assert_eq!(compare_runs(seed, &Overrides::default()), None, "seed {seed}");
+    }
+}
+
+#[test]
+fn different_seeds_give_different_logs() {
+    let hash = |seed| run_seed(seed, &Overrides::default(), Keep::Hash).log_hash;
+    assert_ne!(hash(1), hash(2));
+}
