@@ -58,6 +58,9 @@ impl Desk {
     ) -> bool {
         let key = (id.proposer, id.number);
         let Some(call) = self.calls.get_mut(&key) else { return false };
+        if let Stage::Settling { .. } = call.stage {
+            return true; // Asked for again: the servers are asked again too.
+        }
         match (result, settle_at) {
             (Ok(outcome), Some(servers)) if !servers.is_empty() => {
                 call.stage = Stage::Settling { index, outcome, waits: servers.into_iter().collect() };
@@ -113,6 +116,13 @@ impl Desk {
             };
             reply(call.askers, answer, at, out);
         }
+    }
+
+    /// Commands that somebody waits for.
+    pub fn waiting(&self) -> Vec<CommandId> {
+        let id =
+            |(proposer, number): &(u64, u64)| CommandId { proposer: *proposer, number: *number, finished_below: 0 };
+        self.calls.keys().map(id).collect()
     }
 
     /// A client has gone; nobody waits for its calls any more, the commands go on.

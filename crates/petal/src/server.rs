@@ -152,6 +152,8 @@ pub struct Server {
     /// What came before the disks were open.
     early: VecDeque<Input>,
     now: Instant,
+    /// When the stores try again to grow a disk file that the file system below had no room for.
+    growth_retry: Option<Instant>,
     out: VecDeque<Output>,
     flushed: bool,
 }
@@ -187,6 +189,7 @@ impl Server {
             connected: BTreeMap::new(),
             early: VecDeque::new(),
             now,
+            growth_retry: None,
             out: VecDeque::new(),
             flushed: false,
         }
@@ -446,7 +449,8 @@ impl Server {
     // What the rooms want.
 
     /// Puts in order what an input has set in motion, until nothing moves any more.
-    fn maintain(&mut self) {
+    fn maintain(&mut self) -> bool {
+        let mut moved_ever = false;
         loop {
             let mut moved = false;
             while let Some(event) = self.stores.poll_event() {
@@ -462,8 +466,9 @@ impl Server {
                 moved = true;
             }
             if !moved {
-                return;
+                return moved_ever;
             }
+            moved_ever = true;
         }
     }
 
@@ -527,6 +532,10 @@ impl Server {
             GlobalOutput::Jumped => {
                 self.follow_state(None);
                 self.data.want_sweep();
+                for id in self.admin.waiting() {
+                    self.on_executed(id, true);
+                }
+                self.retry_deferred();
             }
             GlobalOutput::Dial { server, addresses } => self.out.push_back(Output::Dial { server, addresses }),
         }
@@ -595,11 +604,19 @@ impl Server {
     }
 
     fn flush(&mut self) {
-        if self.global.is_some() {
-            self.with_data(|data, ctx| data.flush(ctx));
+        loop {
+            if self.global.is_some() {
+                self.with_data(|data, ctx| data.flush(ctx));
+            }
+            self.stores.flush();
+            // What a flush has set in motion may have staged more.
+            if !self.maintain() {
+                break;
+            }
         }
-        self.stores.flush();
-        self.maintain();
+        if self.stores.is_host_full() && self.growth_retry.is_none() {
+            self.growth_retry = Some(self.now + GROWTH_RETRY);
+        }
         self.check_stopping();
     }
 
@@ -628,6 +645,10 @@ impl Machine for Server {
                 let ring: Vec<ServerId> =
                     self.state().map_or_else(Vec::new, |s| s.ring.members.iter().map(|m| m.server).collect());
                 self.admin.tick(now, &ring, &mut self.out);
+                if self.growth_retry.is_some_and(|at| at <= now) {
+                    self.growth_retry = None;
+                    self.stores.retry_growth();
+                }
             }
             input if self.global.is_none() => self.early.push_back(input),
             input => self.route(input),
@@ -654,7 +675,8 @@ impl Machine for Server {
             _ => None,
         };
         let global = self.global.as_ref().and_then(GlobalState::next_timeout);
-        [global, self.data.next_timeout(), self.admin.next_timeout(), stopping].into_iter().flatten().min()
+        let rooms = [global, self.data.next_timeout(), self.admin.next_timeout()];
+        rooms.into_iter().chain([stopping, self.growth_retry]).flatten().min()
     }
 
     fn check_invariants(&self) {
@@ -667,6 +689,8 @@ impl Machine for Server {
     }
 }
 
+/// How often a disk file that could not grow tries again.
+const GROWTH_RETRY: Duration = Duration::from_secs(2);
 /// How long a stop waits for requests in progress.
 const STOP_DEADLINE: Duration = Duration::from_secs(2);
 /// Messages that wait for a newer state: what all peers may have in flight in a moment.

@@ -49,10 +49,7 @@ pub(super) async fn run(shared: Arc<Shared>, cluster: Option<ClusterId>) {
         timer.arm(next);
         timer.arm(end);
         poll_fn(|cx| {
-            if driver.poll_work(cx.waker())
-                | driver.transport.poll_ready(cx).is_ready()
-                | timer.poll(cx).is_ready()
-            {
+            if driver.poll_work(cx.waker()) | driver.transport.poll_ready(cx).is_ready() | timer.poll(cx).is_ready() {
                 return Poll::Ready(());
             }
             Poll::Pending

@@ -195,12 +195,7 @@ fn start(world: &Arc<World>, server: u16) -> Running {
     Running { stop, thread: Some(thread) }
 }
 
-async fn serve(
-    world: Arc<World>,
-    server: u16,
-    mut stopped: watch::Receiver<bool>,
-    ready: std::sync::mpsc::Sender<()>,
-) {
+async fn serve(world: Arc<World>, server: u16, mut stopped: watch::Receiver<bool>, ready: std::sync::mpsc::Sender<()>) {
     let role = Role::Server { id: ServerId(server), incarnation: Incarnation(1) };
     let transport = Transport::new(Hello::new(Some(CLUSTER), role), Bounds::default());
     let address: Address = world.address(server).parse().unwrap();

@@ -223,6 +223,8 @@ pub struct DataAccess {
     pub(crate) connected: BTreeSet<ServerId>,
     session_low: FastMap<SessionId, u64>,
     starved: VecDeque<OpNumber>,
+    /// Slots whose stream waits for a disk file to grow.
+    blocked_incoming: BTreeSet<SlotIndex>,
     pub(crate) acks_due: Vec<SlotIndex>,
     window_due: BTreeSet<ServerId>,
     watermarks_due: Vec<SlotIndex>,
@@ -287,6 +289,7 @@ impl DataAccess {
             connected: BTreeSet::new(),
             session_low: FastMap::new(),
             starved: VecDeque::new(),
+            blocked_incoming: BTreeSet::new(),
             acks_due: Vec::new(),
             window_due: BTreeSet::new(),
             watermarks_due: Vec::new(),
@@ -649,8 +652,8 @@ impl DataAccess {
         let slot = &mut self.slots[op.slot];
         let acting = slot.acting.as_mut().expect("writes are assigned by an acting primary");
         match room(&self.windows, self.me, &acting.receivers, acting.unfinished.len(), ctx.stores.free_blocks(), cost) {
-            Room::Yes => {}
-            Room::Later => {
+            Room::Yes if ctx.stores.is_ready_for(cost) => {}
+            Room::Yes | Room::Later => {
                 op.phase = Phase::Starved;
                 self.starved.push_back(number);
                 return;
@@ -715,8 +718,6 @@ impl DataAccess {
             waits.truncate(1);
         }
         acting.unfinished.insert(version.sequence, crate::promise::Unfinished { operation: number, waits });
-        // The write carries the watermark; nobody needs to be told it apart until it moves again.
-        slot.watermark_due = false;
     }
 
     // --------------------------------------------------------------------------------------------
@@ -1207,6 +1208,9 @@ impl DataAccess {
     /// Called after every round of inputs: acknowledgements and watermarks that fell together.
     pub fn flush(&mut self, ctx: &mut Context) {
         self.retry_starved(ctx);
+        for index in std::mem::take(&mut self.blocked_incoming) {
+            self.advance_incoming(ctx, index);
+        }
         self.send_promised(ctx);
         self.send_acks(ctx);
         if self.watermark_timer.is_some_and(|at| at <= ctx.now) {

@@ -51,6 +51,10 @@ impl DataAccess {
                     Loaded::Failed => return, // The disk's failure ends this server's part; the primary waits.
                 }
             }
+            if !ctx.stores.is_ready_for(front.data.len() as u64 / BLOCK_SIZE) {
+                self.blocked_incoming.insert(index);
+                return;
+            }
             let message = incoming.arrived.pop_front().expect("just seen");
             let number = incoming.next_staged();
             let (from, term) = (incoming.from, incoming.term);

@@ -85,7 +85,6 @@ struct OpenBatch {
 struct Batch {
     number: u64,
     durable_through: u64,
-    after: Position,
     waits: usize,
     frees: Vec<Address>,
     tickets: Vec<Ticket>,
@@ -187,7 +186,7 @@ pub(super) struct Disk {
     reads: FastMap<ReadId, ReadJob>,
     scans: BTreeMap<ReadId, ScanJob>,
     extending: bool,
-    host_full: bool,
+    pub host_full: bool,
     pub(super) failed: Option<String>,
     pending: FastMap<OpId, Pending>,
     next_op: OpId,
@@ -386,9 +385,7 @@ impl Disk {
 
     /// True if so many blocks can be had at once, without growing the file first.
     pub fn is_ready_for(&self, blocks: u64) -> bool {
-        self.allocator.free_below_frontier() >= blocks
-            || self.host_full
-            || self.allocator.frontier() >= self.allocator.capacity()
+        self.allocator.free_below_frontier() >= blocks || self.allocator.frontier() >= self.allocator.capacity()
     }
 
     fn allocate(&mut self, blocks: usize) -> Option<SmallVec<[Address; 16]>> {
@@ -744,7 +741,6 @@ impl Disk {
         self.batches.push_back(Batch {
             number,
             durable_through: header.durable_through,
-            after,
             waits,
             frees: open.frees,
             tickets: open.tickets,

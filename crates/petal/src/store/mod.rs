@@ -637,6 +637,18 @@ impl Stores {
         self.disks.iter().all(|d| d.is_ready_for(blocks))
     }
 
+    /// True if some disk's file could not grow: the file system below it is full.
+    pub fn is_host_full(&self) -> bool {
+        self.disks.iter().any(|d| d.host_full)
+    }
+
+    /// Somebody may have made room below: files try again to grow.
+    pub fn retry_growth(&mut self) {
+        for disk in &mut self.disks {
+            disk.host_full = false;
+        }
+    }
+
     // --------------------------------------------------------------------------------------------
     // Reads and scans.
 
