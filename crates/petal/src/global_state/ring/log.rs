@@ -1,30 +1,4 @@
-//! The inner ring: consensus on the log, with the library kept in this one file (paper 2: "Paxos").
-//!
-//! Wraps omnipaxos 0.2.4, which is stepped and does no I/O. Its limits, and what is done about each:
-//!
-//! * *A ring of one is refused.* It goes its own way ([`Core::Alone`]): append, persist, apply.
-//! * *A storage error is a panic*, and a write counts as done when it returns. So its storage is memory
-//!   ([`Log`]) plus a list of writes; the owner makes these durable and says so.
-//! * *It answers at once.* A message that depends on a write leaves only after the write is stable, in
-//!   order per peer. And since a leader counts itself before its own write is stable, an entry counts as
-//!   decided here only when it is stable here too: else a leader that restarts could have told of an
-//!   entry that then only one member holds.
-//! * *Trimming needs every member.* So snapshots are used: a state, or commands that follow it; merging is
-//!   applying. Each member compacts by itself.
-//! * *`sync_log` merges a delta of decided entries onto a snapshot made "up to the decided index", after it
-//!   has moved that index*: it would miss entries between the compacted and the old decided index, or take
-//!   undecided ones twice. [`Log::entries_between`] therefore ends at the decided index that the storage
-//!   knows, which moves only with the write itself; the merged state's index is asserted.
-//! * *A member that promised itself and stopped before it could ask anybody stays outside*: after its
-//!   restart its promise is higher than the leader's, who therefore ignores it, while it does not stand
-//!   because the others are content. It stands by itself after a while ([`TICKS_STUCK`]).
-//! * *A forwarded proposal that is lost is not sent again, and buffered without bound while nobody
-//!   leads.* Nothing is forwarded by it: only a leader appends, and `room.rs` retries.
-//! * *Its index restarts in each configuration.* The state counts for itself: `base` + log index = state
-//!   index.
-//! * *Node ids size vectors*, and it indexes by what messages say: messages are checked first
-//!   ([`Ring::plausible`]). Beyond that, members of the ring trust each other: Paxos survives crashes and
-//!   loss, not liars.
+//! The ring's log: memory for the consensus library, and the writes that make it durable.
 //!
 //! What is durable, all keys beginning with `ring/` (docs/on-disk-format.md):
 //!
@@ -32,48 +6,34 @@
 //!   ring/log/<sequence>         one atomic write of the library: its operations since the one before, or
 //!                               everything (a reset: state, entries behind it, ballots)
 //!   ring/part/<sequence>/<n>    pieces of a record too long for one value; written before it
+//!
+//!   record   version:u8, postcard(RecordHeader), payload          sequence: 16 hexadecimal digits
+//!   payload  postcard(Vec<Op>) or postcard(Reset)                 n: 4 hexadecimal digits
 //! ```
 //!
-//! One value is one atomic write, so any prefix of the writes is a state that the library has been in.
-//! Opening replays the records from the last reset. Records before a reset are deleted once it is stable.
+//! The library writes several things atomically (a round together with the entries that it replaces), and
+//! the store promises order, not atomicity, for several values. So one value is one atomic write, and any
+//! prefix of the writes is a state that the library has been in. Opening replays the records from the last
+//! reset on. Records before a reset are deleted once it is stable.
 //!
 //! Fails: [`RingDamaged`] if the records do not fit together; then the member must not take part, because it
 //! may have forgotten a promise (counterexample F25).
+//!
+//! Invariants: compacted <= decided (once the library has run), compacted <= end, stable <= end; the state is
+//! that of index `base + compacted`; a deleted record is older than a stable reset.
 
-use super::{Entry, State};
-use crate::limits::{LOG_KEEP, PROPOSALS_MAX, RING_VALUE_MAX};
+use super::{Broken, broken};
+use crate::global_state::{Entry, State, StateError};
+use crate::ids::StateIndex;
+use crate::limits::RING_VALUE_MAX;
 use bytes::Bytes;
 use omnipaxos::ballot_leader_election::Ballot;
-use omnipaxos::messages::Message;
-use omnipaxos::messages::ballot_leader_election::HeartbeatMsg;
-use omnipaxos::messages::sequence_paxos::{PaxosMessage, PaxosMsg};
 use omnipaxos::storage::{SnapshotType, StopSign, Storage, StorageOp, StorageResult};
-use omnipaxos::{ClusterConfig, OmniPaxos, ServerConfig};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 use stdx::checksum::crc32c;
-use stdx::{Duration, Instant};
 
-/// Between two ticks of a ring that has a leader. An idle cluster does nothing else.
-const TICK: Duration = Duration::from_millis(100);
-/// Between two ticks of a ring that looks for a leader: elections take two or three rounds.
-const TICK_SEARCHING: Duration = Duration::from_millis(40);
-/// So many fast ticks; then slow ones, in case the round trip is longer than a fast round.
-const TICKS_SEARCHING: u32 = 30;
-/// A member that hears a majority and has had no leader for so many ticks, and 5 more for each step of its
-/// node number, stands for election by itself; then again after as many more.
-const TICKS_STUCK: u32 = 40;
-/// Ticks for which a member counts as heard: two rounds.
-const TICKS_HEARD: u64 = 2 * ELECTION_TICKS;
-/// Ticks in a round of heartbeats: 300 ms.
-const ELECTION_TICKS: u64 = 3;
-/// Ticks after which an unanswered Prepare or Promise is sent again.
-const RESEND_TICKS: u64 = 5;
-/// Durable records after which everything is written anew, although the log is short.
-const RECORDS_MAX: usize = 4 * LOG_KEEP;
-/// Messages held back for one peer; beyond it, heartbeats are dropped (the disk hangs).
-const HELD_MAX: usize = 4096;
 /// Version of the durable records: their first byte.
 const RECORD_VERSION: u8 = 1;
 
@@ -81,9 +41,9 @@ const LOG_PREFIX: &str = "ring/log/";
 const PART_PREFIX: &str = "ring/part/";
 
 /// A number of the library's log: entries since the configuration began.
-type LogIndex = usize;
+pub(super) type LogIndex = usize;
 /// A durable write: no value = delete.
-type Write = (Bytes, Option<Bytes>);
+pub(super) type Write = (Bytes, Option<Bytes>);
 
 /// Why a member's durable state cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -96,7 +56,7 @@ fn damaged<T>(why: impl Into<String>) -> Result<T, RingDamaged> {
 
 /// What has been decided beyond an index.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Decided {
+pub(in crate::global_state) enum Decided {
     /// These entries follow it.
     Entries(Vec<Entry>),
     /// Its followers are compacted: this state, and the entries that follow the state.
@@ -106,6 +66,25 @@ pub(super) enum Decided {
 // ------------------------------------------------------------------------------------------------
 // Snapshots: a state, or commands.
 
+/// An entry as the library sees it. The storage tells its index on the way out, so that a delta of entries
+/// knows where it belongs; it is no part of the entry and does not travel.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Numbered {
+    pub(super) entry: Entry,
+    #[serde(skip)]
+    index: StateIndex,
+}
+
+impl From<Entry> for Numbered {
+    fn from(entry: Entry) -> Self {
+        Numbered { entry, index: 0 }
+    }
+}
+
+impl omnipaxos::storage::Entry for Numbered {
+    type Snapshot = RingSnapshot;
+}
+
 /// The library's snapshot type.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(into = "SnapshotBytes", try_from = "SnapshotBytes")]
@@ -113,55 +92,54 @@ pub enum RingSnapshot {
     /// A state; and the entries that were merged into it here, so that who follows need not jump. These do
     /// not travel.
     State(Arc<State>, Vec<Entry>),
-    /// Commands that follow a state.
-    Commands(Vec<Entry>),
+    /// Commands that follow a state, and the index of the first.
+    Commands(StateIndex, Vec<Entry>),
 }
 
 /// A snapshot as it travels.
 #[derive(Serialize, Deserialize)]
 enum SnapshotBytes {
     State(Vec<u8>),
-    Commands(Vec<Entry>),
+    Commands(StateIndex, Vec<Entry>),
 }
 
 impl From<RingSnapshot> for SnapshotBytes {
     fn from(snapshot: RingSnapshot) -> Self {
         match snapshot {
             RingSnapshot::State(state, _) => SnapshotBytes::State(state.encode()),
-            RingSnapshot::Commands(entries) => SnapshotBytes::Commands(entries),
+            RingSnapshot::Commands(first, entries) => SnapshotBytes::Commands(first, entries),
         }
     }
 }
 
 impl TryFrom<SnapshotBytes> for RingSnapshot {
-    type Error = super::StateError;
+    type Error = StateError;
     fn try_from(bytes: SnapshotBytes) -> Result<Self, Self::Error> {
         Ok(match bytes {
             SnapshotBytes::State(state) => RingSnapshot::State(Arc::new(State::decode(&state)?), Vec::new()),
-            SnapshotBytes::Commands(entries) => RingSnapshot::Commands(entries),
+            SnapshotBytes::Commands(first, entries) => RingSnapshot::Commands(first, entries),
         })
     }
 }
 
-impl omnipaxos::storage::Entry for Entry {
-    type Snapshot = RingSnapshot;
-}
-
-impl omnipaxos::storage::Snapshot<Entry> for RingSnapshot {
-    fn create(entries: &[Entry]) -> Self {
-        RingSnapshot::Commands(entries.to_vec())
+impl omnipaxos::storage::Snapshot<Numbered> for RingSnapshot {
+    fn create(entries: &[Numbered]) -> Self {
+        let first = entries.first().map_or(0, |e| e.index);
+        RingSnapshot::Commands(first, entries.iter().map(|e| e.entry.clone()).collect())
     }
+    /// Idempotent: an answer to an old promise may begin before what has been merged since. (Entries that
+    /// do not follow are left out; the index of the result tells.)
     fn merge(&mut self, delta: Self) {
-        match (&mut *self, delta) {
-            (RingSnapshot::State(state, tail), RingSnapshot::Commands(entries)) => {
-                let state = Arc::make_mut(state);
-                for entry in &entries {
-                    let _ = state.apply(entry);
-                }
-                tail.extend(entries);
+        let (RingSnapshot::State(state, tail), RingSnapshot::Commands(first, entries)) = (&mut *self, delta) else {
+            debug_assert!(false, "the log always has a state, and a delta is commands");
+            return;
+        };
+        let state = Arc::make_mut(state);
+        for (index, entry) in (first..).zip(entries) {
+            if index == state.index + 1 {
+                let _ = state.apply(&entry);
+                tail.push(entry);
             }
-            (RingSnapshot::Commands(earlier), RingSnapshot::Commands(later)) => earlier.extend(later),
-            (_, state) => *self = state,
         }
     }
     fn use_snapshots() -> bool {
@@ -223,17 +201,17 @@ enum RecordKind {
 ///                  +-- stable: entries below are on stable storage here
 /// ```
 #[derive(Debug)]
-struct Log {
-    configuration: u32,
+pub(super) struct Log {
+    pub(super) configuration: u32,
     base: u64,
     promise: Ballot,
     accepted_round: Ballot,
-    decided: LogIndex,
-    compacted: LogIndex,
+    pub(super) decided: LogIndex,
+    pub(super) compacted: LogIndex,
     /// The state at `compacted`.
-    state: Arc<State>,
+    pub(super) state: Arc<State>,
     /// The last entries that went into it, if they came as a delta.
-    tail: Vec<Entry>,
+    pub(super) tail: Vec<Entry>,
     entries: VecDeque<Entry>,
 
     /// Operations since the last write was taken.
@@ -242,23 +220,23 @@ struct Log {
     /// Everything must be written anew.
     reset: bool,
     /// Number of the next write to be taken, and of the last that is stable.
-    next_number: u64,
-    durable: u64,
+    pub(super) next_number: u64,
+    pub(super) durable: u64,
     /// Entries below the index are stable when the write of the number is. Ascending in both.
     marks: VecDeque<(LogIndex, u64)>,
-    stable: LogIndex,
+    pub(super) stable: LogIndex,
     /// Last write with more than appended entries: a promise, a round, a snapshot.
-    control: u64,
+    pub(super) control: u64,
     /// Records on the disk, with their parts.
-    records: BTreeMap<u64, u32>,
+    pub(super) records: BTreeMap<u64, u32>,
     next_sequence: u64,
     /// Write number and sequence of a reset that is not stable yet.
-    reset_unstable: Option<(u64, u64)>,
+    pub(super) reset_unstable: Option<(u64, u64)>,
     deletions: Vec<Bytes>,
 }
 
 impl Log {
-    fn new(genesis: State) -> Log {
+    pub(super) fn new(genesis: State) -> Log {
         Log {
             configuration: genesis.ring.id,
             base: genesis.index,
@@ -285,13 +263,13 @@ impl Log {
     }
 
     /// One past the last entry.
-    fn end(&self) -> LogIndex {
+    pub(super) fn end(&self) -> LogIndex {
         self.compacted + self.entries.len()
     }
 
     // -------------------------------------------------------------------------------- changes
 
-    fn append(&mut self, entries: Vec<Entry>) {
+    pub(super) fn append(&mut self, entries: Vec<Entry>) {
         if entries.is_empty() {
             return;
         }
@@ -350,7 +328,7 @@ impl Log {
         }
     }
 
-    fn set_decided(&mut self, index: LogIndex) {
+    pub(super) fn set_decided(&mut self, index: LogIndex) {
         self.decided_unwritten |= self.decided != index;
         self.decided = index;
     }
@@ -379,25 +357,42 @@ impl Log {
         Ok(())
     }
 
-    fn need_reset(&mut self) {
+    pub(super) fn need_reset(&mut self) {
         self.reset = true;
         self.control = self.next_number;
     }
 
     /// Compacts without the library (a ring of one).
-    fn compact_alone(&mut self, index: LogIndex) {
+    pub(super) fn compact_alone(&mut self, index: LogIndex) {
         let entries: Vec<Entry> = self.entries.range(..index - self.compacted).cloned().collect();
         let mut snapshot = RingSnapshot::State(self.state.clone(), Vec::new());
-        omnipaxos::storage::Snapshot::merge(&mut snapshot, RingSnapshot::Commands(entries));
+        let first = self.base + self.compacted as u64 + 1;
+        omnipaxos::storage::Snapshot::merge(&mut snapshot, RingSnapshot::Commands(first, entries));
         self.trim(index);
         self.set_snapshot(snapshot).expect("it is a state");
     }
 
     // -------------------------------------------------------------------------------- questions
 
+    /// Whether a snapshot of another member can be merged here, to be that of the log index `sync`.
+    pub(super) fn takes(&self, snapshot: &SnapshotType<Numbered>, sync: LogIndex) -> bool {
+        let Some(end) = self.base.checked_add(sync as u64) else { return false };
+        match snapshot {
+            SnapshotType::Complete(RingSnapshot::State(state, _)) => {
+                state.index == end && state.cluster == self.state.cluster
+            }
+            SnapshotType::Delta(RingSnapshot::Commands(first, entries)) => {
+                let follows = *first <= self.base + self.decided as u64 + 1;
+                follows && first.checked_add(entries.len() as u64) == Some(end + 1)
+            }
+            _ => false,
+        }
+    }
+
     /// Entries from `from` to `to`, but none that is not decided: see the head of the file, `sync_log`.
     fn entries_between(&self, from: LogIndex, to: LogIndex) -> Vec<Entry> {
-        let to = to.min(self.decided).min(self.end());
+        let limit = if broken(Broken::UndecidedInSnapshot) { self.end() } else { self.decided.min(self.end()) };
+        let to = to.min(limit);
         if from < self.compacted || from >= to {
             return Vec::new();
         }
@@ -412,12 +407,15 @@ impl Log {
     }
 
     /// Entries that are decided and, where it matters, stable here.
-    fn decided_here(&self) -> LogIndex {
+    pub(super) fn decided_here(&self) -> LogIndex {
+        if broken(Broken::DecidedBeforeStable) {
+            return self.decided.min(self.end());
+        }
         // A snapshot is of entries that a majority held before it was made.
         self.decided.min(self.stable.max(self.compacted)).min(self.end())
     }
 
-    fn decided_after(&self, index: u64) -> Option<Decided> {
+    pub(super) fn decided_after(&self, index: u64) -> Option<Decided> {
         let decided = self.base + self.decided_here() as u64;
         if decided <= index {
             return None;
@@ -439,7 +437,7 @@ impl Log {
     }
 
     /// The write after which the entries below `index` are stable here; zero if they are.
-    fn write_of(&self, index: LogIndex) -> u64 {
+    pub(super) fn write_of(&self, index: LogIndex) -> u64 {
         if index <= self.stable.max(self.compacted) {
             return 0;
         }
@@ -449,7 +447,7 @@ impl Log {
     // -------------------------------------------------------------------------------- durability
 
     /// Takes what must be made durable, as one numbered write.
-    fn take_write(&mut self, with_decided: bool) -> Option<(u64, Vec<Write>)> {
+    pub(super) fn take_write(&mut self, with_decided: bool) -> Option<(u64, Vec<Write>)> {
         let record = self.reset || !self.ops.is_empty() || (with_decided && self.decided_unwritten);
         if !record && self.deletions.is_empty() {
             return None;
@@ -495,7 +493,7 @@ impl Log {
         }
     }
 
-    fn on_persisted(&mut self, number: u64) {
+    pub(super) fn on_persisted(&mut self, number: u64) {
         self.durable = self.durable.max(number);
         while self.marks.front().is_some_and(|(_, n)| *n <= self.durable) {
             let (end, _) = self.marks.pop_front().expect("looked at");
@@ -518,7 +516,7 @@ impl Log {
     }
 
     /// What was durable.
-    fn open(genesis: State, durable: &[(Bytes, Bytes)]) -> Result<Log, RingDamaged> {
+    pub(super) fn open(genesis: State, durable: &[(Bytes, Bytes)]) -> Result<Log, RingDamaged> {
         let values: BTreeMap<&[u8], &Bytes> = durable.iter().map(|(k, v)| (&k[..], v)).collect();
         let mut log = Log::new(genesis);
         let mut headers = BTreeMap::new();
@@ -559,7 +557,7 @@ impl Log {
 
     /// Parts whose record was never written, or is deleted already.
     fn delete_orphans(&mut self, values: &BTreeMap<&[u8], &Bytes>) {
-        let known: std::collections::BTreeSet<Bytes> =
+        let known: BTreeSet<Bytes> =
             self.records.iter().flat_map(|(s, parts)| (0..*parts).map(|part| part_key(*s, part))).collect();
         let part = |key: &&&[u8]| key.starts_with(PART_PREFIX.as_bytes()) && !known.contains(**key);
         self.deletions.extend(values.keys().filter(part).map(|key| Bytes::copy_from_slice(key)));
@@ -668,22 +666,30 @@ fn decode<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, RingDamaged
 /// The log, shared with the library, which owns its storage and shows it to nobody. Never contended: one
 /// thread steps a server.
 #[derive(Clone, Debug)]
-struct SharedLog(Arc<Mutex<Log>>);
+pub(super) struct SharedLog(pub(super) Arc<Mutex<Log>>);
 
 impl SharedLog {
-    fn get(&self) -> MutexGuard<'_, Log> {
+    pub(super) fn get(&self) -> MutexGuard<'_, Log> {
         self.0.lock().expect("a panic while the log was held ends the server")
     }
 }
 
-impl Storage<Entry> for SharedLog {
-    fn write_atomically(&mut self, ops: Vec<StorageOp<Entry>>) -> StorageResult<()> {
+fn plain(entries: Vec<Numbered>) -> Vec<Entry> {
+    entries.into_iter().map(|e| e.entry).collect()
+}
+
+fn numbered(first: StateIndex, entries: Vec<Entry>) -> Vec<Numbered> {
+    (first..).zip(entries).map(|(index, entry)| Numbered { entry, index }).collect()
+}
+
+impl Storage<Numbered> for SharedLog {
+    fn write_atomically(&mut self, ops: Vec<StorageOp<Numbered>>) -> StorageResult<()> {
         let log = &mut *self.get();
         for op in ops {
             match op {
-                StorageOp::AppendEntry(entry) => log.append(vec![entry]),
-                StorageOp::AppendEntries(entries) => log.append(entries),
-                StorageOp::AppendOnPrefix(from, entries) => log.append_on_prefix(from, entries)?,
+                StorageOp::AppendEntry(entry) => log.append(vec![entry.entry]),
+                StorageOp::AppendEntries(entries) => log.append(plain(entries)),
+                StorageOp::AppendOnPrefix(from, entries) => log.append_on_prefix(from, plain(entries))?,
                 StorageOp::SetPromise(ballot) => log.set_promise(ballot),
                 StorageOp::SetDecidedIndex(index) => log.set_decided(index),
                 StorageOp::SetAcceptedRound(ballot) => log.set_accepted_round(ballot),
@@ -698,16 +704,16 @@ impl Storage<Entry> for SharedLog {
         }
         Ok(())
     }
-    fn append_entry(&mut self, entry: Entry) -> StorageResult<()> {
-        self.get().append(vec![entry]);
+    fn append_entry(&mut self, entry: Numbered) -> StorageResult<()> {
+        self.get().append(vec![entry.entry]);
         Ok(())
     }
-    fn append_entries(&mut self, entries: Vec<Entry>) -> StorageResult<()> {
-        self.get().append(entries);
+    fn append_entries(&mut self, entries: Vec<Numbered>) -> StorageResult<()> {
+        self.get().append(plain(entries));
         Ok(())
     }
-    fn append_on_prefix(&mut self, from: usize, entries: Vec<Entry>) -> StorageResult<()> {
-        self.get().append_on_prefix(from, entries)
+    fn append_on_prefix(&mut self, from: usize, entries: Vec<Numbered>) -> StorageResult<()> {
+        self.get().append_on_prefix(from, plain(entries))
     }
     fn set_promise(&mut self, ballot: Ballot) -> StorageResult<()> {
         self.get().set_promise(ballot);
@@ -727,14 +733,16 @@ impl Storage<Entry> for SharedLog {
     fn get_accepted_round(&self) -> StorageResult<Option<Ballot>> {
         Ok(Some(self.get().accepted_round).filter(|b| *b != Ballot::default()))
     }
-    fn get_entries(&self, from: usize, to: usize) -> StorageResult<Vec<Entry>> {
-        Ok(self.get().entries_between(from, to))
+    fn get_entries(&self, from: usize, to: usize) -> StorageResult<Vec<Numbered>> {
+        let log = self.get();
+        Ok(numbered(log.base + from as u64 + 1, log.entries_between(from, to)))
     }
     fn get_log_len(&self) -> StorageResult<usize> {
         Ok(self.get().entries.len())
     }
-    fn get_suffix(&self, from: usize) -> StorageResult<Vec<Entry>> {
-        Ok(self.get().suffix(from))
+    fn get_suffix(&self, from: usize) -> StorageResult<Vec<Numbered>> {
+        let log = self.get();
+        Ok(numbered(log.base + from as u64 + 1, log.suffix(from)))
     }
     fn get_promise(&self) -> StorageResult<Option<Ballot>> {
         Ok(Some(self.get().promise).filter(|b| *b != Ballot::default()))
@@ -761,322 +769,3 @@ impl Storage<Entry> for SharedLog {
         Ok(Some(RingSnapshot::State(self.get().state.clone(), Vec::new())))
     }
 }
-
-// ------------------------------------------------------------------------------------------------
-// The member.
-
-/// Who decides.
-enum Core {
-    /// A ring of one: what is stable is decided.
-    Alone,
-    /// The library.
-    Many(Box<OmniPaxos<Entry, SharedLog>>),
-}
-
-/// One member of the ring, stepped.
-///
-/// Inputs are `on_*`, `tick` and `propose`; then [`Ring::settle`], and the outputs: `take_writes`,
-/// `poll_message`, `decided_after`. Between two `settle`s writes and messages are put together.
-pub(super) struct Ring {
-    node: u64,
-    members: Vec<u64>,
-    configuration: u32,
-    log: SharedLog,
-    core: Core,
-    tick_at: Instant,
-    /// Ticks since the start, and the one at which each member was heard last.
-    ticks: u64,
-    heard: BTreeMap<u64, u64>,
-    ticks_searching: u32,
-    /// Entries kept behind the snapshot, and records after which everything is written anew.
-    keep: usize,
-    records_max: usize,
-    /// Messages to each peer, in order, with the write that each waits for.
-    held: BTreeMap<u64, VecDeque<(u64, Bytes)>>,
-    writes: VecDeque<(u64, Vec<Write>)>,
-}
-
-impl Ring {
-    /// Opens with what was durable. `genesis` is the state at the configuration's start.
-    pub fn open(node: u64, genesis: State, durable: &[(Bytes, Bytes)]) -> Result<Ring, RingDamaged> {
-        let log = Log::open(genesis, durable)?;
-        let members: Vec<u64> = log.state.ring.members.iter().map(|m| m.node).collect();
-        let configuration = log.configuration;
-        let log = SharedLog(Arc::new(Mutex::new(log)));
-        let core = if members == [node] {
-            let log = &mut *log.get();
-            log.decided = log.end();
-            Core::Alone
-        } else {
-            Core::Many(Box::new(build(node, &members, configuration, log.clone())))
-        };
-        Ok(Ring {
-            node,
-            members,
-            configuration,
-            log,
-            core,
-            tick_at: Instant::ZERO,
-            ticks: 0,
-            heard: BTreeMap::new(),
-            ticks_searching: 0,
-            keep: LOG_KEEP,
-            records_max: RECORDS_MAX,
-            held: BTreeMap::new(),
-            writes: VecDeque::new(),
-        })
-    }
-
-    /// The ring's configuration; goes with every message.
-    pub fn configuration(&self) -> u32 {
-        self.configuration
-    }
-
-    /// Who leads, as far as this member knows.
-    pub fn leader(&self) -> Option<u64> {
-        match &self.core {
-            Core::Alone => Some(self.node),
-            Core::Many(paxos) => paxos.get_current_leader().filter(|(_, accepted)| *accepted).map(|(node, _)| node),
-        }
-    }
-
-    /// True if this member appends what is proposed.
-    pub fn leads(&self) -> bool {
-        self.leader() == Some(self.node)
-    }
-
-    /// Appends an entry. False: this member does not lead, or too much is undecided; ask again.
-    pub fn propose(&mut self, entry: Entry) -> bool {
-        let undecided = {
-            let log = self.log.get();
-            log.end() - log.decided
-        };
-        if !self.leads() || undecided >= PROPOSALS_MAX {
-            return false;
-        }
-        match &mut self.core {
-            Core::Alone => {
-                self.log.get().append(vec![entry]);
-                true
-            }
-            Core::Many(paxos) => paxos.append(entry).is_ok(),
-        }
-    }
-
-    /// A message of the member `from`. What does not fit this configuration, or cannot come from there,
-    /// is dropped.
-    pub fn on_message(&mut self, from: u64, configuration: u32, bytes: &[u8]) {
-        if configuration != self.configuration {
-            return;
-        }
-        let Ok(message) = postcard::from_bytes::<Message<Entry>>(bytes) else { return };
-        if !self.plausible(from, &message) {
-            return;
-        }
-        self.heard.insert(from, self.ticks);
-        if let Core::Many(paxos) = &mut self.core {
-            paxos.handle_incoming(message);
-        }
-    }
-
-    /// The connection to a member is new: what was on the old one may be lost.
-    pub fn on_connected(&mut self, node: u64) {
-        if let Core::Many(paxos) = &mut self.core {
-            paxos.reconnected(node);
-        }
-    }
-
-    /// The writes up to this number are stable.
-    pub fn on_persisted(&mut self, number: u64) {
-        let log = &mut *self.log.get();
-        log.on_persisted(number);
-        if let Core::Alone = self.core {
-            let stable = log.stable.max(log.compacted);
-            log.set_decided(stable);
-        }
-    }
-
-    /// When the next tick is due.
-    pub fn next_tick(&self) -> Option<Instant> {
-        match self.core {
-            // What a ring of one decided is found again without having been told.
-            Core::Alone => None,
-            Core::Many(_) => Some(self.tick_at),
-        }
-    }
-
-    /// Heartbeats, elections; at most one tick, however late it is: a member that was stopped must first
-    /// hear what waits for it before it counts silence.
-    pub fn tick(&mut self, now: Instant) {
-        if now < self.tick_at {
-            return;
-        }
-        let searching = self.leader().is_none();
-        self.ticks_searching = if searching { self.ticks_searching.saturating_add(1) } else { 0 };
-        let fast = searching && self.ticks_searching <= TICKS_SEARCHING;
-        self.tick_at = now + if fast { TICK_SEARCHING } else { TICK };
-        self.ticks += 1;
-        let stuck = self.stuck();
-        let Core::Many(paxos) = &mut self.core else { return };
-        paxos.tick();
-        if stuck {
-            paxos.try_become_leader();
-        }
-        let write = self.log.get().take_write(true);
-        self.writes.extend(write);
-    }
-
-    fn stuck(&self) -> bool {
-        let patience = TICKS_STUCK + 5 * self.node as u32;
-        let heard = self.heard.values().filter(|tick| self.ticks - **tick <= TICKS_HEARD).count();
-        self.ticks_searching > 0 && self.ticks_searching % patience == 0 && heard + 1 > self.members.len() / 2
-    }
-
-    /// Puts writes and messages together. Call before taking outputs.
-    pub fn settle(&mut self) {
-        self.compact();
-        let write = self.log.get().take_write(false);
-        self.writes.extend(write);
-        self.hold_messages();
-    }
-
-    /// The next write to make durable.
-    pub fn poll_write(&mut self) -> Option<(u64, Vec<Write>)> {
-        self.writes.pop_front()
-    }
-
-    /// The next message that may leave: `(node, bytes)`.
-    pub fn poll_message(&mut self) -> Option<(u64, Bytes)> {
-        let durable = self.log.get().durable;
-        let (node, queue) =
-            self.held.iter_mut().find(|(_, q)| q.front().is_some_and(|(write, _)| *write <= durable))?;
-        queue.pop_front().map(|(_, bytes)| (*node, bytes))
-    }
-
-    /// What is decided beyond a state index.
-    pub fn decided_after(&self, index: u64) -> Option<Decided> {
-        self.log.get().decided_after(index)
-    }
-
-    /// The library makes messages and counts on its writes being done; here each waits for those that it
-    /// tells of.
-    fn hold_messages(&mut self) {
-        let Core::Many(paxos) = &mut self.core else { return };
-        let mut messages = Vec::new();
-        paxos.take_outgoing_messages(&mut messages);
-        let log = self.log.get();
-        for message in messages {
-            let held = self.held.entry(message.get_receiver()).or_default();
-            if held.len() >= HELD_MAX && matches!(message, Message::BLE(_)) {
-                continue;
-            }
-            let bytes = postcard::to_stdvec(&message).expect("a message in memory can be encoded");
-            held.push_back((waits_for(&log, &message), bytes.into()));
-        }
-    }
-
-    fn compact(&mut self) {
-        let (compacted, decided, records) = {
-            let log = self.log.get();
-            (log.compacted, log.decided_here(), log.records.len())
-        };
-        if decided - compacted.min(decided) >= 2 * self.keep {
-            match &mut self.core {
-                Core::Alone => self.log.get().compact_alone(decided - self.keep),
-                Core::Many(paxos) => {
-                    paxos.snapshot(Some(decided - self.keep), true).expect("decided and not compacted");
-                }
-            }
-            // Who applies in order is beyond these entries.
-            self.log.get().tail.clear();
-        } else if records >= self.records_max && self.log.get().reset_unstable.is_none() {
-            self.log.get().need_reset();
-        }
-    }
-
-    /// Whether the member `from` can have sent this to this member. Also keeps the library from indexing
-    /// with node numbers that are none.
-    fn plausible(&self, from: u64, message: &Message<Entry>) -> bool {
-        let member = |node: u64| self.members.contains(&node);
-        if from == self.node || !member(from) || message.get_sender() != from || message.get_receiver() != self.node {
-            return false;
-        }
-        match message {
-            Message::BLE(m) => match &m.msg {
-                HeartbeatMsg::Request(_) => true,
-                HeartbeatMsg::Reply(reply) => reply.ballot.pid == from && member(reply.leader.pid),
-            },
-            Message::SequencePaxos(m) => self.plausible_paxos(from, m),
-        }
-    }
-
-    fn plausible_paxos(&self, from: u64, message: &PaxosMessage<Entry>) -> bool {
-        let member_or_none = |ballot: &Ballot| ballot.pid == 0 || self.members.contains(&ballot.pid);
-        match &message.msg {
-            PaxosMsg::PrepareReq(m) => member_or_none(&m.n),
-            PaxosMsg::Prepare(m) => m.n.pid == from,
-            PaxosMsg::Promise(m) => {
-                let snapshot = m.log_sync.as_ref().and_then(|s| s.decided_snapshot.as_ref());
-                m.n.pid == self.node
-                    && snapshot.is_none_or(right_kind)
-                    && m.log_sync.iter().all(|s| s.stopsign.is_none())
-            }
-            PaxosMsg::AcceptSync(m) => {
-                let sync = &m.log_sync;
-                let log = self.log.get();
-                let fits = sync.decided_snapshot.as_ref().map_or(sync.sync_idx <= log.end(), right_kind);
-                m.n.pid == from && sync.sync_idx >= log.decided && fits && sync.stopsign.is_none()
-            }
-            PaxosMsg::AcceptDecide(m) => m.n.pid == from,
-            PaxosMsg::Accepted(m) => m.n.pid == self.node,
-            PaxosMsg::NotAccepted(m) => member_or_none(&m.n),
-            PaxosMsg::Decide(m) => m.n.pid == from,
-            // Never sent by a member of ours.
-            PaxosMsg::ProposalForward(_) | PaxosMsg::Compaction(_) => false,
-            PaxosMsg::AcceptStopSign(_) | PaxosMsg::ForwardStopSign(_) => false,
-        }
-    }
-}
-
-/// A complete snapshot is a state, a delta is commands.
-fn right_kind(snapshot: &SnapshotType<Entry>) -> bool {
-    match snapshot {
-        SnapshotType::Complete(s) => matches!(s, RingSnapshot::State(..)),
-        SnapshotType::Delta(s) => matches!(s, RingSnapshot::Commands(_)),
-    }
-}
-
-/// The write that must be stable before a message may leave.
-///
-/// An AcceptDecide goes out beside the leader's own append (both write at the same time, half the
-/// latency): the follower's answer counts for itself. What it says is *decided* must be stable here,
-/// because the leader counted itself among the majority. Everything else waits for all that was written
-/// before it.
-fn waits_for(log: &Log, message: &Message<Entry>) -> u64 {
-    match message {
-        Message::BLE(_) => log.control,
-        Message::SequencePaxos(m) => match &m.msg {
-            PaxosMsg::AcceptDecide(m) => log.control.max(log.write_of(m.decided_idx)),
-            PaxosMsg::Decide(m) => log.control.max(log.write_of(m.decided_idx)),
-            _ => log.next_number - 1,
-        },
-    }
-}
-
-fn build(node: u64, members: &[u64], configuration: u32, log: SharedLog) -> OmniPaxos<Entry, SharedLog> {
-    let cluster = ClusterConfig { configuration_id: configuration, nodes: members.to_vec(), flexible_quorum: None };
-    let server = ServerConfig {
-        pid: node,
-        election_tick_timeout: ELECTION_TICKS,
-        resend_message_tick_timeout: RESEND_TICKS,
-        buffer_size: 64,
-        batch_size: 1,
-        flush_batch_tick_timeout: u64::MAX,
-        leader_priority: 0,
-    };
-    cluster.build_for_server(server, log).expect("a ring of two or more with this member in it")
-}
-
-#[cfg(test)]
-#[path = "ring_tests.rs"]
-mod tests;

@@ -3,8 +3,19 @@
 use super::*;
 use crate::global_state::state::tests::genesis;
 use crate::global_state::{Command, State};
+use crate::limits::RING_VALUE_MAX;
 use crate::message::CommandId;
+use std::cell::Cell;
 use stdx::Prng;
+
+thread_local! {
+    static BROKEN: Cell<Option<Broken>> = const { Cell::new(None) };
+}
+
+/// Whether this test's thread has switched the rule off.
+pub(super) fn broken(rule: Broken) -> bool {
+    BROKEN.get() == Some(rule)
+}
 
 fn noop(number: u64) -> Entry {
     Entry { id: CommandId { proposer: 1, number, finished_below: number }, command: Command::Noop }
@@ -225,6 +236,8 @@ struct Walk {
     decided: BTreeMap<u64, Entry>,
     proposed: u64,
     elections: u64,
+    /// The member with a slow disk; zero: none.
+    slow: u64,
 }
 
 impl Walk {
@@ -232,7 +245,9 @@ impl Walk {
         let pairs = (1..=3).flat_map(|a| (1..=3).filter(move |b| a != *b).map(move |b| (a, b)));
         let mut prng = Prng::new(seed);
         let bounds = (prng.between(1, 12) as usize, prng.between(3, 60) as usize);
+        let slow = prng.below(4);
         Walk {
+            slow,
             prng,
             now: Instant::ZERO,
             members: (1..=3).map(|node| Member::new(node, 3, bounds)).collect(),
@@ -309,7 +324,7 @@ impl Walk {
             0..=20 if !self.up(node) => self.member(node).start(),
             21..=24 => self.disconnect(node, other),
             25..=99 => self.connect(node, other),
-            100..=299 => self.member(node).persist(),
+            100..=299 if node != self.slow || self.prng.chance(1, 10) => self.member(node).persist(),
             300..=349 => self.advance(),
             350..=399 => self.propose(node),
             _ => self.deliver(other, node),
@@ -360,28 +375,64 @@ impl Walk {
     }
 }
 
+/// One walk to its end: `(entries decided, elections)`. Panics if something decided was lost or reordered,
+/// or if the members do not agree once all is quiet.
+fn walk(seed: u64) -> (u64, u64) {
+    let mut walk = Walk::new(seed);
+    (0..6000).for_each(|_| walk.step());
+    walk.heal();
+    for node in 1..=3 {
+        walk.propose(node);
+    }
+    walk.heal();
+    let last = walk.decided.last_key_value().map_or(0, |(index, _)| *index);
+    assert!(last > 0, "seed {seed}: nothing was decided");
+    for member in &walk.members {
+        assert_eq!(member.applied.index, last, "seed {seed}: member {} lags", member.node);
+        assert_eq!(member.applied, walk.members[0].applied, "seed {seed}: member {} differs", member.node);
+    }
+    (last, walk.elections)
+}
+
+fn must_fail(rule: Broken, seeds: u64) {
+    let caught = (0..seeds).find(|seed| {
+        std::panic::catch_unwind(|| {
+            BROKEN.set(Some(rule));
+            walk(*seed)
+        })
+        .is_err()
+    });
+    assert!(caught.is_some(), "{rule:?} is not noticed in {seeds} walks");
+}
+
+#[test]
+fn must_fail_a_leader_that_counts_itself_before_its_write_is_stable() {
+    must_fail(Broken::DecidedBeforeStable, 1000);
+}
+
+#[test]
+fn must_fail_messages_that_leave_before_the_write_is_stable() {
+    must_fail(Broken::MessagesBeforeStable, 400);
+}
+
+#[test]
+fn must_fail_snapshots_as_the_library_makes_them() {
+    must_fail(Broken::UndecidedInSnapshot, 200);
+}
+
+#[test]
+fn must_fail_a_member_that_never_stands_by_itself() {
+    must_fail(Broken::NeverStands, 1000);
+}
+
 #[test]
 fn nothing_decided_is_lost_or_reordered_whatever_crashes_when() {
     let seeds = std::env::var("RING_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(60);
     let (mut decided, mut elections) = (0, 0);
     for seed in 0..seeds {
-        let mut walk = Walk::new(seed);
-        for _ in 0..6000 {
-            walk.step();
-        }
-        walk.heal();
-        for node in 1..=3 {
-            walk.propose(node);
-        }
-        walk.heal();
-        let last = walk.decided.last_key_value().map_or(0, |(index, _)| *index);
-        for member in &walk.members {
-            assert_eq!(member.applied, walk.members[0].applied, "seed {seed}: member {} differs", member.node);
-            assert_eq!(member.applied.index, last, "seed {seed}");
-        }
-        assert!(last > 0, "seed {seed}: nothing was decided");
+        let (last, led) = walk(seed);
         decided += last;
-        elections += walk.elections;
+        elections += led;
     }
     assert!(decided > 20 * seeds && elections > seeds, "{decided} decided, {elections} elections in {seeds} walks");
 }
