@@ -1,7 +1,7 @@
 //! Global state: Paxos inside, learning outside (paper 2, "global state module").
 //!
 //! A deterministic state machine ([`State`]) driven by a log. The inner ring runs consensus
-//! (`ring.rs`, omnipaxos); all servers, ring members included, apply what it decided.
+//! (`ring/`, omnipaxos); all servers, ring members included, apply what it decided.
 //! `room.rs` is the stepped room that owns both and talks to the other servers.
 
 mod command;

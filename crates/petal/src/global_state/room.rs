@@ -1,6 +1,6 @@
 //! The room: owns the state and, on ring members, the ring; talks to the other servers.
 //!
-//! *Inside* the ring members decide the log (`ring.rs`). *Outside* every server learns it, ring members
+//! *Inside* the ring members decide the log (`ring/`). *Outside* every server learns it, ring members
 //! that lag included, by one rule: whoever has applied more answers `Learn` with the entries that follow,
 //! or with the whole state if it no longer has them.
 //!

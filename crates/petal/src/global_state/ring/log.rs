@@ -136,7 +136,7 @@ impl omnipaxos::storage::Snapshot<Numbered> for RingSnapshot {
         };
         let state = Arc::make_mut(state);
         for (index, entry) in (first..).zip(entries) {
-            if index == state.index + 1 {
+            if index == state.index + 1 || broken(Broken::DeltaMergedTwice) {
                 let _ = state.apply(&entry);
                 tail.push(entry);
             }

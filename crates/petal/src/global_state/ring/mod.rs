@@ -1,4 +1,5 @@
-//! The inner ring: consensus on the log, with the library kept in this one file (paper 2: "Paxos").
+//! The inner ring: consensus on the log, with the library kept in this one folder (paper 2: "Paxos";
+//! docs/decisions/0002-consensus-library.md).
 //!
 //! Wraps omnipaxos 0.2.4, which is stepped and does no I/O. Its limits, and what is done about each:
 //!
@@ -398,6 +399,8 @@ enum Broken {
     MessagesBeforeStable,
     /// The library's own way of making a snapshot (`sync_log`, above).
     UndecidedInSnapshot,
+    /// A delta is merged whole, wherever it begins.
+    DeltaMergedTwice,
     /// A member that promised itself and stopped stays outside.
     NeverStands,
 }

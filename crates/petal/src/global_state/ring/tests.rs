@@ -5,6 +5,7 @@ use crate::global_state::state::tests::genesis;
 use crate::global_state::{Command, State};
 use crate::limits::RING_VALUE_MAX;
 use crate::message::CommandId;
+use expect_test::expect;
 use std::cell::Cell;
 use stdx::Prng;
 
@@ -167,6 +168,24 @@ fn a_record_too_long_for_one_value_is_cut_and_put_together() {
     assert!(m.disk.durable.values().all(|v| v.len() <= RING_VALUE_MAX + 64));
     m.start();
     assert_eq!(m.settle(), [(1, entry)]);
+}
+
+#[test]
+fn the_bytes_of_a_durable_record_never_change() {
+    let mut m = Member::new(1, 1, (LOG_KEEP, RECORDS_MAX));
+    m.ring.as_mut().unwrap().propose(noop(1));
+    m.settle();
+    m.persist_all();
+    let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" ");
+    let records: Vec<_> = m.disk.content().iter().map(|(k, v)| format!("{k:?} {}", hex(v))).collect();
+    expect![[r#"b"ring/log/0000000000000001" 01 01 00 00 b0 81 8c b5 09 01 00 00 01 01 01 01 00"#]].assert_eq(&records.join("\n"));
+    m.ring.as_ref().unwrap().log.get().need_reset();
+    m.settle();
+    m.persist_all();
+    m.settle();
+    m.persist_all();
+    let records: Vec<_> = m.disk.content().iter().map(|(k, v)| format!("{k:?} {}", hex(v))).collect();
+    expect![[r#"b"ring/log/0000000000000002" 01 01 01 00 83 ba ce 86 05 00 00 00 00 00 00 00 00 00 01 00 2a 01 00 c1 01 04 74 65 73 74 01 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 00 00 00 00 00 00 00 00 00 00 00 00 00 01 01 01 01 00"#]].assert_eq(&records.join("\n"));
 }
 
 #[test]
@@ -418,6 +437,11 @@ fn must_fail_messages_that_leave_before_the_write_is_stable() {
 #[test]
 fn must_fail_snapshots_as_the_library_makes_them() {
     must_fail(Broken::UndecidedInSnapshot, 200);
+}
+
+#[test]
+fn must_fail_a_delta_that_is_merged_twice() {
+    must_fail(Broken::DeltaMergedTwice, 400);
 }
 
 #[test]
