@@ -64,6 +64,8 @@ pub enum Frame {
 }
 
 /// What the front of a buffer holds.
+// A frame on the heap would cost an allocation per message; `Decoded` itself is never kept.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decoded {
     /// A frame, which has been taken out.

@@ -74,6 +74,11 @@ fn check(body: &Body) -> Check {
             counters(&[s.term, s.stream, s.through])?;
             version(s.durable_watermark)
         }),
+        Body::Watermarks(m) => m.slots.iter().try_for_each(|s| {
+            counters(&[s.term])?;
+            version(s.watermark)?;
+            version(s.lowest)
+        }),
         Body::Promise(m) => m.slots.iter().try_for_each(|(_, term)| counters(&[*term])),
         Body::Promised(m) => terms_and_versions(&m.slots),
         Body::List(m) => {
@@ -101,7 +106,7 @@ fn check(body: &Body) -> Check {
             AdminRequest::Verify { after: Some(after) } => element(after.element),
             _ => Ok(()),
         },
-        Body::AdminReply(_) | Body::Watermarks(_) | Body::Ring(_) | Body::Snapshot(_) | Body::Index => Ok(()),
+        Body::AdminReply(_) | Body::Ring(_) | Body::Snapshot(_) | Body::Index => Ok(()),
     }
 }
 

@@ -4,7 +4,7 @@
 //! its writer task, if it has one: `close` shuts the socket down, which wakes both.
 
 use super::queue::OutQueue;
-use super::socket::{ReadHalf, WriteHalf};
+use super::socket::{Shutdown, Socket};
 use super::{Closed, ConnectionId, Event, PeerInfo, Shared};
 use bytes::{Bytes, BytesMut};
 use petal::ids::{Incarnation, ServerId};
@@ -13,11 +13,8 @@ use petal_wire::{Decoded, Frame, Limits, Reject, RejectCode, Role, WireError, de
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::io;
-use std::net::Shutdown;
-use std::pin::pin;
 use std::rc::{Rc, Weak};
 use std::task::{Context, Poll, ready};
-use tokio::io::AsyncReadExt;
 
 /// Bytes that one read may bring.
 const CHUNK: usize = 256 << 10;
@@ -61,7 +58,7 @@ impl Buffers {
 pub(super) struct Connection {
     pub id: ConnectionId,
     pub peer: Rc<PeerInfo>,
-    writer: WriteHalf,
+    socket: Socket,
     out: RefCell<OutQueue>,
     /// It is in `Shared::dirty`.
     dirty: Cell<bool>,
@@ -86,7 +83,7 @@ impl Connection {
     fn write_some(&self) -> io::Result<bool> {
         let mut out = self.out.borrow_mut();
         while !out.is_empty() {
-            match out.write_with(|slices| self.writer.try_write_vectored(slices)) {
+            match out.write_with(|slices| self.socket.try_write(slices)) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(n) => self.bytes_written.set(self.bytes_written.get() + n as u64),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
@@ -101,8 +98,7 @@ impl Connection {
 /// What a greeting brought: everything that a connection is made of.
 pub(super) struct Greeted {
     pub peer: PeerInfo,
-    pub reader: ReadHalf,
-    pub writer: WriteHalf,
+    pub socket: Socket,
     /// Bytes that came behind the hello.
     pub buffer: BytesMut,
 }
@@ -154,7 +150,7 @@ impl Shared {
         let connection = Rc::new(Connection {
             id,
             peer: Rc::new(greeted.peer),
-            writer: greeted.writer,
+            socket: greeted.socket,
             out: RefCell::default(),
             dirty: Cell::new(false),
             blocked: Cell::new(false),
@@ -174,7 +170,7 @@ impl Shared {
         }
         drop(connections);
         self.push(Event::Connected { connection: id, peer: connection.peer.clone() }, 0);
-        (id, read_until_closed(self.clone(), connection, greeted.reader, greeted.buffer))
+        (id, read_until_closed(self.clone(), connection, greeted.buffer))
     }
 
     /// Between servers there is one connection. A client may well reach one server twice.
@@ -208,7 +204,7 @@ impl Shared {
         drop(connections);
         connection.closed.set(true);
         connection.out.borrow_mut().clear();
-        connection.writer.shutdown(Shutdown::Both);
+        connection.socket.shutdown(Shutdown::Both);
         self.push(Event::Disconnected { connection: id, peer: connection.peer.clone(), reason }, 0);
     }
 
@@ -299,22 +295,23 @@ impl Shared {
 
 /// The writer task: exists while the socket takes no more.
 async fn write_the_rest(shared: Rc<Shared>, connection: Rc<Connection>) {
-    loop {
-        let written = match connection.writer.writable().await {
-            Ok(()) if connection.closed.get() => return,
-            Ok(()) => connection.write_some(),
-            Err(e) => Err(e),
-        };
-        match written {
-            Ok(true) => return connection.blocked.set(false),
-            Ok(false) => {}
-            Err(e) => return shared.close(connection.id, Closed::Io(e.to_string())),
-        }
+    let wait_and_write = async {
+        let room = connection.socket.room()?;
+        // One `Ok` of `write_some` is all: the queue is empty. A closed connection has nothing to write.
+        room.write(|| match connection.closed.get() || connection.write_some()? {
+            true => Ok(()),
+            false => Err(io::ErrorKind::WouldBlock.into()),
+        })
+        .await
+    };
+    match wait_and_write.await {
+        Ok(()) => connection.blocked.set(false),
+        Err(e) => shared.close(connection.id, Closed::Io(e.to_string())),
     }
 }
 
 /// The reader task.
-async fn read_until_closed(shared: Rc<Shared>, connection: Rc<Connection>, mut half: ReadHalf, mut buffer: BytesMut) {
+async fn read_until_closed(shared: Rc<Shared>, connection: Rc<Connection>, mut buffer: BytesMut) {
     let version = connection.peer.version;
     let limits = match connection.peer.hello.role {
         Role::Client => Limits::from_client(version),
@@ -335,7 +332,7 @@ async fn read_until_closed(shared: Rc<Shared>, connection: Rc<Connection>, mut h
         while shared.inbox_is_full() && !connection.closed.get() {
             shared.drained.notified().await;
         }
-        match poll_fn(|cx| shared.poll_fill(cx, &mut half, &mut buffer, need)).await {
+        match poll_fn(|cx| shared.poll_fill(cx, &connection.socket, &mut buffer, need)).await {
             Ok(0) => return shared.close(connection.id, Closed::ByPeer),
             Ok(n) => {
                 turn += n;
@@ -389,24 +386,25 @@ impl Shared {
     fn poll_fill(
         &self,
         cx: &mut Context<'_>,
-        half: &mut ReadHalf,
+        socket: &Socket,
         buffer: &mut BytesMut,
         need: usize,
     ) -> Poll<io::Result<usize>> {
-        ready!(half.poll_read_ready(cx))?;
-        if buffer.len() <= PARTIAL_SMALL {
-            let mut chunk = self.buffers.take_chunk();
-            make_room(&mut chunk, need);
-            chunk.extend_from_slice(buffer);
-            *buffer = chunk;
-        } else {
-            make_room(buffer, need - buffer.len().min(need));
+        loop {
+            let readable = ready!(socket.poll_readable(cx))?;
+            if buffer.len() <= PARTIAL_SMALL {
+                let mut chunk = self.buffers.take_chunk();
+                make_room(&mut chunk, need);
+                chunk.extend_from_slice(buffer);
+                *buffer = chunk;
+            } else {
+                make_room(buffer, need - buffer.len().min(need));
+            }
+            match socket.read(readable, buffer)? {
+                Some(n) => return Poll::Ready(Ok(n)),
+                None => self.give_back(buffer),
+            }
         }
-        let read = pin!(half.read_buf(buffer)).poll(cx);
-        if read.is_pending() {
-            self.give_back(buffer);
-        }
-        read
     }
 }
 

@@ -1,7 +1,8 @@
 //! Keeping a connection to a server: dial, and again when it breaks.
 
 use super::greeting::GreetError;
-use super::{Address, AddressError, Closed, Event, Shared, socket};
+use super::socket::Socket;
+use super::{Address, AddressError, Closed, Event, Shared};
 use petal::ids::ServerId;
 use petal_wire::{Reject, WireError};
 use std::cell::RefCell;
@@ -164,8 +165,8 @@ impl Task {
     async fn try_one(&self, shared: &Rc<Shared>, text: &str) -> Result<super::connection::Greeted, DialError> {
         let address: Address = text.parse()?;
         let timeout = shared.bounds.hello_timeout;
-        let halves =
-            tokio::time::timeout(timeout, socket::connect(&address)).await.map_err(|_| DialError::Timeout)??;
-        Ok(shared.greet_as_dialler(halves, text.to_string(), self.server, self.strict).await?)
+        let socket =
+            tokio::time::timeout(timeout, Socket::connect(&address)).await.map_err(|_| DialError::Timeout)??;
+        Ok(shared.greet_as_dialler(socket, text.to_string(), self.server, self.strict).await?)
     }
 }

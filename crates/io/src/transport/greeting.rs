@@ -1,7 +1,7 @@
 //! The hello in each direction. The dialler speaks first.
 
 use super::connection::Greeted;
-use super::socket::{ReadHalf, WriteHalf};
+use super::socket::{Shutdown, Socket};
 use super::{PeerInfo, Shared};
 use bytes::{Buf, BytesMut};
 use petal::ids::ServerId;
@@ -10,9 +10,7 @@ use petal_wire::{
 };
 use std::future::Future;
 use std::io::{self, IoSlice};
-use std::net::Shutdown;
 use std::time::Duration;
-use tokio::io::AsyncReadExt;
 
 /// How long a rejected peer may take to read why.
 const FAREWELL: Duration = Duration::from_millis(500);
@@ -40,7 +38,7 @@ impl Shared {
     /// As the dialler.
     pub async fn greet_as_dialler(
         &self,
-        (mut reader, writer): (ReadHalf, WriteHalf),
+        socket: Socket,
         address: String,
         key: ServerId,
         strict: bool,
@@ -51,29 +49,25 @@ impl Shared {
         let mut buffer = BytesMut::new();
         let theirs = self
             .in_time(async {
-                write_all(&writer, bytes).await?;
-                read_hello(&mut reader, &mut buffer).await
+                write_all(&socket, bytes).await?;
+                read_hello(&socket, &mut buffer).await
             })
             .await?;
         let version = match check_hello(&ours, &theirs).and_then(|v| self.may_enter(theirs.role).map(|()| v)) {
             Ok(version) => version,
             Err(reject) => {
-                farewell(&mut reader, &writer, &reject).await;
+                farewell(&socket, &reject).await;
                 return Err(GreetError::Refused(reject));
             }
         };
         let peer = PeerInfo { hello: theirs, version, address, dialled: Some(key) };
-        Ok(Greeted { peer, reader, writer, buffer })
+        Ok(Greeted { peer, socket, buffer })
     }
 
     /// As the one who was called.
-    pub async fn greet_as_listener(
-        &self,
-        (mut reader, writer): (ReadHalf, WriteHalf),
-        address: String,
-    ) -> Result<Greeted, GreetError> {
+    pub async fn greet_as_listener(&self, socket: Socket, address: String) -> Result<Greeted, GreetError> {
         let mut buffer = BytesMut::new();
-        let checked = match self.in_time(read_hello(&mut reader, &mut buffer)).await {
+        let checked = match self.in_time(read_hello(&socket, &mut buffer)).await {
             Ok(theirs) => check_hello(&self.hello, &theirs)
                 .and_then(|version| self.may_enter(theirs.role).map(|()| (theirs, version))),
             Err(GreetError::Wire(error)) => Err(Reject::new(RejectCode::Malformed, error.to_string())),
@@ -83,17 +77,17 @@ impl Shared {
         let (theirs, version) = match checked {
             Ok(both) => both,
             Err(reject) => {
-                farewell(&mut reader, &writer, &reject).await;
+                farewell(&socket, &reject).await;
                 return Err(GreetError::Refused(reject));
             }
         };
         let mut bytes = BytesMut::new();
         encode_hello(&self.hello, &mut bytes);
-        self.in_time(async { Ok(write_all(&writer, bytes).await?) }).await?;
+        self.in_time(async { Ok(write_all(&socket, bytes).await?) }).await?;
         // Others may have come in while this one's hello was on its way.
         self.may_enter(theirs.role).map_err(GreetError::Refused)?;
         let peer = PeerInfo { hello: theirs, version, address, dialled: None };
-        Ok(Greeted { peer, reader, writer, buffer })
+        Ok(Greeted { peer, socket, buffer })
     }
 
     async fn in_time<T>(&self, f: impl Future<Output = Result<T, GreetError>>) -> Result<T, GreetError> {
@@ -101,7 +95,7 @@ impl Shared {
     }
 }
 
-async fn read_hello(reader: &mut ReadHalf, buffer: &mut BytesMut) -> Result<Hello, GreetError> {
+async fn read_hello(socket: &Socket, buffer: &mut BytesMut) -> Result<Hello, GreetError> {
     loop {
         match decode(buffer, &Limits::GREETING).map_err(GreetError::Wire)? {
             Decoded::Frame(Frame::Hello(hello)) => return Ok(hello),
@@ -109,7 +103,7 @@ async fn read_hello(reader: &mut ReadHalf, buffer: &mut BytesMut) -> Result<Hell
             Decoded::Frame(Frame::Message(_)) => return Err(GreetError::Wire(WireError::MessageBeforeHello)),
             Decoded::Need(_) => {
                 buffer.reserve(256);
-                if reader.read_buf(buffer).await? == 0 {
+                if socket.read_buf(buffer).await? == 0 {
                     return Err(GreetError::Io(io::ErrorKind::UnexpectedEof.into()));
                 }
             }
@@ -117,28 +111,30 @@ async fn read_hello(reader: &mut ReadHalf, buffer: &mut BytesMut) -> Result<Hell
     }
 }
 
-async fn write_all(writer: &WriteHalf, mut bytes: BytesMut) -> io::Result<()> {
+async fn write_all(socket: &Socket, mut bytes: BytesMut) -> io::Result<()> {
     while !bytes.is_empty() {
-        writer.writable().await?;
-        match writer.try_write_vectored(&[IoSlice::new(&bytes)]) {
-            Ok(n) => bytes.advance(n),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(e),
-        }
+        let write = || socket.try_write(&[IoSlice::new(&bytes)]);
+        let n = match write() {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => socket.room()?.write(write).await?,
+            other => other?,
+        };
+        bytes.advance(n);
     }
     Ok(())
 }
 
 /// Says why, and lets the peer read it: a socket that is closed with unread bytes in it is reset, and
 /// what it had sent is lost.
-async fn farewell(reader: &mut ReadHalf, writer: &WriteHalf, reject: &Reject) {
+async fn farewell(socket: &Socket, reject: &Reject) {
     let mut bytes = BytesMut::new();
     encode_reject(reject, &mut bytes);
     let said = async {
-        write_all(writer, bytes).await?;
-        writer.shutdown(Shutdown::Write);
-        let mut rest = [0; 1024];
-        while reader.read(&mut rest).await? > 0 {}
+        write_all(socket, bytes).await?;
+        socket.shutdown(Shutdown::Write);
+        let mut rest = BytesMut::with_capacity(1024);
+        while socket.read_buf(&mut rest).await? > 0 {
+            rest.clear();
+        }
         Ok::<(), io::Error>(())
     };
     // Whether it was read is the peer's affair.

@@ -1,7 +1,7 @@
 //! Listening: bind early (a taken address is an error at the start), accept when the core is ready.
 
-use super::{Address, Shared, socket};
-use socket::{ReadHalf, WriteHalf};
+use super::socket::Socket;
+use super::{Address, Shared};
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -38,7 +38,7 @@ pub enum ListenError {
     },
 }
 
-enum Socket {
+enum Bound {
     Tcp(TcpListener),
     Unix(UnixListener, PathBuf),
 }
@@ -47,7 +47,7 @@ enum Socket {
 /// ends the listening and removes the socket's file.
 pub struct Listener {
     shared: Rc<Shared>,
-    socket: Option<Socket>,
+    socket: Option<Bound>,
     address: Address,
     path: Option<PathBuf>,
     task: Option<JoinHandle<()>>,
@@ -93,13 +93,13 @@ pub(super) async fn bind(shared: Rc<Shared>, address: &Address) -> Result<Listen
         Address::Tcp(text) => {
             let listener = TcpListener::bind(text.as_str()).await.map_err(failed)?;
             let bound = listener.local_addr().map_err(failed)?.to_string();
-            let (socket, address) = (Some(Socket::Tcp(listener)), Address::Tcp(bound));
+            let (socket, address) = (Some(Bound::Tcp(listener)), Address::Tcp(bound));
             Ok(Listener { shared, socket, address, path: None, task: None })
         }
         Address::Unix(path) => {
             remove_stale(path, address).await?;
             let listener = UnixListener::bind(path).map_err(failed)?;
-            let (socket, path) = (Some(Socket::Unix(listener, path.clone())), Some(path.clone()));
+            let (socket, path) = (Some(Bound::Unix(listener, path.clone())), Some(path.clone()));
             Ok(Listener { shared, socket, address: address.clone(), path, task: None })
         }
     }
@@ -121,14 +121,14 @@ async fn remove_stale(path: &Path, address: &Address) -> Result<(), ListenError>
     }
 }
 
-async fn accept_all(shared: Rc<Shared>, socket: Socket) {
+async fn accept_all(shared: Rc<Shared>, socket: Bound) {
     loop {
         match accept_one(&socket).await {
             // Beyond this bound nobody is even told: it is somebody who opens and says nothing.
             Ok(_) if shared.greeting.get() >= shared.bounds.greeting_max => {}
-            Ok((halves, address)) => {
+            Ok((socket, address)) => {
                 shared.greeting.set(shared.greeting.get() + 1);
-                tokio::task::spawn_local(receive(shared.clone(), halves, address));
+                tokio::task::spawn_local(receive(shared.clone(), socket, address));
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot take a connection; trying again");
@@ -138,21 +138,21 @@ async fn accept_all(shared: Rc<Shared>, socket: Socket) {
     }
 }
 
-async fn accept_one(socket: &Socket) -> io::Result<((ReadHalf, WriteHalf), String)> {
-    match socket {
-        Socket::Tcp(listener) => {
+async fn accept_one(bound: &Bound) -> io::Result<(Socket, String)> {
+    match bound {
+        Bound::Tcp(listener) => {
             let (stream, address) = listener.accept().await?;
-            Ok((socket::split_tcp(stream), address.to_string()))
+            Ok((Socket::from_tcp(stream)?, address.to_string()))
         }
-        Socket::Unix(listener, path) => {
+        Bound::Unix(listener, path) => {
             let (stream, _) = listener.accept().await?;
-            Ok((socket::split_unix(stream), format!("unix:{}", path.display())))
+            Ok((Socket::from_unix(stream)?, format!("unix:{}", path.display())))
         }
     }
 }
 
-async fn receive(shared: Rc<Shared>, halves: (ReadHalf, WriteHalf), address: String) {
-    let greeted = shared.greet_as_listener(halves, address.clone()).await;
+async fn receive(shared: Rc<Shared>, socket: Socket, address: String) {
+    let greeted = shared.greet_as_listener(socket, address.clone()).await;
     shared.greeting.set(shared.greeting.get() - 1);
     match greeted {
         Ok(greeted) => {

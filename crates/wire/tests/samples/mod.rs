@@ -112,7 +112,9 @@ pub fn samples() -> Vec<Message> {
             window: 1024,
             full: false,
         }),
-        Body::Watermarks(Watermarks { slots: vec![] }),
+        Body::Watermarks(Watermarks {
+            slots: vec![SlotWatermark { slot: slot(), term: 12, watermark: version(12, 6), lowest: version(10, 4) }],
+        }),
         Body::Promise(Promise { slots: vec![(slot(), 12)] }),
         Body::Promised(Promised { slots: vec![(slot(), 12, version(10, 4))], window: 512, full: true }),
         Body::List(List { slot: slot(), term: 12, above: version(10, 4), after: Some(element()) }),
