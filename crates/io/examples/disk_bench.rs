@@ -8,6 +8,7 @@
 //!     KIND: uring | uring-each | threads
 //! disk_bench read FILE KIND DEPTH BYTES SECONDS         random reads through the engine
 //! disk_bench extend FILE KIND DEPTH DATA_BYTES SECONDS  pairs while the file grows all the time
+//! disk_bench pmap FILE KIND 1 CHANGES SECONDS           commits of CHANGES random rows of 200 bytes
 //! ```
 //!
 //! FILE is made (1 GiB, written) if it does not exist. CPU is counted twice: of this process with its
@@ -18,7 +19,7 @@
 
 use bytes::Bytes;
 use io_uring::{IoUring, opcode, squeue::Flags, types};
-use petal::store::{DiskCommand, DiskResult};
+use petal::store::{DiskCommand, DiskResult, Table};
 use petal_io::disk::{
     BufferPool, DirectIo, Durability, Engine, EngineDisk, EngineKind, EngineOptions, Format, format_disk, open_disk,
 };
@@ -31,7 +32,8 @@ use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 1 << 30;
-const JOURNAL: std::ops::Range<u64> = 16 * MIB..80 * MIB;
+const PMAP: std::ops::Range<u64> = 2 * MIB..256 * MIB;
+const JOURNAL: std::ops::Range<u64> = 256 * MIB..320 * MIB;
 
 struct Arguments {
     path: String,
@@ -61,6 +63,7 @@ fn main() {
         "engine" => engine(&arguments, false, false),
         "read" => engine(&arguments, true, false),
         "extend" => engine(&arguments, false, true),
+        "pmap" => pmap(&arguments),
         other => panic!("no command {other}"),
     };
     latencies.sort();
@@ -70,17 +73,12 @@ fn main() {
     println!("  p50 {:6.0} us  p99 {:6.0} us", percentile(50), percentile(99));
 }
 
+#[allow(clippy::single_range_in_vec_init, reason = "one range is what is meant")]
 fn make_disk(path: &Path) {
     if !path.exists() {
         let all = [0..SIZE];
-        let format = Format {
-            size: SIZE,
-            zeroed: &all,
-            pmap: 2 * MIB..16 * MIB,
-            writes: &[],
-            force: false,
-            direct: DirectIo::WherePossible,
-        };
+        let format =
+            Format { size: SIZE, zeroed: &all, pmap: PMAP, writes: &[], force: false, direct: DirectIo::WherePossible };
         format_disk(path, &format).expect("a new disk");
     }
 }
@@ -206,7 +204,7 @@ fn engine(arguments: &Arguments, read: bool, extend: bool) -> Vec<Duration> {
         other => panic!("no engine {other}"),
     };
     let found = open_disk(Path::new(&arguments.path), DirectIo::WherePossible).expect("the disk");
-    let disk = EngineDisk { file: found.file, pmap: 2 * MIB..16 * MIB };
+    let disk = EngineDisk { file: found.file, pmap: PMAP };
     let options = EngineOptions { kind, durability, ..EngineOptions::default() };
     let mut engine = Engine::start(vec![disk], &options).expect("the engine");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
@@ -265,6 +263,35 @@ fn engine(arguments: &Arguments, read: bool, extend: bool) -> Vec<Duration> {
         println!("grew by {} MiB in {:?}", (frontier - SIZE) / MIB, start.elapsed());
         std::fs::OpenOptions::new().write(true).open(&arguments.path).and_then(|f| f.set_len(SIZE)).expect("shrunk");
     }
+    latencies
+}
+
+fn pmap(arguments: &Arguments) -> Vec<Duration> {
+    let found = open_disk(Path::new(&arguments.path), DirectIo::WherePossible).expect("the disk");
+    let disk = EngineDisk { file: found.file, pmap: PMAP };
+    let mut engine = Engine::start(vec![disk], &EngineOptions::default()).expect("the engine");
+    let (mut random, start, mut latencies) = (stdx::Prng::new(1), Instant::now(), Vec::new());
+    let (mut answers, mut gets) = (Vec::new(), Vec::new());
+    let key = |random: &mut stdx::Prng| Bytes::from(random.below(100_000).to_be_bytes().to_vec());
+    let mut run = |command| {
+        let begun = Instant::now();
+        engine.submit(0, 1, command);
+        while answers.is_empty() {
+            engine.wait();
+            engine.completions(&mut answers);
+        }
+        let (_, _, result) = answers.remove(0);
+        assert!(matches!(result, DiskResult::PmapCommitted(Ok(())) | DiskResult::PmapValue(Ok(_))), "{result:?}");
+        begun.elapsed()
+    };
+    while start.elapsed() < arguments.time {
+        let value = Bytes::from(vec![7; 200]);
+        let changes = (0..arguments.bytes).map(|_| (Table::Rows, key(&mut random), Some(value.clone()))).collect();
+        latencies.push(run(DiskCommand::PmapCommit { changes }));
+        gets.push(run(DiskCommand::PmapGet { table: Table::Rows, key: key(&mut random) }));
+    }
+    gets.sort();
+    println!("get beside it: p50 {:?} p99 {:?}", gets[gets.len() / 2], gets[gets.len() * 99 / 100]);
     latencies
 }
 
