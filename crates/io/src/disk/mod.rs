@@ -67,7 +67,7 @@ pub enum Durability {
     Best,
     /// Plain writes, then one sync for all that have ended.
     Grouped,
-    /// Each write with RWF_DSYNC.
+    /// Each write with RWF_DSYNC (io_uring only; threads always group).
     PerWrite,
 }
 
@@ -89,10 +89,11 @@ impl Default for EngineOptions {
 }
 
 impl EngineOptions {
-    /// The defaults, changed by `PETAL_DISK_ENGINE` (`uring` or `threads`).
+    /// The defaults, changed by `PETAL_DISK_ENGINE` (`uring` or `threads`) and `PETAL_DISK_DURABILITY`
+    /// (`grouped` or `each`).
     ///
     /// # Errors
-    /// The variable has another value.
+    /// A variable has another value.
     pub fn from_environment() -> Result<EngineOptions, String> {
         let kind = match std::env::var("PETAL_DISK_ENGINE").as_deref() {
             Err(_) | Ok("" | "best") => EngineKind::Best,
@@ -100,7 +101,13 @@ impl EngineOptions {
             Ok("threads") => EngineKind::Threads,
             Ok(other) => return Err(format!("PETAL_DISK_ENGINE is '{other}': use best, uring or threads")),
         };
-        Ok(EngineOptions { kind, ..EngineOptions::default() })
+        let durability = match std::env::var("PETAL_DISK_DURABILITY").as_deref() {
+            Err(_) | Ok("" | "best") => Durability::Best,
+            Ok("grouped") => Durability::Grouped,
+            Ok("each") => Durability::PerWrite,
+            Ok(other) => return Err(format!("PETAL_DISK_DURABILITY is '{other}': use best, grouped or each")),
+        };
+        Ok(EngineOptions { kind, durability, ..EngineOptions::default() })
     }
 }
 

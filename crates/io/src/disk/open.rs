@@ -466,6 +466,7 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
+    #[allow(clippy::single_range_in_vec_init, reason = "one range is what is meant")]
     fn format<'a>(writes: &'a [(u64, Bytes)]) -> Format<'a> {
         Format {
             size: 64 * MIB,

@@ -4,6 +4,7 @@ use super::*;
 use bytes::Bytes;
 use petal::store::{DiskResult, Table};
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::Path;
 use stdx::Prng;
 
@@ -328,4 +329,78 @@ fn the_reactor_is_woken_for_answers_of_the_ring_and_of_threads() {
 fn the_best_engine_starts_anywhere() {
     let bench = Bench::new(1, &EngineOptions::default(), DirectIo::WherePossible);
     assert!(["io_uring", "threads"].contains(&bench.engine.name()));
+}
+
+/// Needs a block device that may be overwritten: `PETAL_TEST_DEVICE=/dev/loop7` (64 MiB or more).
+#[test]
+#[ignore = "needs a block device"]
+fn a_raw_device_is_formatted_locked_and_used() {
+    let path = std::path::PathBuf::from(std::env::var("PETAL_TEST_DEVICE").expect("PETAL_TEST_DEVICE"));
+    let size = 64 * MIB;
+    let format = |size, force| Format {
+        size,
+        zeroed: &[0..MIB, DATA..DATA + MIB],
+        pmap: PMAP,
+        writes: &[],
+        force,
+        direct: DirectIo::WherePossible,
+    };
+    let too_large = format_disk(&path, &format(1 << 50, true)).unwrap_err();
+    assert!(matches!(too_large, OpenError::TooSmall { .. }), "{too_large}");
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().write_all(b"a file system").unwrap();
+    let has_data = format_disk(&path, &format(size, false)).unwrap_err();
+    assert!(matches!(has_data, OpenError::HasData { .. }), "{has_data}");
+    format_disk(&path, &format(size, true)).unwrap();
+    all_engines(|options| {
+        let found = open_disk(&path, DirectIo::WherePossible).unwrap();
+        assert!(found.length >= size && found.file.medium() == Medium::Device && found.file.is_direct());
+        let capacity = found.length;
+        drop(found);
+        let engine = Bench::start(std::slice::from_ref(&path), &options, DirectIo::WherePossible);
+        let error = open_disk(&path, DirectIo::WherePossible).unwrap_err();
+        assert!(matches!(error, OpenError::InUse { .. }), "{error}");
+        let paths = vec![path.clone()];
+        let mut bench = Bench { engine, paths, next_op: 0, _directory: tempfile::tempdir().unwrap() };
+        assert_eq!(bench.run(0, write(DATA, vec![Bytes::from(vec![5; 8192])])), DiskResult::Written(Ok(())));
+        assert_eq!(bench.read(DATA, 8192), vec![5; 8192]);
+        assert_eq!(bench.read(capacity - 4096, 8192)[4096..], [0; 4096], "behind the end of the device");
+        assert_eq!(bench.run(0, DiskCommand::Extend { to: capacity }), DiskResult::Extended(Ok(())));
+        let beyond = bench.run(0, DiskCommand::Extend { to: capacity + MIB });
+        assert!(matches!(beyond, DiskResult::Extended(Err(DiskError::HostFull(_)))), "{beyond:?}");
+        let changes = vec![(Table::Meta, Bytes::from_static(b"k"), Some(Bytes::from_static(b"v")))];
+        assert_eq!(bench.run(0, DiskCommand::PmapCommit { changes }), DiskResult::PmapCommitted(Ok(())));
+    });
+}
+
+/// Needs a directory on a small file system (64 MiB) of its own: `PETAL_TEST_SMALL_FS=/mnt/small`.
+#[test]
+#[ignore = "needs a small file system"]
+fn a_full_file_system_is_host_full_for_every_command() {
+    let directory = std::path::PathBuf::from(std::env::var("PETAL_TEST_SMALL_FS").expect("PETAL_TEST_SMALL_FS"));
+    all_engines(|options| {
+        let path = directory.join("disk");
+        let _ = std::fs::remove_file(&path);
+        format(&path);
+        let engine = Bench::start(std::slice::from_ref(&path), &options, DirectIo::WherePossible);
+        let paths = vec![path.clone()];
+        let mut bench = Bench { engine, paths, next_op: 0, _directory: tempfile::tempdir().unwrap() };
+        let length = std::fs::metadata(&path).unwrap().len();
+        let full = bench.run(0, DiskCommand::Extend { to: 1 << 30 });
+        assert!(matches!(full, DiskResult::Extended(Err(DiskError::HostFull(_)))), "{full:?}");
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), length);
+        let full = bench.run(0, write(20 * MIB, vec![Bytes::from(vec![1; 100 << 20])]));
+        assert!(matches!(full, DiskResult::Written(Err(DiskError::HostFull(_)))), "{full:?}");
+        assert_eq!(bench.read(DATA, 4096), vec![0; 4096]);
+    });
+    let format = Format {
+        size: 1 << 30,
+        zeroed: &[0..MIB, DATA..DATA + (1 << 30)],
+        pmap: PMAP,
+        writes: &[],
+        force: true,
+        direct: DirectIo::WherePossible,
+    };
+    let error = format_disk(&directory.join("second"), &format).unwrap_err();
+    assert!(matches!(error, OpenError::HostFull { .. }), "{error}");
+    assert!(!directory.join("second").exists());
 }
