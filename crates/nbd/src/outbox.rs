@@ -92,11 +92,7 @@ impl Outbox {
         Poll::Ready(Ok(()))
     }
 
-    fn poll_send_some<S: AsyncWrite + Unpin>(
-        &self,
-        cx: &mut Context<'_>,
-        stream: &mut S,
-    ) -> Poll<io::Result<usize>> {
+    fn poll_send_some<S: AsyncWrite + Unpin>(&self, cx: &mut Context<'_>, stream: &mut S) -> Poll<io::Result<usize>> {
         let mut slices = [IoSlice::new(&[]); SLICES_MAX];
         let mut text = &self.text[self.text_sent..];
         let mut count = 0;

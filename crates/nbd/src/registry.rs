@@ -57,9 +57,7 @@ impl<X: Exports> Registry<X> {
             .entries
             .borrow_mut()
             .entry(name.to_owned())
-            .or_insert_with(|| {
-                Rc::new(Entry { name: name.to_owned(), users: Cell::new(0), export: Mutex::new(None) })
-            })
+            .or_insert_with(|| Rc::new(Entry { name: name.to_owned(), users: Cell::new(0), export: Mutex::new(None) }))
             .clone();
         entry.users.set(entry.users.get() + 1);
         let lease = Lease { entry: entry.clone(), entries: self.entries.clone() };
