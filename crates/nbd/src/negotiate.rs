@@ -337,7 +337,7 @@ impl<'a, X: Exports, S: AsyncRead + AsyncWrite + Unpin> Negotiation<'a, X, S> {
             Err(e) => return self.open_error(option, &e),
         };
         let matches = |query: &&[u8]| *query == CONTEXT_NAME.as_bytes() || (!set && *query == b"base:");
-        if queries.iter().any(|q| matches(q)) || (!set && queries.is_empty()) {
+        if queries.iter().any(matches) || (!set && queries.is_empty()) {
             let id = if set { CONTEXT_ID } else { 0 };
             self.reply(option, rep::META_CONTEXT, &[&id.to_be_bytes(), CONTEXT_NAME.as_bytes()]);
             if set {

@@ -22,6 +22,9 @@ use tokio::task::JoinSet;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// TCP: a peer whose machine is gone is noticed after about this time (three probes).
 const KEEPALIVE: Duration = Duration::from_secs(20);
+/// Unix sockets: a reply of 1 MiB leaves in half as many system calls as with the kernel's default
+/// (measured: 230 instead of 270 microseconds of CPU, client included). A limit, not memory in use.
+const UNIX_SEND_BUFFER: usize = 512 << 10;
 
 /// Bounds and names.
 #[derive(Clone, Debug)]
@@ -245,7 +248,8 @@ impl<X: Exports> Server<X> {
         tasks.shutdown().await;
     }
 
-    /// Serves one stream that somebody else accepted; returns when it has ended.
+    /// Serves one stream that somebody else accepted; returns when it has ended. The caller waits for it
+    /// before [`Server::shutdown`] may return.
     pub async fn serve_stream<S: AsyncRead + AsyncWrite + Unpin>(&self, mut stream: S) {
         let Inner { shared, registry, .. } = &*self.0;
         let _counted = Counted::new(&shared.connections, None);
@@ -301,6 +305,8 @@ impl<X: Exports> Server<X> {
                 tasks.spawn_local(async move { server.serve_stream(stream).await });
             }
             Stream::Unix(stream) => {
+                // The kernel cuts this to its own maximum, and that is no error.
+                let _ = socket2::SockRef::from(&stream).set_send_buffer_size(UNIX_SEND_BUFFER);
                 tasks.spawn_local(async move { server.serve_stream(stream).await });
             }
         }
