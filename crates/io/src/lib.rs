@@ -9,11 +9,13 @@
 //! * [`engine`]: the interface to disks;
 //! * `disk`: the engines themselves;
 //! * [`server`]: drives `petal::server::Server`;
-//! * `client`: drives `petal::client::Client`.
+//! * `client`: drives `petal::client::Client`;
+//! * [`loop_device`]: the ioctls of loop devices, for `petal-fuse`.
 
 pub mod clock;
 pub mod disk;
 pub mod engine;
+pub mod loop_device;
 pub mod server;
 pub mod transport;
 
