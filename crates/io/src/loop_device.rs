@@ -105,6 +105,11 @@ impl LoopDevice {
         Some(PathBuf::from(text.trim_end()))
     }
 
+    /// True if it is mounted, or claimed by another program.
+    pub fn is_in_use(&self) -> bool {
+        self.claim().is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY))
+    }
+
     /// Tells the device that the file has grown or shrunk.
     pub fn refresh_size(&self) -> io::Result<()> {
         let device = File::open(&self.path)?;
