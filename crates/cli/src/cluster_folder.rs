@@ -117,9 +117,8 @@ impl ClusterFolder {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(e).with_context(|| format!("cannot read {}", path.display())),
         };
-        let file = toml::from_str(&text).with_context(|| {
-            format!("{} is damaged, or of a newer petal; restore it from a backup", path.display())
-        })?;
+        let file = toml::from_str(&text)
+            .with_context(|| format!("{} is damaged, or of a newer petal; restore it from a backup", path.display()))?;
         Ok(Some(file))
     }
 

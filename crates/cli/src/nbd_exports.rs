@@ -89,16 +89,17 @@ impl Export for DiskExport {
         self.disk.write(offset, data).await.map_err(refused)
     }
     async fn zero(&self, offset: u64, length: u64, _how: Zeroing) -> Result<(), ExportError> {
-        self.disk.zero(offset, length, false).await.map_err(refused)
+        self.disk.zero(offset, length).await.map_err(refused)
     }
     async fn trim(&self, offset: u64, length: u64, _fua: bool) -> Result<(), ExportError> {
-        self.disk.zero(offset, length, true).await.map_err(refused)
+        self.disk.discard(offset, length).await.map_err(refused)
     }
     async fn flush(&self) -> Result<(), ExportError> {
         Ok(())
     }
     async fn extents(&self, offset: u64, length: u64) -> Result<Vec<(u64, bool)>, ExportError> {
-        self.disk.extents(offset, length).await.map_err(refused)
+        let extents = self.disk.extents(offset, length).await.map_err(refused)?;
+        Ok(extents.into_iter().map(|e| (e.length, e.allocated)).collect())
     }
     async fn close(&self) {
         if let Err(error) = self.disk.detach().await {

@@ -1,6 +1,7 @@
 //! The config file of one server, `server.toml`. Flags of `petal server` add to it.
 //!
 //! ```toml
+//! server = 1                          # who the disks should say that it is; may be left out
 //! listen = ["0.0.0.0:7000"]           # where it accepts connections
 //! advertise = ["10.0.0.1:7000"]       # what it tells others; the same as listen if left out
 //! disks = ["/dev/sdb", "disk2"]       # all of them; relative paths are relative to this file
@@ -20,6 +21,9 @@ pub const CACHE_ELEMENTS_DEFAULT: usize = 65536;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ServerConfig {
+    /// Who it is; the disks must agree.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<u16>,
     /// Where it accepts connections: `unix:PATH` or `HOST:PORT`.
     #[serde(default)]
     pub listen: Vec<String>,
@@ -37,8 +41,8 @@ pub struct ServerConfig {
 impl ServerConfig {
     /// Reads a config file; its disks get absolute paths.
     pub fn read(path: &Path) -> Result<ServerConfig> {
-        let text = std::fs::read_to_string(path)
-            .with_context(|| format!("cannot read the config file {}", path.display()))?;
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("cannot read the config file {}", path.display()))?;
         let mut config: ServerConfig =
             toml::from_str(&text).with_context(|| format!("the config file {} makes no sense", path.display()))?;
         let folder = std::path::absolute(path)?.parent().map(Path::to_path_buf).unwrap_or_default();

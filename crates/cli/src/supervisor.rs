@@ -58,7 +58,12 @@ pub fn start(folder: &ClusterFolder, file: &ClusterFile, entry: &ServerEntry) ->
         let _ = std::fs::remove_file(socket);
     }
     let config_path = folder.server(server).join("server.toml");
-    let config = ServerConfig { listen: addresses, disks: folder.disks(file, server), ..ServerConfig::default() };
+    let config = ServerConfig {
+        server: Some(entry.id),
+        listen: addresses,
+        disks: folder.disks(file, server),
+        ..ServerConfig::default()
+    };
     config.write(&config_path)?;
     let log_path = folder.server(server).join("log");
     let log = Log::from_here(&log_path);
@@ -75,7 +80,11 @@ pub fn start(folder: &ClusterFolder, file: &ClusterFile, entry: &ServerEntry) ->
 }
 
 /// Starts every given server that does not run, all at one time, and waits until they serve.
-pub fn start_all(folder: &ClusterFolder, file: &ClusterFile, entries: &[ServerEntry]) -> Result<Vec<(ServerId, Child)>> {
+pub fn start_all(
+    folder: &ClusterFolder,
+    file: &ClusterFile,
+    entries: &[ServerEntry],
+) -> Result<Vec<(ServerId, Child)>> {
     let mut starting = Vec::new();
     for entry in entries {
         starting.extend(start(folder, file, entry)?);
@@ -97,7 +106,8 @@ pub fn stop(process: Option<ProcessFile>, what: &str) -> bool {
 
 /// Stops all servers; returns how many ran. All are asked before any is waited for.
 pub fn stop_all(folder: &ClusterFolder, file: &ClusterFile) -> usize {
-    let running: Vec<_> = file.servers.iter().filter_map(|e| Some((e.server(), process(folder, e.server())?))).collect();
+    let running: Vec<_> =
+        file.servers.iter().filter_map(|e| Some((e.server(), process(folder, e.server())?))).collect();
     running.iter().for_each(|(_, p)| p.signal(Signal::TERM));
     let count = running.len();
     for (server, process) in running {

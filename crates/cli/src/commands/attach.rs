@@ -71,7 +71,12 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
     let process_file = folder.join("pid");
     if let Some(process) = ProcessFile::alive_at(&process_file) {
         let device = process.text("device").unwrap_or("a device that is not ready yet");
-        bail!("{} is attached as {device} (pid {}); `petal detach {}` ends that", arguments.disk, process.pid, arguments.disk);
+        bail!(
+            "{} is attached as {device} (pid {}); `petal detach {}` ends that",
+            arguments.disk,
+            process.pid,
+            arguments.disk
+        );
     }
     remove_remains(&folder)?;
     std::fs::create_dir_all(folder.join("fuse")).with_context(|| format!("cannot make {}", folder.display()))?;
@@ -139,7 +144,7 @@ fn words(place: &Place, folder: &Path, arguments: &Arguments) -> Result<Vec<Stri
 async fn serve(place: &Place, folder: &Path, arguments: &Arguments) -> Result<()> {
     let mut process = ProcessFile::own();
     process.write(&folder.join("pid"))?;
-    let connection = Connection::open(place)?;
+    let connection = Connection::open(place).await?;
     let mode = if arguments.read_only { Attachment::ReadOnly } else { Attachment::Exclusive };
     let holder = holder::of_process("petal attach");
     let disk = connection.attach(&arguments.disk, mode, &holder, arguments.take_over).await?;
@@ -147,10 +152,8 @@ async fn serve(place: &Place, folder: &Path, arguments: &Arguments) -> Result<()
         .with_context(|| format!("cannot mount FUSE on {}", folder.join("fuse").display()))?;
     let serving = tokio::task::spawn_local(petal_fuse::serve(requests, Rc::new(ServedDisk(disk.clone()))));
 
-    let (fuse, options) = (folder.join("fuse"), AttachOptions {
-        block_size: arguments.block_size,
-        read_only: arguments.read_only,
-    });
+    let (fuse, options) =
+        (folder.join("fuse"), AttachOptions { block_size: arguments.block_size, read_only: arguments.read_only });
     let kernel_disk = tokio::task::spawn_blocking(move || KernelDisk::attach(mount, &fuse, options)).await?;
     let kernel_disk = match kernel_disk {
         Ok(kernel_disk) => kernel_disk,
@@ -200,7 +203,7 @@ impl BlockFile for ServedDisk {
         self.0.write(offset, data).await.map_err(|e| errno(&e))
     }
     async fn zero(&self, offset: u64, length: u64) -> Result<(), BlockError> {
-        self.0.zero(offset, length, false).await.map_err(|e| errno(&e))
+        self.0.zero(offset, length).await.map_err(|e| errno(&e))
     }
     async fn flush(&self) -> Result<(), BlockError> {
         // Acknowledged is stable.

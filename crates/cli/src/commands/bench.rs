@@ -53,7 +53,7 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
     ensure!(arguments.block > 0 && arguments.block <= 32 << 20, "requests have 1 byte to 32 MiB");
     let place = place.clone();
     connect::block_on(async move {
-        let connection = Connection::open(&place)?;
+        let connection = Connection::open(&place).await?;
         let mode = if arguments.write { Attachment::Exclusive } else { Attachment::ReadOnly };
         let disk = connection.attach(&arguments.disk, mode, &holder::of_process("petal bench"), false).await?;
         ensure!(disk.size() >= arguments.block, "{} is smaller than one request", arguments.disk);
@@ -141,7 +141,18 @@ fn report(arguments: &Arguments, (elapsed, latencies): (Duration, Histogram<u64>
             "latency_us": {"p50": at(0.5), "p90": at(0.9), "p99": at(0.99), "p999": at(0.999), "max": latencies.max()},
         }));
     }
-    println!("{iops:.0} {kind}s per second of {} ({}/s)", output::size(arguments.block), output::size(bytes_per_second as u64));
-    println!("latency in us: p50 {}, p90 {}, p99 {}, p99.9 {}, max {}", at(0.5), at(0.9), at(0.99), at(0.999), latencies.max());
+    println!(
+        "{iops:.0} {kind}s per second of {} ({}/s)",
+        output::size(arguments.block),
+        output::size(bytes_per_second as u64)
+    );
+    println!(
+        "latency in us: p50 {}, p90 {}, p99 {}, p99.9 {}, max {}",
+        at(0.5),
+        at(0.9),
+        at(0.99),
+        at(0.999),
+        latencies.max()
+    );
     Ok(())
 }

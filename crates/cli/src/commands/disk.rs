@@ -92,7 +92,7 @@ pub struct Format {
 pub fn run(place: &Place, command: Command) -> Result<()> {
     let place = place.clone();
     connect::block_on(async move {
-        let connection = Connection::open(&place)?;
+        let connection = Connection::open(&place).await?;
         match command {
             Command::Create { name, size, copies, stripe_unit, format } => {
                 let id = create(&connection, &name, size, copies, stripe_unit).await?;
@@ -224,7 +224,10 @@ async fn delete(connection: &Connection, name: &str, yes: bool) -> Result<()> {
     let state = connection.state().await?;
     let disk = find(&state, name)?;
     if !yes {
-        ensure!(std::io::stdin().is_terminal(), "this deletes '{name}' and its data for ever; say --yes if you mean it");
+        ensure!(
+            std::io::stdin().is_terminal(),
+            "this deletes '{name}' and its data for ever; say --yes if you mean it"
+        );
         print!("This deletes '{name}' ({}) and its data for ever. Type its name to go on: ", output::size(disk.size));
         std::io::stdout().flush()?;
         let mut line = String::new();

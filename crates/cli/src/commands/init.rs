@@ -59,7 +59,11 @@ pub struct OwnServer {
 /// Makes the cluster.
 pub fn run(arguments: Arguments) -> Result<()> {
     let ring = &arguments.ring;
-    ensure!(matches!(ring.len(), 1 | 3), "a ring has 1 or 3 servers at first, not {}; the others join later", ring.len());
+    ensure!(
+        matches!(ring.len(), 1 | 3),
+        "a ring has 1 or 3 servers at first, not {}; the others join later",
+        ring.len()
+    );
     let mut sorted = ring.clone();
     sorted.sort();
     sorted.dedup();
@@ -97,7 +101,8 @@ pub fn prepare(own: &OwnServer, genesis: &Genesis, server: ServerId, address: &s
     let absolute = |path: &PathBuf| std::path::absolute(path).with_context(|| format!("{} is no path", path.display()));
     let disks: Vec<PathBuf> = own.disks.iter().map(absolute).collect::<Result<_>>()?;
     disk_files::format(&disks, own.disk_size, genesis, server, own.force)?;
-    let config = ServerConfig { listen: vec![address.into()], disks, ..ServerConfig::default() };
+    let config =
+        ServerConfig { server: Some(server.0), listen: vec![address.into()], disks, ..ServerConfig::default() };
     std::fs::create_dir_all(config_path.parent().unwrap_or(Path::new(".")))?;
     config.write(&config_path)?;
     Ok(config_path)

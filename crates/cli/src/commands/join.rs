@@ -53,10 +53,10 @@ fn make_known(genesis: &Genesis, address: &str) -> Result<ServerId> {
     // The same token after a failure gives the same server.
     let token = disk_files::join_token(genesis.cluster, &addresses);
     let command = Command::AddServer { addresses, token };
-    let what = format!("{address} is none of the ring's addresses ({}), so the cluster must run to take it", ring.join(", "));
-    let outcome = connect::block_on(async move {
-        Connection::open(&Place::Addresses(ring))?.execute(command).await
-    });
+    let what =
+        format!("{address} is none of the ring's addresses ({}), so the cluster must run to take it", ring.join(", "));
+    let outcome =
+        connect::block_on(async move { Connection::open(&Place::Addresses(ring)).await?.execute(command).await });
     match outcome.context(what)? {
         Outcome::Server(server) => Ok(server),
         other => bail!("the cluster answered {other:?} to the new server"),

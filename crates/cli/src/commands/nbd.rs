@@ -44,7 +44,7 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
     );
     let place = place.clone();
     connect::block_on(async move {
-        let connection = Connection::open(&place)?;
+        let connection = Connection::open(&place).await?;
         // A wrong name is an error now, not at the first client.
         let state = connection.state().await?;
         for name in &arguments.disks {
@@ -95,8 +95,7 @@ impl Front {
     pub async fn listen_tcp(&mut self, address: &str) -> Result<()> {
         let resolved = tokio::net::lookup_host(address).await.with_context(|| format!("'{address}' is no address"))?;
         let resolved = resolved.into_iter().next().with_context(|| format!("'{address}' leads nowhere"))?;
-        let listener =
-            Listener::bind_tcp(resolved).await.with_context(|| format!("cannot serve NBD on {address}"))?;
+        let listener = Listener::bind_tcp(resolved).await.with_context(|| format!("cannot serve NBD on {address}"))?;
         self.listeners.push(listener);
         Ok(())
     }

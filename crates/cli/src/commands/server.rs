@@ -4,6 +4,7 @@ use crate::processes::ProcessFile;
 use crate::server_config::{CACHE_ELEMENTS_DEFAULT, ServerConfig};
 use crate::{connect, disk_files};
 use anyhow::{Result, bail};
+use petal::ids::ServerId;
 use petal::server::{Server, ServerConfig as CoreConfig};
 use petal::store::StoreConfig;
 use petal_io::server::{Ended, ServerShell, ShellConfig};
@@ -67,7 +68,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
 
 async fn serve(config: ServerConfig, on_ready: Box<dyn FnOnce()>) -> Result<()> {
     petal_io::raise_file_limit();
-    let (open, engine) = disk_files::open(&config.disks)?;
+    let (open, engine) = disk_files::open(&config.disks, config.server.map(ServerId))?;
     let core = CoreConfig {
         addresses: config.addresses().to_vec(),
         store: StoreConfig { cache_elements: config.cache_elements.unwrap_or(CACHE_ELEMENTS_DEFAULT) },

@@ -62,7 +62,7 @@ struct ServerReport {
 }
 
 async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report> {
-    let connection = Connection::open(place)?;
+    let connection = Connection::open(place).await?;
     let state = connection.state().await?;
     let pids: BTreeMap<ServerId, u32> = match folder {
         Some(folder) => {
@@ -153,7 +153,14 @@ impl Report {
                 server.id.to_string(),
                 server.state.into(),
                 server.pid.map_or("-".into(), |p| p.to_string()),
-                if server.leads { "leads" } else if server.ring { "member" } else { "learns" }.into(),
+                if server.leads {
+                    "leads"
+                } else if server.ring {
+                    "member"
+                } else {
+                    "learns"
+                }
+                .into(),
                 output::size(used),
                 output::size(capacity),
                 acting,

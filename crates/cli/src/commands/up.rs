@@ -202,7 +202,7 @@ async fn bring_up(folder: &ClusterFolder, arguments: &Arguments) -> Result<(Fron
     }
     let (ring, learners): (Vec<_>, Vec<_>) = file.servers.iter().cloned().partition(|s| s.ring);
     let mut children = start_without_blocking(folder, &file, ring).await?;
-    let connection = Connection::open(&Place::Folder(folder.path().into()))?;
+    let connection = Connection::open(&Place::Folder(folder.path().into())).await?;
     for learner in &learners {
         join_learner(folder, &file, learner, &connection).await?;
     }
@@ -248,7 +248,10 @@ async fn watch(mut children: Vec<(ServerId, Child)>) {
 fn make_cluster(folder: &ClusterFolder, arguments: &Arguments) -> Result<ClusterFile> {
     let servers = arguments.servers.unwrap_or(SERVERS_DEFAULT);
     let copies = arguments.copies.unwrap_or(if servers == 1 { 1 } else { 2 });
-    ensure!(u16::from(copies) <= servers, "{copies} copies need {copies} servers; ask for more servers or fewer copies");
+    ensure!(
+        u16::from(copies) <= servers,
+        "{copies} copies need {copies} servers; ask for more servers or fewer copies"
+    );
     let ring = if servers >= RING { RING } else { 1 };
     let entry = |(port, id): (u16, u16)| ServerEntry { id, ring: id <= ring, port };
     let port = arguments.nbd_port.unwrap_or(NBD_PORT_DEFAULT);
@@ -285,8 +288,7 @@ fn format(folder: &ClusterFolder, file: &ClusterFile, entry: &ServerEntry, genes
 
 /// Ports that were free a moment ago. They are remembered: servers know each other by them.
 fn free_ports(count: u16) -> Result<Vec<u16>> {
-    let listeners: std::io::Result<Vec<_>> =
-        (0..count).map(|_| std::net::TcpListener::bind("127.0.0.1:0")).collect();
+    let listeners: std::io::Result<Vec<_>> = (0..count).map(|_| std::net::TcpListener::bind("127.0.0.1:0")).collect();
     let listeners = listeners.context("cannot listen on 127.0.0.1")?;
     Ok(listeners.iter().filter_map(|l| l.local_addr().ok()).map(|a| a.port()).collect())
 }
@@ -310,7 +312,9 @@ async fn join_learner(
             let genesis = genesis(folder, file)?;
             format(folder, file, entry, &genesis)
         }
-        other => bail!("the cluster gave {other:?} to {}; this folder's cluster.toml is not of this cluster", entry.server()),
+        other => {
+            bail!("the cluster gave {other:?} to {}; this folder's cluster.toml is not of this cluster", entry.server())
+        }
     }
 }
 
@@ -333,8 +337,13 @@ async fn listen(
     process: &mut ProcessFile,
 ) -> Result<Front> {
     let socket = folder.nbd_socket()?;
-    let exports =
-        ClusterExports { connection, holder: holder::of_folder(folder), only: vec![], read_only: false, take_over: false };
+    let exports = ClusterExports {
+        connection,
+        holder: holder::of_folder(folder),
+        only: vec![],
+        read_only: false,
+        take_over: false,
+    };
     let mut front = Front::new(exports);
     front.listen_unix(&socket)?;
     process.details.insert("nbd_socket".into(), socket.display().to_string().into());
