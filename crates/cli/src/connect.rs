@@ -12,7 +12,7 @@ use petal::ids::{ElementKey, ServerId};
 use petal::limits::SETTLE_DEADLINE;
 use petal::message::{AdminRequest, AdminResponse, ServerStatus, VerifyPart};
 use petal_io::client::{Client, Config, ConnectError};
-pub use petal_io::client::{Disk, Extent};
+pub use petal_io::client::Disk;
 use std::time::Duration;
 
 /// How long to try to reach a first server.
