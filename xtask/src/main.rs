@@ -1,1 +1,48 @@
-fn main() {}
+//! Development tasks, so that no shell script has to be trusted: `cargo xtask test` is everything that
+//! CI runs; the others are its parts, and the benchmark.
+
+mod bench;
+mod cluster;
+mod e2e;
+mod packages;
+mod run;
+mod sim;
+mod test;
+mod tidy;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Development tasks of Petal", version)]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Everything that CI runs, cheapest first; ends with `N passed, N failed`
+    Test(test::Arguments),
+    /// Checks of the house: dependency directions, links, message table, file lengths, unsafe
+    Tidy,
+    /// The simulator, in release: whole clusters in one thread
+    Sim(sim::Arguments),
+    /// The speed of block jobs through NBD, beside the raw disk and other NBD servers
+    Bench(bench::Arguments),
+    /// Scenarios with real processes
+    E2e(e2e::Arguments),
+}
+
+fn main() {
+    let result = match Arguments::parse().task {
+        Task::Test(arguments) => test::run(arguments),
+        Task::Tidy => tidy::run(),
+        Task::Sim(arguments) => sim::run(arguments),
+        Task::Bench(arguments) => bench::run(arguments),
+        Task::E2e(arguments) => e2e::run(arguments),
+    };
+    if let Err(error) = result {
+        eprintln!("error: {error:#}");
+        std::process::exit(1);
+    }
+}

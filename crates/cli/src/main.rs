@@ -1,1 +1,106 @@
-fn main() {}
+//! The program `petal`: one file per subcommand, in `commands/`.
+//!
+//! Exit codes: 0 it was done, 1 it failed (the sentence on standard error says what happened, to which
+//! object, and what to do next), 2 the command line makes no sense.
+
+mod cluster_folder;
+mod commands;
+mod connect;
+mod disk_files;
+mod holder;
+mod nbd_exports;
+mod output;
+mod place;
+mod processes;
+mod server_config;
+mod supervisor;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Replicated virtual disks from the disks of several machines.
+#[derive(Parser)]
+#[command(name = "petal", version, max_term_width = 100, after_help = EXAMPLES)]
+struct Arguments {
+    /// The cluster: its folder, or HOST:PORT or unix:PATH of one of its servers (several with commas)
+    #[arg(long, global = true, env = "PETAL_CLUSTER", default_value = "./petal-data", value_name = "WHERE")]
+    cluster: place::Place,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  petal up                       a cluster of four servers in ./petal-data, and NBD in front of it
+  petal disk create db 100GiB    one more disk
+  petal status                   the whole cluster on one screen
+  petal attach vol0              vol0 as a kernel block device (root)";
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start a cluster on this machine, or what of it does not run
+    Up(commands::up::Arguments),
+    /// Stop everything that `up` started
+    Down(commands::down::Arguments),
+    /// Run one server (a real deployment has one per machine)
+    Server(commands::server::Arguments),
+    /// Make a cluster on its first machine; prints the token for `join`
+    Init(commands::init::Arguments),
+    /// Prepare another machine for a cluster
+    Join(commands::join::Arguments),
+    /// Create, list, resize, rename and delete virtual disks
+    #[command(subcommand)]
+    Disk(commands::disk::Command),
+    /// The whole cluster on one screen
+    Status(commands::status::Arguments),
+    /// Serve disks over NBD
+    Nbd(commands::nbd::Arguments),
+    /// A disk as a kernel block device (needs root)
+    Attach(commands::attach::Arguments),
+    /// End what `attach` began
+    Detach(commands::detach::Arguments),
+    /// Put a load on a disk and measure it
+    Bench(commands::bench::Arguments),
+    /// Check that replicas agree and that every block matches its checksum
+    Verify(commands::verify::Arguments),
+    /// Look into a server's disk file
+    #[command(subcommand)]
+    Inspect(commands::inspect::Command),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    start_logging(&arguments.command);
+    let place = arguments.cluster;
+    let result = match arguments.command {
+        Command::Up(arguments) => commands::up::run(&place, arguments),
+        Command::Down(arguments) => commands::down::run(&place, arguments),
+        Command::Server(arguments) => commands::server::run(arguments),
+        Command::Init(arguments) => commands::init::run(arguments),
+        Command::Join(arguments) => commands::join::run(arguments),
+        Command::Disk(command) => commands::disk::run(&place, command),
+        Command::Status(arguments) => commands::status::run(&place, arguments),
+        Command::Nbd(arguments) => commands::nbd::run(&place, arguments),
+        Command::Attach(arguments) => commands::attach::run(&place, arguments),
+        Command::Detach(arguments) => commands::detach::run(&place, arguments),
+        Command::Bench(arguments) => commands::bench::run(&place, arguments),
+        Command::Verify(arguments) => commands::verify::run(&place, arguments),
+        Command::Inspect(command) => commands::inspect::run(command),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Logs go to standard error. Processes that run for long tell more (`RUST_LOG` decides otherwise).
+fn start_logging(command: &Command) {
+    let long = matches!(command, Command::Server(_) | Command::Up(_) | Command::Nbd(_));
+    let default = if long { "info" } else { "warn" };
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| default.into());
+    let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(terminal).init();
+}

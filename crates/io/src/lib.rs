@@ -9,12 +9,14 @@
 //! * [`engine`]: the interface to disks;
 //! * `disk`: the engines themselves;
 //! * [`server`]: drives `petal::server::Server`;
-//! * [`client`]: drives `petal::client::Client`: the library that programs use.
+//! * [`client`]: drives `petal::client::Client`: the library that programs use;
+//! * [`loop_device`]: the ioctls of loop devices, for `petal-fuse`.
 
 pub mod client;
 pub mod clock;
 pub mod disk;
 pub mod engine;
+pub mod loop_device;
 pub mod server;
 pub mod transport;
 

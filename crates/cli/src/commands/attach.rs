@@ -1,0 +1,222 @@
+//! `petal attach`: a virtual disk as a kernel block device, through FUSE and a loop device.
+//!
+//! A process in the background serves the FUSE file for as long as the disk is attached:
+//!
+//! ```text
+//!   petal attach vol0 --starts--> petal attach vol0 --serve   one thread: runtime, client, FUSE's requests
+//!        waits until ready          |-- thread of fuser        reads /dev/fuse
+//!                                   +-- helper thread          sets the loop device up and takes it down
+//! ```
+//!
+//! It keeps its process file, its log and its mount in `attached/NAME/` of the cluster's folder, or of a
+//! folder for run-time files when the cluster was named by addresses.
+
+use crate::connect::{self, Connection, Disk};
+use crate::holder;
+use crate::output;
+use crate::place::Place;
+use crate::processes::{self, Log, ProcessFile};
+use anyhow::{Context, Result, bail, ensure};
+use bytes::Bytes;
+use petal::client::RequestError;
+use petal::global_state::Attachment;
+use petal::message::Refusal;
+use petal_fuse::{AttachError, AttachOptions, BlockError, BlockFile, KernelDisk};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+/// How long attaching may take.
+const READY_LIMIT: Duration = Duration::from_secs(30);
+
+/// `petal attach`
+#[derive(clap::Args, Clone)]
+#[command(after_help = "\
+Example:
+  petal attach vol0            prints /dev/loop0
+  mkfs.ext4 /dev/loop0 && mount /dev/loop0 /mnt
+  umount /mnt && petal detach vol0
+
+Needs root, /dev/fuse and /dev/loop-control; no kernel module of ours.")]
+pub struct Arguments {
+    /// The disk
+    disk: String,
+    /// Refuse writes
+    #[arg(long)]
+    read_only: bool,
+    /// End the session of whoever has the disk attached
+    #[arg(long)]
+    take_over: bool,
+    /// Logical block size of the device
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(512..=4096))]
+    block_size: u32,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// Be the process in the background, with its files in this folder
+    #[arg(long, hide = true)]
+    serve: Option<PathBuf>,
+}
+
+/// Attaches, or is the process that serves.
+pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
+    if let Some(folder) = arguments.serve.clone() {
+        let place = place.clone();
+        return connect::block_on(async move { serve(&place, &folder, &arguments).await });
+    }
+    ensure!(rustix::process::geteuid().is_root(), "a kernel block device needs root; NBD clients like qemu do without");
+    ensure!(arguments.block_size.is_power_of_two(), "the block size must be a power of two");
+    let folder = folder_of(place, &arguments.disk)?;
+    let process_file = folder.join("pid");
+    if let Some(process) = ProcessFile::alive_at(&process_file) {
+        let device = process.text("device").unwrap_or("a device that is not ready yet");
+        bail!(
+            "{} is attached as {device} (pid {}); `petal detach {}` ends that",
+            arguments.disk,
+            process.pid,
+            arguments.disk
+        );
+    }
+    remove_remains(&folder)?;
+    std::fs::create_dir_all(folder.join("fuse")).with_context(|| format!("cannot make {}", folder.display()))?;
+    let log_path = folder.join("log");
+    let log = Log::from_here(&log_path);
+    let started = processes::spawn_detached(&words(place, &folder, &arguments)?, &log_path)
+        .and_then(|mut child| processes::wait_until_ready(&mut child, &process_file, &log, READY_LIMIT));
+    let process = match started {
+        Ok(process) => process,
+        Err(error) => {
+            let _ = remove_remains(&folder);
+            return Err(error.context(format!("cannot attach {}", arguments.disk)));
+        }
+    };
+    let device = process.text("device").unwrap_or_default();
+    if arguments.json {
+        return output::print_json(&json!({"disk": arguments.disk, "device": device, "pid": process.pid}));
+    }
+    println!("{device}");
+    Ok(())
+}
+
+/// Where an attached disk's process keeps its files.
+pub fn folder_of(place: &Place, disk: &str) -> Result<PathBuf> {
+    // Names of disks have no slash and no dot in front (the cluster refuses them): safe as file names.
+    ensure!(!disk.is_empty() && !disk.contains('/') && !disk.starts_with('.'), "'{disk}' is not the name of a disk");
+    match place {
+        Place::Folder(_) => {
+            let folder = place.folder()?;
+            folder.read()?;
+            Ok(folder.attached(disk))
+        }
+        Place::Addresses(addresses) => {
+            let mark = stdx::checksum::crc32c(addresses.join(",").as_bytes());
+            Ok(Path::new("/run/petal").join(format!("{mark:08x}")).join(disk))
+        }
+    }
+}
+
+/// Takes down what a process left that died, and its folder.
+pub fn remove_remains(folder: &Path) -> Result<()> {
+    if !folder.exists() {
+        return Ok(());
+    }
+    let device = std::fs::read_to_string(folder.join("device")).ok();
+    petal_fuse::clean_up_remains(&folder.join("fuse"), device.as_deref().map(Path::new))?;
+    std::fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))
+}
+
+/// The command line of the process in the background.
+fn words(place: &Place, folder: &Path, arguments: &Arguments) -> Result<Vec<String>> {
+    let place = match place {
+        Place::Folder(_) => place.folder()?.path().display().to_string(),
+        Place::Addresses(addresses) => addresses.join(","),
+    };
+    let mut words = vec!["--cluster".into(), place, "attach".into(), arguments.disk.clone()];
+    words.extend(["--serve".into(), folder.display().to_string()]);
+    words.extend(["--block-size".into(), arguments.block_size.to_string()]);
+    words.extend(arguments.read_only.then(|| "--read-only".into()));
+    words.extend(arguments.take_over.then(|| "--take-over".into()));
+    Ok(words)
+}
+
+/// The life of the process that serves.
+async fn serve(place: &Place, folder: &Path, arguments: &Arguments) -> Result<()> {
+    let mut process = ProcessFile::own();
+    process.write(&folder.join("pid"))?;
+    let connection = Connection::open(place).await?;
+    let mode = if arguments.read_only { Attachment::ReadOnly } else { Attachment::Exclusive };
+    let holder = holder::of_process("petal attach");
+    let disk = connection.attach(&arguments.disk, mode, &holder, arguments.take_over).await?;
+    let (mount, requests) = petal_fuse::mount(&folder.join("fuse"), disk.size(), arguments.read_only)
+        .with_context(|| format!("cannot mount FUSE on {}", folder.join("fuse").display()))?;
+    let serving = tokio::task::spawn_local(petal_fuse::serve(requests, Rc::new(ServedDisk(disk.clone()))));
+
+    let (fuse, options) =
+        (folder.join("fuse"), AttachOptions { block_size: arguments.block_size, read_only: arguments.read_only });
+    let kernel_disk = tokio::task::spawn_blocking(move || KernelDisk::attach(mount, &fuse, options)).await?;
+    let kernel_disk = match kernel_disk {
+        Ok(kernel_disk) => kernel_disk,
+        Err(error) => {
+            let _ = disk.detach().await;
+            return Err(error.into());
+        }
+    };
+    let device = kernel_disk.device().display().to_string();
+    // For whoever finds only this folder.
+    std::fs::write(folder.join("device"), &device)?;
+    process.details.insert("device".into(), device.clone().into());
+    process.details.insert("disk".into(), arguments.disk.clone().into());
+    process.ready = true;
+    process.write(&folder.join("pid"))?;
+    tracing::info!("{} is {device}", arguments.disk);
+
+    until_detached(kernel_disk).await?;
+    serving.await?;
+    disk.detach().await?;
+    Ok(())
+}
+
+/// Takes the device down when a signal asks for it; one in use stays, and the next signal tries again.
+async fn until_detached(mut kernel_disk: KernelDisk) -> Result<()> {
+    loop {
+        connect::stop_signal().await?;
+        kernel_disk = match tokio::task::spawn_blocking(move || kernel_disk.detach()).await? {
+            Ok(()) => return Ok(()),
+            Err((kept, error @ AttachError::InUse { .. })) => {
+                tracing::warn!("{error}");
+                *kept
+            }
+            Err((_, error)) => return Err(error.into()),
+        };
+    }
+}
+
+/// The client library's disk as FUSE wants it.
+struct ServedDisk(Disk);
+
+impl BlockFile for ServedDisk {
+    async fn read(&self, offset: u64, length: u32) -> Result<Vec<Bytes>, BlockError> {
+        self.0.read(offset, length.into()).await.map_err(|e| errno(&e))
+    }
+    async fn write(&self, offset: u64, data: Bytes) -> Result<(), BlockError> {
+        self.0.write(offset, data).await.map_err(|e| errno(&e))
+    }
+    async fn zero(&self, offset: u64, length: u64) -> Result<(), BlockError> {
+        self.0.zero(offset, length).await.map_err(|e| errno(&e))
+    }
+    async fn flush(&self) -> Result<(), BlockError> {
+        // Acknowledged is stable.
+        Ok(())
+    }
+}
+
+fn errno(error: &RequestError) -> BlockError {
+    tracing::warn!("a request of the kernel failed: {error}");
+    match error {
+        RequestError::Refused(Refusal::NoSpace) => BlockError::NoSpace,
+        RequestError::Refused(Refusal::ReadOnly) => BlockError::ReadOnly,
+        RequestError::Refused(Refusal::BeyondEnd) => BlockError::BeyondEnd,
+        _ => BlockError::Io,
+    }
+}

@@ -1,0 +1,60 @@
+//! `petal detach`: ends what `petal attach` began.
+
+use super::attach;
+use crate::cluster_folder::ClusterFolder;
+use crate::place::Place;
+use crate::processes::ProcessFile;
+use anyhow::{Result, bail};
+use petal_io::loop_device::LoopDevice;
+use rustix::process::Signal;
+use std::path::Path;
+use std::time::Duration;
+
+/// How long writing back may take.
+const END_LIMIT: Duration = Duration::from_secs(120);
+
+/// `petal detach`
+#[derive(clap::Args)]
+#[command(after_help = "\
+Example:
+  umount /mnt && petal detach vol0")]
+pub struct Arguments {
+    /// The disk
+    disk: String,
+}
+
+/// Detaches.
+pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
+    detach_folder(&attach::folder_of(place, &arguments.disk)?, &arguments.disk)?;
+    println!("Detached {}.", arguments.disk);
+    Ok(())
+}
+
+/// Detaches a disk of a cluster folder.
+pub fn detach(folder: &ClusterFolder, disk: &str) -> Result<()> {
+    detach_folder(&folder.attached(disk), disk)
+}
+
+fn detach_folder(folder: &Path, disk: &str) -> Result<()> {
+    if !folder.exists() {
+        bail!("{disk} is not attached here");
+    }
+    if let Some(process) = ProcessFile::alive_at(&folder.join("pid")) {
+        if let Some(device) = process.text("device")
+            && is_in_use(Path::new(device))
+        {
+            bail!("{device} ({disk}) is in use (mounted, or open in another program); unmount it and try again");
+        }
+        process.signal(Signal::TERM);
+        if !process.wait_for_end(END_LIMIT) {
+            let log = folder.join("log");
+            bail!("{disk} is not detached after {} s; see {}", END_LIMIT.as_secs(), log.display());
+        }
+    }
+    attach::remove_remains(folder)
+}
+
+/// Asked before the process is told to end, so that the answer comes here and not into its log.
+fn is_in_use(device: &Path) -> bool {
+    LoopDevice::existing(device).is_in_use()
+}

@@ -1,0 +1,98 @@
+//! `petal server`: one server of a cluster. A real deployment runs one per machine.
+
+use crate::processes::ProcessFile;
+use crate::server_config::{CACHE_ELEMENTS_DEFAULT, ServerConfig};
+use crate::{connect, disk_files};
+use anyhow::{Result, bail};
+use petal::ids::ServerId;
+use petal::server::{Server, ServerConfig as CoreConfig};
+use petal::store::StoreConfig;
+use petal_io::server::{Ended, ServerShell, ShellConfig};
+use std::path::PathBuf;
+
+/// `petal server`
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  petal server --config /etc/petal/server.toml
+  petal server --listen 10.0.0.1:7000 --disk /dev/sdb --disk /dev/sdc
+
+The config file:
+  listen = [\"0.0.0.0:7000\"]
+  advertise = [\"10.0.0.1:7000\"]
+  disks = [\"/dev/sdb\", \"/dev/sdc\"]
+`petal init` and `petal join` format the disks and write it.")]
+pub struct Arguments {
+    /// The config file
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Accept connections here too: HOST:PORT or unix:PATH
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Vec<String>,
+    /// A disk, besides those of the config file
+    #[arg(long = "disk", value_name = "PATH")]
+    disks: Vec<PathBuf>,
+    /// Keep the pid, and whether the server serves, in this file
+    #[arg(long, value_name = "FILE")]
+    process_file: Option<PathBuf>,
+}
+
+/// Runs the server until it is told to stop.
+pub fn run(arguments: Arguments) -> Result<()> {
+    let mut config = match &arguments.config {
+        Some(path) => ServerConfig::read(path)?,
+        None => ServerConfig::default(),
+    };
+    config.listen.extend(arguments.listen);
+    config.disks.extend(arguments.disks);
+    config.check()?;
+    let mut process = ProcessFile::own();
+    if let Some(path) = &arguments.process_file {
+        process.write(path)?;
+    }
+    let process_file = arguments.process_file.clone();
+    let result = connect::block_on(async move {
+        let ready = move || {
+            process.ready = true;
+            if let Some(Err(error)) = process_file.map(|path| process.write(&path)) {
+                tracing::warn!("{error:#}");
+            }
+        };
+        serve(config, Box::new(ready)).await
+    });
+    if let Some(path) = &arguments.process_file {
+        let _ = std::fs::remove_file(path);
+    }
+    result
+}
+
+async fn serve(config: ServerConfig, on_ready: Box<dyn FnOnce()>) -> Result<()> {
+    petal_io::raise_file_limit();
+    let (open, engine) = disk_files::open(&config.disks, config.server.map(ServerId))?;
+    let core = CoreConfig {
+        addresses: config.addresses().to_vec(),
+        store: StoreConfig { cache_elements: config.cache_elements.unwrap_or(CACHE_ELEMENTS_DEFAULT) },
+    };
+    let server = Server::start(petal_io::clock::now(), core, open);
+    let id = server.id();
+    tracing::info!(server = %id, incarnation = %server.incarnation(), listen = ?config.listen, "starting");
+    let shell = ShellConfig {
+        cluster: server.cluster(),
+        server: id,
+        incarnation: server.incarnation(),
+        listen: config.listen,
+        bounds: Default::default(),
+        on_ready: Box::new(move || {
+            tracing::info!(server = %id, "ready");
+            on_ready();
+        }),
+    };
+    let shell = ServerShell::start(server, engine, shell).await?;
+    match shell.run(petal_io::server::terminated()).await {
+        Ended::Fatal(why) => bail!("server {id} cannot go on: {why}"),
+        ended => {
+            tracing::info!(server = %id, ?ended, "stopped");
+            Ok(())
+        }
+    }
+}

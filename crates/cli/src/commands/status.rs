@@ -1,0 +1,223 @@
+//! `petal status`: the whole cluster on one screen.
+
+use super::disk;
+use crate::cluster_folder::ClusterFolder;
+use crate::connect::{self, Connection};
+use crate::output;
+use crate::place::Place;
+use crate::processes::ProcessFile;
+use crate::supervisor;
+use anyhow::Result;
+use petal::global_state::State;
+use petal::ids::ServerId;
+use petal::message::ServerStatus;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// How long one server may take to tell of itself.
+const ANSWER_LIMIT: Duration = Duration::from_millis(1500);
+
+/// `petal status`
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  petal status
+  petal status --json | jq '.servers[] | select(.state != \"up\")'
+
+States of a server: up, starting (it runs and does not serve all of its slots yet), unreachable (it does
+not answer), down (its process does not run; only known for a cluster of `petal up`).")]
+pub struct Arguments {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Shows it.
+pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
+    let folder = match place {
+        Place::Folder(_) => Some(place.folder()?),
+        Place::Addresses(_) => None,
+    };
+    let place = place.clone();
+    let report = connect::block_on(async move { report(&place, folder.as_ref()).await })?;
+    if arguments.json { output::print_json(&report.json()) } else { report.print() }
+}
+
+/// Everything that is known.
+struct Report {
+    state: State,
+    servers: Vec<ServerReport>,
+    nbd: Value,
+}
+
+struct ServerReport {
+    id: ServerId,
+    addresses: Vec<String>,
+    pid: Option<u32>,
+    state: &'static str,
+    ring: bool,
+    leads: bool,
+    status: Option<ServerStatus>,
+}
+
+async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report> {
+    let connection = Connection::open(place).await?;
+    let state = connection.state().await?;
+    let pids: BTreeMap<ServerId, u32> = match folder {
+        Some(folder) => {
+            let servers = state.servers.keys();
+            servers.filter_map(|id| Some((*id, supervisor::process(folder, *id)?.pid))).collect()
+        }
+        None => BTreeMap::new(),
+    };
+    // All at one time: a server that is away must not add its wait to the others'.
+    let mut asked = tokio::task::JoinSet::new();
+    for id in state.servers.keys().copied() {
+        let local_and_down = folder.is_some() && !pids.contains_key(&id);
+        let connection = connection.clone();
+        asked.spawn_local(async move {
+            let status = if local_and_down { None } else { connection.server_status(id, ANSWER_LIMIT).await.ok() };
+            (id, status)
+        });
+    }
+    let mut statuses: BTreeMap<ServerId, Option<ServerStatus>> = BTreeMap::new();
+    while let Some(answer) = asked.join_next().await {
+        statuses.extend(answer);
+    }
+    let leader = statuses.values().flatten().max_by_key(|s| s.state_index).and_then(|s| s.ring_leader);
+    let server = |(id, known): (&ServerId, &petal::global_state::ServerState)| {
+        let status = statuses.get_mut(id).and_then(Option::take);
+        let pid = pids.get(id).copied();
+        ServerReport {
+            id: *id,
+            addresses: known.addresses.clone(),
+            pid,
+            state: state_word(folder.is_some(), pid, status.as_ref()),
+            ring: state.ring.members.iter().any(|m| m.server == *id),
+            leads: leader == Some(*id),
+            status,
+        }
+    };
+    let servers = state.servers.iter().map(server).collect();
+    Ok(Report { servers, nbd: nbd(folder), state })
+}
+
+fn state_word(local: bool, pid: Option<u32>, status: Option<&ServerStatus>) -> &'static str {
+    match status {
+        Some(status) if status.slots_acting.0 == status.slots_acting.1 => "up",
+        Some(_) => "starting",
+        None if local && pid.is_none() => "down",
+        None => "unreachable",
+    }
+}
+
+/// What the supervisor tells of its NBD server.
+fn nbd(folder: Option<&ClusterFolder>) -> Value {
+    let Some(process) = folder.and_then(|f| ProcessFile::alive_at(&f.supervisor())) else { return Value::Null };
+    json!({
+        "socket": process.text("nbd_socket"),
+        "tcp": process.text("nbd_tcp"),
+        "pid": process.pid,
+        "state": if process.ready { "up" } else { "starting" },
+    })
+}
+
+impl Report {
+    fn json(&self) -> Value {
+        let State { cluster, name, index, .. } = &self.state;
+        let disks: Vec<Value> = self.state.vdisks.values().map(|d| disk::describe(&self.state, d)).collect();
+        json!({
+            "cluster": cluster.to_string(),
+            "name": name,
+            "state_index": index,
+            "servers": self.servers.iter().map(ServerReport::json).collect::<Vec<_>>(),
+            "disks": disks,
+            "nbd": self.nbd,
+        })
+    }
+
+    fn print(&self) -> Result<()> {
+        let up = self.servers.iter().filter(|s| s.state == "up").count();
+        let State { name, index, .. } = &self.state;
+        println!("Cluster {name}: {up} of {} servers are up, state index {index}.", self.servers.len());
+        for server in self.servers.iter().filter(|s| s.state != "up") {
+            println!("  {} is {}: I/O that needs it waits until it is back.", server.id, server.state);
+        }
+        println!();
+        let mut table = output::table(&["server", "state", "pid", "ring", "used", "of", "slots", "address"]);
+        for server in &self.servers {
+            let (used, capacity) = server.space();
+            let acting = server.status.as_ref().map_or("-".into(), |s| s.slots_acting.0.to_string());
+            table.add_row([
+                server.id.to_string(),
+                server.state.into(),
+                server.pid.map_or("-".into(), |p| p.to_string()),
+                if server.leads {
+                    "leads"
+                } else if server.ring {
+                    "member"
+                } else {
+                    "learns"
+                }
+                .into(),
+                output::size(used),
+                output::size(capacity),
+                acting,
+                server.addresses.last().cloned().unwrap_or_default(),
+            ]);
+        }
+        output::right(&mut table, &[2, 4, 5, 6]);
+        output::print_table(&table);
+        for server in &self.servers {
+            let disks = server.status.iter().flat_map(|s| &s.disks);
+            for (path, error) in disks.filter_map(|d| Some((&d.path, d.error.as_ref()?))) {
+                println!("  {}: disk {path} does not work: {error}", server.id);
+            }
+        }
+        println!();
+        disk::print_disks(&self.state);
+        let places: Vec<&str> = ["socket", "tcp"].iter().filter_map(|key| self.nbd[key].as_str()).collect();
+        if !places.is_empty() {
+            println!("\nNBD on {}.", places.join(" and "));
+        }
+        Ok(())
+    }
+}
+
+impl ServerReport {
+    /// Bytes in use and bytes for data, over all disks.
+    fn space(&self) -> (u64, u64) {
+        let disks = self.status.iter().flat_map(|s| &s.disks);
+        disks.fold((0, 0), |(used, capacity), d| (used + d.used, capacity + d.capacity))
+    }
+
+    fn json(&self) -> Value {
+        let status = self.status.as_ref();
+        let disk = |d: &petal::message::DiskStatus| {
+            json!({
+                "id": d.disk.to_string(), "path": d.path, "capacity": d.capacity, "used": d.used,
+                "elements": d.elements, "error": d.error,
+            })
+        };
+        let counters = |s: &ServerStatus| -> serde_json::Map<String, Value> {
+            s.counters.iter().map(|(name, value)| (name.clone(), (*value).into())).collect()
+        };
+        json!({
+            "id": self.id.to_string(),
+            "address": self.addresses.first(),
+            "addresses": self.addresses,
+            "pid": self.pid,
+            "state": self.state,
+            "ring": self.ring,
+            "leads": self.leads,
+            "incarnation": status.map(|s| s.incarnation.0),
+            "state_index": status.map(|s| s.state_index),
+            "connected": status.map(|s| s.connected.iter().map(ToString::to_string).collect::<Vec<_>>()),
+            "slots_acting": status.map(|s| s.slots_acting.0),
+            "slots_served": status.map(|s| s.slots_acting.1),
+            "disks": status.map(|s| s.disks.iter().map(disk).collect::<Vec<_>>()),
+            "counters": status.map(counters),
+        })
+    }
+}

@@ -1,0 +1,147 @@
+//! How commands reach a cluster: the client library on this thread, with deadlines for management calls.
+//!
+//! Reads and writes have none: a disk waits for its servers like a hard mount.
+
+use crate::cluster_folder::ClusterFolder;
+use crate::place::Place;
+use crate::supervisor;
+use anyhow::{Context, Result, bail};
+use petal::client::RequestError;
+use petal::global_state::{Attachment, Command, Outcome, State};
+use petal::ids::{ElementKey, ServerId};
+use petal::limits::SETTLE_DEADLINE;
+use petal::message::{AdminRequest, AdminResponse, ServerStatus, VerifyPart};
+use petal_io::client::{Client, Config, ConnectError};
+pub use petal_io::client::Disk;
+use std::time::Duration;
+
+/// How long to try to reach a first server.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a question may take.
+const CALL_DEADLINE: Duration = Duration::from_secs(10);
+/// How long attaching may take: decision and settlement.
+const ATTACH_DEADLINE: Duration = Duration::from_secs(20);
+/// How long one server may check a part of its elements.
+const VERIFY_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Runs a command's async part on this thread.
+pub fn block_on<T: 'static>(future: impl Future<Output = Result<T>> + 'static) -> Result<T> {
+    petal_io::run(future).context("cannot start the runtime")?
+}
+
+/// Resolves when the process is told to end (SIGTERM, Ctrl-C). A closed terminal is not that.
+pub async fn stop_signal() -> Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let _ignored = signal(SignalKind::hangup()).context("cannot listen for signals")?;
+    petal_io::server::terminated().await;
+    Ok(())
+}
+
+/// A connected client.
+#[derive(Clone)]
+pub struct Connection {
+    client: Client,
+    place: String,
+}
+
+impl Connection {
+    /// Connects. Within [`block_on`] only.
+    pub async fn open(place: &Place) -> Result<Connection> {
+        let (mut config, place) = match place {
+            Place::Folder(_) => {
+                let folder = place.folder()?;
+                (config_of(&folder)?, format!("the cluster in {}", folder.path().display()))
+            }
+            Place::Addresses(addresses) => {
+                (Config::new(addresses.iter().cloned()), format!("the cluster at {}", addresses.join(",")))
+            }
+        };
+        config.connect_deadline = Some(CONNECT_DEADLINE);
+        match Client::connect_here(config).await {
+            Ok(client) => Ok(Connection { client, place }),
+            Err(ConnectError::Unreachable(why)) if why.is_empty() => {
+                bail!("{place} does not answer; see whether its servers run")
+            }
+            Err(error) => Err(error).with_context(|| format!("cannot reach {place}")),
+        }
+    }
+
+    async fn call(&self, to: Option<ServerId>, request: AdminRequest, limit: Duration) -> Result<AdminResponse> {
+        let answer = self.client.call(to, request, Some(limit)).await;
+        answer.with_context(|| match to {
+            Some(server) => format!("{server} of {}", self.place),
+            None => self.place.clone(),
+        })
+    }
+
+    /// The global state, as some server knows it.
+    pub async fn state(&self) -> Result<State> {
+        match self.call(None, AdminRequest::State, CALL_DEADLINE).await? {
+            AdminResponse::State(bytes) => {
+                postcard::from_bytes(&bytes).context("the state that the server sent is not of this version of petal")
+            }
+            other => bail!("{} answered {other:?} to a question for its state", self.place),
+        }
+    }
+
+    /// What one server tells of itself.
+    pub async fn server_status(&self, server: ServerId, limit: Duration) -> Result<ServerStatus> {
+        match self.call(Some(server), AdminRequest::ServerStatus, limit).await? {
+            AdminResponse::ServerStatus(status) => Ok(*status),
+            other => bail!("{server} answered {other:?} to a question for its status"),
+        }
+    }
+
+    /// Has one server check elements after `after`.
+    pub async fn verify(&self, server: ServerId, after: Option<ElementKey>) -> Result<VerifyPart> {
+        match self.call(Some(server), AdminRequest::Verify { after }, VERIFY_DEADLINE).await? {
+            AdminResponse::Verified(part) => Ok(part),
+            other => bail!("{server} answered {other:?} to a verification"),
+        }
+    }
+
+    /// Executes a command. One that is not settled everywhere in time is a note, not an error: it is
+    /// decided, and completes by itself.
+    pub async fn execute(&self, command: Command) -> Result<Outcome> {
+        let executed = self.client.execute(command, SETTLE_DEADLINE).await?;
+        if !executed.unsettled.is_empty() {
+            let names: Vec<String> = executed.unsettled.iter().map(ToString::to_string).collect();
+            eprintln!(
+                "accepted, not settled: waits for {}; it completes by itself when they are back",
+                names.join(", ")
+            );
+        }
+        Ok(executed.outcome)
+    }
+
+    /// Attaches a disk.
+    pub async fn attach(
+        &self,
+        name: &str,
+        mode: Attachment,
+        holder: &str,
+        take_over: bool,
+    ) -> Result<Disk, RequestError> {
+        let attach = self.client.disk(name).holder(holder).take_over(take_over).attach(mode);
+        tokio::time::timeout(ATTACH_DEADLINE, attach).await.unwrap_or_else(|_| {
+            Err(RequestError::Deadline {
+                waiting_for: self.place.clone(),
+                advice: "a majority of the ring must be up to attach a disk; see `petal status`".into(),
+            })
+        })
+    }
+}
+
+/// How to reach the cluster of a folder. That none of its servers runs is known without asking.
+fn config_of(folder: &ClusterFolder) -> Result<Config> {
+    let file = folder.read()?;
+    if file.servers.iter().all(|s| supervisor::process(folder, s.server()).is_none()) {
+        bail!("no server of the cluster in {} runs; `petal up` starts them", folder.path().display());
+    }
+    let mut config = Config::new(Vec::<String>::new());
+    for entry in &file.servers {
+        config.servers.push((entry.server(), folder.addresses(entry)?));
+    }
+    config.cluster = Some(file.id()?);
+    Ok(config)
+}

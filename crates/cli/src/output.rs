@@ -1,0 +1,46 @@
+//! How answers look: tables for people, JSON for programs.
+
+use anyhow::Result;
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use stdx::units::Size;
+
+/// A table without lines, as wide as the terminal.
+pub fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(header.iter().map(|h| h.to_uppercase()));
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    table
+}
+
+/// Numbers stand right.
+pub fn right(table: &mut Table, columns: &[usize]) {
+    for column in columns {
+        if let Some(column) = table.column_mut(*column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+}
+
+/// Prints a table, without blanks at the ends of lines.
+pub fn print_table(table: &Table) {
+    table.lines().for_each(|line| println!("{}", line.trim_end()));
+}
+
+/// Prints JSON as a person can read it too.
+pub fn print_json(value: &serde_json::Value) -> Result<()> {
+    println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+/// Bytes as a person would say them.
+pub fn size(bytes: u64) -> String {
+    Size(bytes).to_string()
+}
+
+/// Reads a size on the command line.
+pub fn parse_size(text: &str) -> Result<u64, stdx::units::SizeError> {
+    stdx::units::parse_size(text)
+}

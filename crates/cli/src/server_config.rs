@@ -1,0 +1,112 @@
+//! The config file of one server, `server.toml`. Flags of `petal server` add to it.
+//!
+//! ```toml
+//! server = 1                          # who the disks should say that it is; may be left out
+//! listen = ["0.0.0.0:7000"]           # where it accepts connections
+//! advertise = ["10.0.0.1:7000"]       # what it tells others; the same as listen if left out
+//! disks = ["/dev/sdb", "disk2"]       # all of them; relative paths are relative to this file
+//! cache_elements = 65536              # element entries kept in memory
+//! ```
+//!
+//! Who the server is, its cluster and the ring are on its disks, and nowhere else.
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// Element entries kept in memory if the file does not say: about 40 MiB.
+pub const CACHE_ELEMENTS_DEFAULT: usize = 65536;
+
+/// `server.toml`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServerConfig {
+    /// Who it is; the disks must agree.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<u16>,
+    /// Where it accepts connections: `unix:PATH` or `HOST:PORT`.
+    #[serde(default)]
+    pub listen: Vec<String>,
+    /// What it tells others, the best first; empty = the same as `listen`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub advertise: Vec<String>,
+    /// Its disks: files or block devices.
+    #[serde(default)]
+    pub disks: Vec<PathBuf>,
+    /// Element entries kept in memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_elements: Option<usize>,
+}
+
+impl ServerConfig {
+    /// Reads a config file; its disks get absolute paths.
+    pub fn read(path: &Path) -> Result<ServerConfig> {
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("cannot read the config file {}", path.display()))?;
+        let mut config: ServerConfig =
+            toml::from_str(&text).with_context(|| format!("the config file {} makes no sense", path.display()))?;
+        let folder = std::path::absolute(path)?.parent().map(Path::to_path_buf).unwrap_or_default();
+        config.disks.iter_mut().for_each(|disk| *disk = folder.join(&*disk));
+        Ok(config)
+    }
+
+    /// Writes a config file.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        crate::cluster_folder::write_whole(path, toml::to_string(self)?.as_bytes())
+    }
+
+    /// What others are told.
+    pub fn addresses(&self) -> &[String] {
+        if self.advertise.is_empty() { &self.listen } else { &self.advertise }
+    }
+
+    /// Complains about what cannot work.
+    pub fn check(&self) -> Result<()> {
+        if self.disks.is_empty() {
+            bail!("the server has no disk; name its disks in the config file (disks = [...]) or with --disk");
+        }
+        if self.listen.is_empty() {
+            bail!("the server listens nowhere; say where in the config file (listen = [...]) or with --listen");
+        }
+        let anywhere = |a: &String| a.starts_with("0.0.0.0:") || a.starts_with("[::]:");
+        if let Some(address) = self.addresses().iter().find(|a| anywhere(a)) {
+            bail!("others cannot reach a server at {address}; say at which address they can with `advertise`");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_are_relative_to_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("server.toml");
+        std::fs::write(&path, "listen = ['127.0.0.1:7000']\ndisks = ['d1', '/dev/sdb']\n").unwrap();
+        let config = ServerConfig::read(&path).unwrap();
+        assert_eq!(config.disks, [dir.path().join("d1"), "/dev/sdb".into()]);
+        assert_eq!(config.addresses(), ["127.0.0.1:7000"]);
+        config.check().unwrap();
+    }
+
+    #[test]
+    fn what_cannot_work_is_said_with_its_remedy() {
+        let mut config = ServerConfig { listen: vec!["0.0.0.0:1".into()], ..ServerConfig::default() };
+        assert!(config.check().unwrap_err().to_string().contains("--disk"));
+        config.disks.push("d".into());
+        assert!(config.check().unwrap_err().to_string().contains("advertise"));
+        config.advertise.push("10.0.0.1:1".into());
+        config.check().unwrap();
+    }
+
+    #[test]
+    fn a_word_that_is_not_known_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("server.toml");
+        std::fs::write(&path, "disk = ['a']\n").unwrap();
+        let error = format!("{:#}", ServerConfig::read(&path).unwrap_err());
+        assert!(error.contains("server.toml") && error.contains("disk"), "{error}");
+    }
+}

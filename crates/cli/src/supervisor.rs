@@ -1,0 +1,118 @@
+//! The server processes of a cluster folder: starting those that do not run, stopping all.
+//!
+//! Nobody restarts a server that died by itself: a failure is to be seen (`petal status`), and `petal up`
+//! starts what is missing, beside a supervisor that lives too. So processes are found by their process
+//! files, not by who started them.
+
+use crate::cluster_folder::{ClusterFile, ClusterFolder, ServerEntry};
+use crate::processes::{self, Log, ProcessFile};
+use crate::server_config::ServerConfig;
+use anyhow::{Context, Result};
+use petal::ids::ServerId;
+use rustix::process::Signal;
+use std::path::PathBuf;
+use std::process::Child;
+use std::time::Duration;
+
+/// How long a server may take until it serves: replay of a full journal, and the ring's decision.
+const READY_LIMIT: Duration = Duration::from_secs(60);
+/// How long a server may take to stop by itself.
+const STOP_LIMIT: Duration = Duration::from_secs(15);
+
+/// A server that was started, and is not known to be ready.
+pub struct Starting {
+    server: ServerId,
+    child: Child,
+    log: Log,
+    process_file: PathBuf,
+}
+
+impl Starting {
+    /// Waits until it serves.
+    pub fn wait(mut self) -> Result<Child> {
+        processes::wait_until_ready(&mut self.child, &self.process_file, &self.log, READY_LIMIT)
+            .with_context(|| format!("server {} did not start", self.server))?;
+        Ok(self.child)
+    }
+}
+
+/// The process file of a server.
+pub fn process_file(folder: &ClusterFolder, server: ServerId) -> PathBuf {
+    folder.server(server).join("pid")
+}
+
+/// The process of a server, if it runs.
+pub fn process(folder: &ClusterFolder, server: ServerId) -> Option<ProcessFile> {
+    ProcessFile::alive_at(&process_file(folder, server))
+}
+
+/// Starts a server unless it runs. Its config file is written anew: the folder may have been moved.
+pub fn start(folder: &ClusterFolder, file: &ClusterFile, entry: &ServerEntry) -> Result<Option<Starting>> {
+    let server = entry.server();
+    if process(folder, server).is_some() {
+        return Ok(None);
+    }
+    let addresses = folder.addresses(entry)?;
+    // A killed process leaves its socket behind.
+    if let Some(socket) = addresses[0].strip_prefix("unix:") {
+        let _ = std::fs::remove_file(socket);
+    }
+    let config_path = folder.server(server).join("server.toml");
+    let config = ServerConfig {
+        server: Some(entry.id),
+        listen: addresses,
+        disks: folder.disks(file, server),
+        ..ServerConfig::default()
+    };
+    config.write(&config_path)?;
+    let log_path = folder.server(server).join("log");
+    let log = Log::from_here(&log_path);
+    let process_file = process_file(folder, server);
+    let arguments = [
+        "server".into(),
+        "--config".into(),
+        config_path.display().to_string(),
+        "--process-file".into(),
+        process_file.display().to_string(),
+    ];
+    let child = processes::spawn_detached(&arguments, &log_path)?;
+    Ok(Some(Starting { server, child, log, process_file }))
+}
+
+/// Starts every given server that does not run, all at one time, and waits until they serve.
+pub fn start_all(
+    folder: &ClusterFolder,
+    file: &ClusterFile,
+    entries: &[ServerEntry],
+) -> Result<Vec<(ServerId, Child)>> {
+    let mut starting = Vec::new();
+    for entry in entries {
+        starting.extend(start(folder, file, entry)?);
+    }
+    starting.into_iter().map(|s| Ok((s.server, s.wait()?))).collect()
+}
+
+/// Asks a process to end, and ends it if it does not. True if it was alive.
+pub fn stop(process: Option<ProcessFile>, what: &str) -> bool {
+    let Some(process) = process else { return false };
+    process.signal(Signal::TERM);
+    if !process.wait_for_end(STOP_LIMIT) {
+        tracing::warn!("{what} did not stop within {} s and is killed", STOP_LIMIT.as_secs());
+        process.signal(Signal::KILL);
+        process.wait_for_end(STOP_LIMIT);
+    }
+    true
+}
+
+/// Stops all servers; returns how many ran. All are asked before any is waited for.
+pub fn stop_all(folder: &ClusterFolder, file: &ClusterFile) -> usize {
+    let running: Vec<_> =
+        file.servers.iter().filter_map(|e| Some((e.server(), process(folder, e.server())?))).collect();
+    running.iter().for_each(|(_, p)| p.signal(Signal::TERM));
+    let count = running.len();
+    for (server, process) in running {
+        stop(Some(process), &server.to_string());
+        let _ = std::fs::remove_file(process_file(folder, server));
+    }
+    count
+}

@@ -1,0 +1,117 @@
+//! Scenarios with real processes (design 5): each makes a cluster of its own, judges it with programs
+//! that we did not write, and leaves nothing behind.
+
+mod bad_input;
+mod nbd;
+mod processes;
+mod real_data;
+
+use crate::cluster::{self, Cluster};
+use crate::packages;
+use anyhow::{Result, bail};
+use std::path::Path;
+use std::time::Instant;
+
+/// Which scenarios.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Names, or parts of names; all if none is given
+    names: Vec<String>,
+    /// Only print the names
+    #[arg(long)]
+    list: bool,
+    /// Keep the folders of scenarios that fail
+    #[arg(long)]
+    keep: bool,
+}
+
+/// A scenario: a sentence without spaces, and what to do with a fresh folder.
+type Scenario = (&'static str, fn(&Cluster) -> Result<()>);
+
+const SCENARIOS: &[Scenario] = &[
+    ("up_is_ready_in_five_seconds_and_down_leaves_no_process", processes::up_and_down),
+    ("disks_are_created_renamed_resized_and_deleted", processes::disk_commands),
+    ("a_second_up_starts_the_server_that_was_killed", processes::second_up_starts_what_is_missing),
+    ("everything_killed_at_once_comes_back", processes::everything_killed_comes_back),
+    ("two_disks_per_server_and_three_copies", processes::two_disks_three_copies),
+    ("a_real_deployment_by_init_and_join", processes::init_and_join),
+    ("an_image_survives_kill_9_of_all_servers_under_load", real_data::image_survives_kill_9),
+    ("a_file_system_lives_on_an_attached_disk", real_data::attached_file_system),
+    ("qemu_img_converts_in_and_out", real_data::qemu_img_converts),
+    ("fio_verifies_mixed_sizes_over_two_connections", nbd::fio_verifies),
+    ("illegal_nbd_requests_leave_the_server_unharmed", nbd::illegal_requests),
+    ("thousands_of_idle_connections_do_no_harm", nbd::idle_connections),
+    ("damaged_and_foreign_disks_are_refused_by_name", bad_input::damaged_disks),
+    ("bad_arguments_are_refused_with_a_remedy", bad_input::bad_arguments),
+];
+
+/// Runs what was asked for.
+pub fn run(arguments: Arguments) -> Result<()> {
+    if arguments.list {
+        SCENARIOS.iter().for_each(|(name, _)| println!("{name}"));
+        return Ok(());
+    }
+    let wanted = |name: &str| arguments.names.is_empty() || arguments.names.iter().any(|n| name.contains(n.as_str()));
+    let scenarios: Vec<&Scenario> = SCENARIOS.iter().filter(|(name, _)| wanted(name)).collect();
+    if scenarios.is_empty() {
+        bail!("no scenario has such a name; `cargo xtask e2e --list` shows them");
+    }
+    let (passed, failed) = run_these(&scenarios, arguments.keep)?;
+    println!("{passed} passed, {failed} failed");
+    if failed > 0 {
+        bail!("scenarios failed; the reasons are above");
+    }
+    Ok(())
+}
+
+/// Runs all; returns how many passed and failed.
+pub fn run_all() -> Result<(u64, u64)> {
+    run_these(&SCENARIOS.iter().collect::<Vec<_>>(), false)
+}
+
+fn run_these(scenarios: &[&Scenario], keep: bool) -> Result<(u64, u64)> {
+    packages::install_missing()?;
+    let petal = cluster::build_petal()?;
+    let mut counts = (0, 0);
+    for (name, scenario) in scenarios {
+        println!("\n== e2e {name}");
+        let start = Instant::now();
+        match run_one(&petal, name, *scenario, keep) {
+            Ok(()) => {
+                counts.0 += 1;
+                println!("== e2e {name}: ok ({:.1} s)", start.elapsed().as_secs_f32());
+            }
+            Err(error) => {
+                counts.1 += 1;
+                println!("== e2e {name}: FAILED ({:.1} s)\n{error:#}", start.elapsed().as_secs_f32());
+            }
+        }
+    }
+    Ok(counts)
+}
+
+fn run_one(petal: &Path, name: &str, scenario: fn(&Cluster) -> Result<()>, keep: bool) -> Result<()> {
+    let mut cluster = Cluster::new(petal, name)?;
+    let result = scenario(&cluster);
+    if result.is_err() {
+        show_logs(&cluster);
+        if keep {
+            cluster.keep();
+        }
+    }
+    result
+}
+
+/// The ends of the logs, where a failure has its reason.
+fn show_logs(cluster: &Cluster) {
+    for entry in std::fs::read_dir(cluster.data()).into_iter().flatten().flatten() {
+        for log in [entry.path().join("log"), entry.path()] {
+            if log.is_file() && log.file_name().is_some_and(|n| n == "log" || n == "up.log") {
+                let text = std::fs::read_to_string(&log).unwrap_or_default();
+                let lines: Vec<&str> = text.lines().collect();
+                println!("-- {}", log.display());
+                lines[lines.len().saturating_sub(15)..].iter().for_each(|l| println!("   {l}"));
+            }
+        }
+    }
+}
