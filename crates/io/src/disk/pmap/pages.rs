@@ -148,24 +148,14 @@ fn sum_of(number: u64, page: &[u8]) -> u32 {
     stdx::checksum::crc32c_append(crc, page).max(1)
 }
 
-/// Makes an empty store of the region. Everything else of the region keeps its bytes: without a
-/// checksum in the table they are never read.
+/// Makes an empty store of the region. Everything else of the region keeps its bytes: the table is
+/// written as redb's length grows over it, and pages without a checksum are never read.
 pub(super) fn format(region: &impl Region) -> Result<(), DiskError> {
     let length = region.length();
     if length < REGION_MIN {
         return Err(DiskError::Io(format!("a region of {length} bytes is too small for a PMap store ({REGION_MIN})")));
     }
-    let layout = Layout::of(length);
-    let pool = BufferPool::new();
-    let mut zeros = pool.take(RUN_MAX * PAGE);
-    zeros.fill(0);
-    let (mut at, end) = (layout.table(), layout.page(0));
-    while at < end {
-        let bytes = (end - at).min(zeros.len() as u64);
-        region.write_at(&zeros[..bytes as usize], at)?;
-        at += bytes;
-    }
-    let mut head = pool.take(PAGE);
+    let mut head = BufferPool::new().take(PAGE);
     Head::empty(length).encode(&mut head);
     region.write_at(&head, 0)?;
     region.write_at(&head, PAGE as u64)?;
@@ -184,6 +174,7 @@ struct Pages {
     head_changed: bool,
     /// redb has not yet made its database.
     creating: bool,
+    /// Of redb's length, in whole pages of the table.
     sums: Vec<u32>,
     /// Pages of the table that differ from the disk.
     sums_changed: BTreeSet<u64>,
@@ -218,7 +209,7 @@ impl CheckedPages {
                 region.sync()?;
             }
         }
-        let sums = read_table(&region, layout, &pool)?;
+        let sums = read_table(&region, layout, head.redb_length, &pool)?;
         let pages = Pages {
             region: Box::new(region),
             layout,
@@ -267,11 +258,22 @@ fn damaged(why: impl Into<String>) -> DiskError {
     DiskError::PmapDamaged(why.into())
 }
 
-fn read_table(region: &impl Region, layout: Layout, pool: &BufferPool) -> Result<Vec<u32>, DiskError> {
-    let mut sums = Vec::with_capacity(layout.table_pages as usize * SUMS_PER_PAGE);
+/// Pages of the table that serve a redb file of this length.
+fn table_pages_of(redb_length: u64) -> u64 {
+    redb_length.div_ceil((PAGE * SUMS_PER_PAGE) as u64)
+}
+
+fn read_table(
+    region: &impl Region,
+    layout: Layout,
+    redb_length: u64,
+    pool: &BufferPool,
+) -> Result<Vec<u32>, DiskError> {
+    let table_pages = table_pages_of(redb_length);
+    let mut sums = Vec::with_capacity(table_pages as usize * SUMS_PER_PAGE);
     let mut at = 0;
-    while at < layout.table_pages {
-        let pages = (layout.table_pages - at).min(RUN_MAX as u64);
+    while at < table_pages {
+        let pages = (table_pages - at).min(RUN_MAX as u64);
         let mut run = pool.take(pages as usize * PAGE);
         region.read_at(&mut run, layout.table() + at * PAGE as u64)?;
         sums.extend(run.chunks_exact(4).map(|sum| u32::from_le_bytes(sum.try_into().expect("4 bytes"))));
@@ -386,6 +388,13 @@ impl Pages {
             return Err(DiskError::Io(format!("the PMap store's region is full: it holds {room} bytes")));
         }
         let old = self.head.redb_length;
+        let covered = (self.sums.len() / SUMS_PER_PAGE) as u64;
+        let needed = table_pages_of(length);
+        if needed > covered {
+            // Memory follows redb's length, not the region's. What lies on the disk there is not ours.
+            self.sums.resize(needed as usize * SUMS_PER_PAGE, 0);
+            self.sums_changed.extend(covered..needed);
+        }
         // What is cut off reads as never written if it comes back.
         for number in length.div_ceil(PAGE as u64)..old.div_ceil(PAGE as u64) {
             self.set_sum(number, 0);
