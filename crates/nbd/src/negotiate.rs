@@ -393,7 +393,8 @@ impl<'a, X: Exports, S: AsyncRead + AsyncWrite + Unpin> Negotiation<'a, X, S> {
     }
 
     async fn send(&mut self) -> Result<(), Refused> {
-        let sent = timeout_at(self.deadline.max(Instant::now() + self.timeout), self.stream.write_all(&self.replies));
+        // Not the deadline: opening an export, which is not the client's doing, may have used it up.
+        let sent = timeout_at(Instant::now() + self.timeout, self.stream.write_all(&self.replies));
         tokio::select! {
             sent = sent => sent.map_err(|_| Refused::Silent(self.timeout))??,
             () = self.closing.begun() => return Err(Refused::ShuttingDown),

@@ -93,17 +93,12 @@ impl Closing {
         }
     }
 
-    /// Wakes `waker` at that moment, until `forget` is called with the key that comes back.
-    pub(crate) fn remember(&self, waker: Waker) -> u64 {
+    /// Wakes `waker` at that moment, for as long as what comes back lives.
+    pub(crate) fn remember(&self, waker: Waker) -> Remembered<'_> {
         let key = self.next.get();
         self.next.set(key + 1);
         self.wakers.borrow_mut().insert(key, waker);
-        key
-    }
-
-    /// Ends what `remember` began.
-    pub(crate) fn forget(&self, key: u64) {
-        self.wakers.borrow_mut().remove(&key);
+        Remembered { closing: self, key }
     }
 
     fn begin(&self) {
@@ -112,6 +107,18 @@ impl Closing {
         for waker in std::mem::take(&mut *self.wakers.borrow_mut()).into_values() {
             waker.wake();
         }
+    }
+}
+
+/// A waker that [`Closing`] remembers.
+pub(crate) struct Remembered<'a> {
+    closing: &'a Closing,
+    key: u64,
+}
+
+impl Drop for Remembered<'_> {
+    fn drop(&mut self) {
+        self.closing.wakers.borrow_mut().remove(&self.key);
     }
 }
 

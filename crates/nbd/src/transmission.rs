@@ -107,7 +107,7 @@ pub(crate) async fn transmit<E: Export, S: AsyncRead + AsyncWrite + Unpin>(
     let slots = Slots::new();
     let outbox = Outbox::default();
     let export = &*export;
-    let wake_key = shared.closing.remember(slots.task_waker());
+    let _remembered = shared.closing.remember(slots.task_waker());
     let mut connection = Connection {
         shared,
         export,
@@ -125,9 +125,7 @@ pub(crate) async fn transmit<E: Export, S: AsyncRead + AsyncWrite + Unpin>(
         end: None,
         broken: false,
     };
-    let end = std::future::poll_fn(|cx| connection.poll(cx)).await;
-    shared.closing.forget(wake_key);
-    end
+    std::future::poll_fn(|cx| connection.poll(cx)).await
 }
 
 /// A connection's part of the bytes that the server holds for all of them.
