@@ -150,8 +150,8 @@ fn weighted_layout(ring: &[Candidate], shares: &[u64], copies: usize, slots: usi
     let wanted: Vec<i64> = (0..ring.len()).map(|i| total[i].min(slots) as i64 - primaries[i] as i64).collect();
     let mut got = vec![0i64; ring.len()];
     let mut layout = Vec::with_capacity(slots);
-    for slot in 0..slots {
-        let mut tuple = vec![round[slot]];
+    for (slot, primary) in round.into_iter().enumerate() {
+        let mut tuple = vec![primary];
         while tuple.len() < copies {
             let next = (0..ring.len())
                 .filter(|i| !tuple.contains(i))

@@ -113,7 +113,7 @@ impl Cluster {
         host.life += 1;
         let durable: Vec<(Bytes, Bytes)> = host.durable.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
         let proposer = u64::from(server.0) << 32 | host.life;
-        let room = GlobalState::open(server, &genesis, proposer, durable).expect("a crash damages nothing");
+        let room = GlobalState::open(server, &genesis, proposer, &durable).expect("a crash damages nothing");
         host.applied = room.state().index;
         host.room = Some(room);
         for other in self.hosts.keys().copied().filter(|o| *o != server).collect::<Vec<_>>() {
@@ -463,7 +463,7 @@ fn everything_restarts_at_once_and_nothing_decided_is_gone() {
 
 #[test]
 fn a_server_that_comes_up_elsewhere_is_dialled_there() {
-    let mut room = GlobalState::open(ServerId(1), &genesis(1), 1, Vec::new()).unwrap();
+    let mut room = GlobalState::open(ServerId(1), &genesis(1), 1, &[]).unwrap();
     let command = Command::AddServer { addresses: vec!["h:1".into()], token: 1 };
     room.propose_own(Instant::ZERO, command);
     let mut dials = Vec::new();
@@ -479,7 +479,7 @@ fn a_server_that_comes_up_elsewhere_is_dialled_there() {
 
 #[test]
 fn a_monster_of_a_command_is_not_proposed() {
-    let mut room = GlobalState::open(ServerId(1), &genesis(1), 1, Vec::new()).unwrap();
+    let mut room = GlobalState::open(ServerId(1), &genesis(1), 1, &[]).unwrap();
     room.propose_own(Instant::ZERO, Command::AddServer { addresses: vec!["x".repeat(COMMAND_MAX)], token: 1 });
     assert_eq!(room.proposals.len(), 0);
 }
@@ -565,7 +565,7 @@ fn storm(seed: u64) -> (Cluster, u64) {
 
 #[test]
 fn in_any_storm_every_command_is_executed_once_and_all_servers_agree() {
-    let seeds = std::env::var("ROOM_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(30);
+    let seeds = std::env::var("ROOM_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(12);
     let mut commands = 0;
     for seed in 0..seeds {
         commands += storm(seed).1;

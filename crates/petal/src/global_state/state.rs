@@ -869,7 +869,7 @@ fn check_name(name: &str) -> Result<(), CommandError> {
 fn check_size(size: u64) -> Result<(), CommandError> {
     let why = if size == 0 {
         "a disk has at least 512 bytes".into()
-    } else if size % 512 != 0 {
+    } else if !size.is_multiple_of(512) {
         "it must be a multiple of 512 bytes".into()
     } else if size > DISK_SIZE_MAX {
         format!("the largest disk has {DISK_SIZE_MAX} bytes")

@@ -239,7 +239,7 @@ impl Ring {
     fn stuck(&self) -> bool {
         let patience = TICKS_STUCK + 5 * self.node as u32;
         let heard = self.heard.values().filter(|tick| self.ticks - **tick <= TICKS_HEARD).count();
-        self.ticks_searching > 0 && self.ticks_searching % patience == 0 && heard + 1 > self.members.len() / 2
+        self.ticks_searching > 0 && self.ticks_searching.is_multiple_of(patience) && heard + 1 > self.members.len() / 2
     }
 
     /// Puts writes and messages together. Call before taking outputs.

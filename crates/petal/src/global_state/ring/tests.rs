@@ -178,7 +178,8 @@ fn the_bytes_of_a_durable_record_never_change() {
     m.persist_all();
     let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" ");
     let records: Vec<_> = m.disk.content().iter().map(|(k, v)| format!("{k:?} {}", hex(v))).collect();
-    expect![[r#"b"ring/log/0000000000000001" 01 01 00 00 b0 81 8c b5 09 01 00 00 01 01 01 01 00"#]].assert_eq(&records.join("\n"));
+    expect![[r#"b"ring/log/0000000000000001" 01 01 00 00 b0 81 8c b5 09 01 00 00 01 01 01 01 00"#]]
+        .assert_eq(&records.join("\n"));
     m.ring.as_ref().unwrap().log.get().need_reset();
     m.settle();
     m.persist_all();
