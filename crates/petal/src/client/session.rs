@@ -7,7 +7,7 @@ use crate::limits::{RETRY_MAX, RETRY_MIN, SESSION_NUMBERS_MAX};
 use crate::message::{Hints, Tag};
 use crate::translator::gmap::slot_of_element;
 use smallvec::SmallVec;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use stdx::{Duration, Instant};
 
 /// Numbers that are given out in order and finished in any order.
@@ -222,14 +222,23 @@ impl Session {
     pub fn is_behind(&self) -> bool {
         self.revision_known > self.revision_hinted || self.slots.iter().any(|s| s.known > s.hinted)
     }
-    /// The servers that act in the slots of elements `first..end`, ascending; `None` if nobody acts in
-    /// one of them.
-    pub fn acting_in(&self, first: u64, end: u64) -> Option<Vec<ServerId>> {
+    /// The slots of elements `first..end`, each once.
+    fn slots_of(&self, first: u64, end: u64) -> impl Iterator<Item = u32> {
         let per_unit = self.stripe_unit / ELEMENT_SIZE;
         let (first_unit, last_unit) = (first / per_unit, (end - 1) / per_unit);
         let count = (last_unit - first_unit).saturating_add(1).min(self.slots.len() as u64);
-        let acting = |n| self.acting(self.slot_number((first_unit + n) * per_unit));
-        let mut servers = (0..count).map(acting).collect::<Option<Vec<ServerId>>>()?;
+        (0..count).map(move |n| self.slot_number((first_unit + n) * per_unit))
+    }
+    /// True if a server ought to answer, by the hints, for one of these slots in elements `first..end`.
+    pub fn misses(&self, server: ServerId, slots: &[u32], first: u64, end: u64) -> bool {
+        let slots: BTreeSet<u32> = slots.iter().copied().filter(|s| self.acting(*s) == Some(server)).collect();
+        !slots.is_empty() && self.slots_of(first, end).any(|slot| slots.contains(&slot))
+    }
+    /// The servers that act in the slots of elements `first..end`, ascending; `None` if nobody acts in
+    /// one of them.
+    pub fn acting_in(&self, first: u64, end: u64) -> Option<Vec<ServerId>> {
+        let slots = self.slots_of(first, end);
+        let mut servers = slots.map(|slot| self.acting(slot)).collect::<Option<Vec<ServerId>>>()?;
         servers.sort_unstable();
         servers.dedup();
         Some(servers)

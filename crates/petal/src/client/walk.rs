@@ -200,7 +200,7 @@ impl Client {
             return self.finish_operation(operation, None);
         }
         // Slots that it ought to answer for by our hints, and does not.
-        let missing = part.not_here.iter().any(|slot| session.acting(*slot) == Some(from));
+        let missing = session.misses(from, &part.not_here, first, end);
         let elements = part.elements.into_iter().filter(|(e, mask)| *mask != 0 && (first..end).contains(e));
         let elements: Vec<(u64, u16)> = elements.filter(|(e, _)| *e < part.complete_below).collect();
         let walk = self.walk(request).expect("a map is asked for by a walk");
