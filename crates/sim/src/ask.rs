@@ -3,15 +3,15 @@
 use petal::client::Request;
 use petal::global_state::Command;
 use petal::ids::ServerId;
-use petal::message::{AdminRequest, CommandId};
+use petal::message::AdminRequest;
+use stdx::Duration;
 
 /// Executes a command.
 pub fn execute(command: Command) -> Request {
-    let id = CommandId { proposer: 0, number: 0, finished_below: 0 };
-    Request::Admin(AdminRequest::Execute { id, command, deadline_millis: 10_000 })
+    Request::Execute { command, deadline: Duration::from_secs(10) }
 }
 
-/// Asks one server to stop; `None` while the client cannot address one server.
-pub fn stop(_server: ServerId) -> Option<Request> {
-    None
+/// Asks one server to stop.
+pub fn stop(server: ServerId) -> Request {
+    Request::Call { to: Some(server), request: AdminRequest::Shutdown, deadline: Some(Duration::from_secs(1)) }
 }

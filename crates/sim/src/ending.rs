@@ -18,7 +18,7 @@ use crate::net::Node;
 use crate::workload::{Asked, Held, Role};
 use crate::world::World;
 use petal::client::Request;
-use petal::global_state::Attachment;
+use petal::global_state::{Attachment, State};
 use petal::ids::VdiskId;
 use std::collections::{BTreeMap, VecDeque};
 use stdx::{Duration, Instant};
@@ -162,10 +162,9 @@ impl World {
 
     fn begin_to_judge(&mut self) {
         self.enter(Phase::Judging);
-        let newest = self.servers.iter().filter_map(|s| s.life.as_ref()).max_by_key(|l| l.server.state().index);
-        let Some(newest) = newest else { return };
+        let Some(newest) = self.newest_state() else { return };
         let known = &self.workload.disks;
-        let disks = newest.server.state().vdisks.values().filter(|v| known.contains_key(&v.id));
+        let disks = newest.vdisks.values().filter(|v| known.contains_key(&v.id));
         self.ending.to_judge = disks.map(|v| (v.id, v.name.clone())).collect();
         self.ending.judge = self.clients.len();
         self.clients.push(ClientHost {
@@ -231,6 +230,11 @@ impl World {
     // --------------------------------------------------------------------------------------------
     // At rest.
 
+    fn newest_state(&self) -> Option<&State> {
+        let lives = self.servers.iter().filter_map(|s| s.life.as_ref());
+        lives.filter_map(|l| l.server.state()).max_by_key(|s| s.index)
+    }
+
     fn check_at_rest(&mut self) {
         if let Some(what) = self.unready() {
             self.complain(format!("not at rest: {what}"));
@@ -238,8 +242,7 @@ impl World {
         for complaint in checkers::global_state::all_equal(&self.servers) {
             self.complain(complaint);
         }
-        let newest = self.servers.iter().filter_map(|s| s.life.as_ref()).max_by_key(|l| l.server.state().index);
-        let state = newest.map(|l| l.server.state().clone());
+        let state = self.newest_state().cloned();
         for host in 0..self.servers.len() {
             self.crash_server(host);
         }

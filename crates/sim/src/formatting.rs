@@ -38,5 +38,9 @@ pub fn open(machine: &mut ServerHost, disk: usize) -> Result<OpenDisk, String> {
 
 /// What a server is started with.
 pub fn server_config(options: &Options, host: usize) -> ServerConfig {
-    ServerConfig { addresses: vec![address_of(host)], store: StoreConfig { cache_elements: options.cache_elements } }
+    ServerConfig {
+        addresses: vec![address_of(host)],
+        store: StoreConfig { cache_elements: options.cache_elements, ..StoreConfig::default() },
+        sabotage: options.sabotage,
+    }
 }

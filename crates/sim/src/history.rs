@@ -110,7 +110,8 @@ impl History {
             Effect::Zero => ZEROS,
         };
         if open.dead {
-            if acknowledged.is_some() {
+            // (A discard that may leave all of its cells alone need not ask anybody.)
+            if acknowledged.is_some() && open.cells.iter().any(|c| !c.1) {
                 let (vdisk, session) = (open.vdisk, open.session);
                 let words =
                     format!("operation {id} on {vdisk} was acknowledged although {session:?} was fenced before");

@@ -614,9 +614,7 @@ impl World {
     /// Asks a server to stop.
     pub fn stop_server(&mut self, host: usize) {
         let Some(id) = self.servers[host].id else { return };
-        if let Some(request) = crate::ask::stop(id) {
-            self.ask(0, request, Asked::Admin(Call::Stop));
-        }
+        self.ask(0, crate::ask::stop(id), Asked::Admin(Call::Stop));
     }
 
     fn on_executed(&mut self, call: Call, outcome: Outcome, settled: bool) {

@@ -29,7 +29,7 @@ pub fn examine(machine: &mut ServerHost, options: &Options) -> Examined {
         Err(why) => return Examined { complaints: vec![why], ..Examined::default() },
     };
     let life = disks.iter().map(|d| d.superblock.incarnation.0).max().unwrap_or(0);
-    let config = StoreConfig { cache_elements: options.cache_elements };
+    let config = StoreConfig { cache_elements: options.cache_elements, ..StoreConfig::default() };
     let mut examiner =
         Examiner { stores: Stores::open(disks, Incarnation(life + 1), config), machine, found: Examined::default() };
     if let Err(why) = examiner.examine() {

@@ -1,6 +1,6 @@
 //! The global state is the same on every server at the same index, and at rest the index is the same too.
 
-use crate::host::ServerHost;
+use crate::host::{ServerHost, ServerLife};
 use petal::global_state::State;
 use petal::ids::StateIndex;
 use std::collections::BTreeMap;
@@ -33,8 +33,9 @@ fn sum(state: &State) -> u32 {
 
 /// At rest every running server has applied the same entries.
 pub fn all_equal(servers: &[ServerHost]) -> Vec<String> {
-    let states: Vec<_> = servers.iter().filter_map(|s| s.life.as_ref()).map(|l| &l.server).collect();
-    let Some(newest) = states.iter().map(|s| s.state().index).max() else { return Vec::new() };
-    let behind = states.iter().filter(|s| s.state().index < newest);
-    behind.map(|s| format!("{} rests at index {}, others at {newest}", s.id(), s.state().index)).collect()
+    let index = |life: &ServerLife| (life.server.id(), life.server.state().map_or(0, |s| s.index));
+    let all: Vec<_> = servers.iter().filter_map(|s| s.life.as_ref()).map(index).collect();
+    let newest = all.iter().map(|(_, index)| *index).max().unwrap_or(0);
+    let behind = all.iter().filter(|(_, index)| *index < newest);
+    behind.map(|(server, index)| format!("{server} rests at index {index}, others at {newest}")).collect()
 }

@@ -5,14 +5,20 @@
 //! the set of all *configurations* that are still possible: the register's value, and which of the open
 //! operations have not taken effect yet. An operation takes effect no earlier than it must (when it
 //! returns) except that a read takes effect as soon as the value is right, which can never hurt.
-//! Since written values are unique, few configurations survive each read; zeros are the only value
-//! that several operations write.
+//!
+//! What keeps the set small is that written values are unique (zeros are the only value that several
+//! operations write):
+//! * a value that was overwritten never comes back, so as long as a read of it is still to come, no
+//!   other write can take effect;
+//! * a write that nobody ever read can hide right before any other one, so with every write that takes
+//!   effect all open unread ones do.
 //!
 //! Operations without an answer (the client died, or the answer left it open) may take effect at any
 //! time after they were invoked, or never. If nobody ever read such a write's value it never has to.
 
 use crate::content::{Value, ZEROS};
 use crate::history::History;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// One operation on one cell.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -64,9 +70,11 @@ pub fn check(history: &[Operation], initial: Value) -> Verdict {
     let steps = steps(history);
     let mut search = Search {
         history,
+        reads_to_come: reads(history),
         slots: [usize::MAX; OPEN_MAX],
         configurations: vec![Configuration { value: initial, open: 0 }],
         reads: 0,
+        unread: 0,
         optional: 0,
     };
     for step in steps {
@@ -130,19 +138,23 @@ struct Step {
     operation: usize,
 }
 
+/// How often each value is read.
+fn reads(history: &[Operation]) -> BTreeMap<Value, u64> {
+    let mut reads = BTreeMap::new();
+    for o in history {
+        if let Action::Read(value) = o.action {
+            *reads.entry(value).or_default() += 1;
+        }
+    }
+    reads
+}
+
 /// Invocations and returns in order of time; unfinished writes that nobody read are left out.
 fn steps(history: &[Operation]) -> Vec<Step> {
-    let mut read: Vec<Value> = history
-        .iter()
-        .filter_map(|o| match o.action {
-            Action::Read(value) => Some(value),
-            Action::Write(_) => None,
-        })
-        .collect();
-    read.sort_unstable();
+    let reads = reads(history);
     let mut steps = Vec::with_capacity(history.len() * 2);
     for (operation, o) in history.iter().enumerate() {
-        let unread = matches!(o.action, Action::Write(value) if read.binary_search(&value).is_err());
+        let unread = matches!(o.action, Action::Write(value) if !reads.contains_key(&value));
         if o.optional && unread {
             continue;
         }
@@ -155,6 +167,9 @@ fn steps(history: &[Operation]) -> Vec<Step> {
     steps
 }
 
+/// The value of a cell whose last write nobody ever read.
+const UNREAD: Value = u64::MAX;
+
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Configuration {
     value: Value,
@@ -164,11 +179,15 @@ struct Configuration {
 
 struct Search<'a> {
     history: &'a [Operation],
+    /// Reads of each value that are not invoked yet.
+    reads_to_come: BTreeMap<Value, u64>,
     /// Operation in each slot; `usize::MAX` = free.
     slots: [usize; OPEN_MAX],
     configurations: Vec<Configuration>,
     /// Slots that hold reads.
     reads: u128,
+    /// Slots that hold writes whose value is never read.
+    unread: u128,
     /// Slots that hold operations that may never take effect.
     optional: u128,
 }
@@ -178,8 +197,13 @@ impl Search<'_> {
         let Some(slot) = self.slots.iter().position(|s| *s == usize::MAX) else { return Verdict::TooHard };
         let bit = 1u128 << slot;
         self.slots[slot] = operation;
-        if matches!(self.history[operation].action, Action::Read(_)) {
-            self.reads |= bit;
+        match self.history[operation].action {
+            Action::Read(value) => {
+                self.reads |= bit;
+                *self.reads_to_come.get_mut(&value).expect("it was counted") -= 1;
+            }
+            Action::Write(value) if !self.reads_to_come.contains_key(&value) => self.unread |= bit,
+            Action::Write(_) => {}
         }
         if self.history[operation].optional {
             self.optional |= bit;
@@ -206,6 +230,7 @@ impl Search<'_> {
         }
         self.slots[slot] = usize::MAX;
         self.reads &= !bit;
+        self.unread &= !bit;
         self.optional &= !bit;
         self.configurations = after;
         Verdict::Linearizable
@@ -226,7 +251,7 @@ impl Search<'_> {
     /// Configurations without `bit` that can be reached by letting open writes take effect.
     fn reach(&self, before: &[Configuration], bit: u128) -> Option<Vec<Configuration>> {
         let mut after = Vec::new();
-        let mut seen = std::collections::BTreeSet::new();
+        let mut seen = BTreeSet::new();
         let mut todo: Vec<Configuration> = before.to_vec();
         while let Some(c) = todo.pop() {
             if c.open & bit == 0 {
@@ -239,12 +264,19 @@ impl Search<'_> {
             if seen.len() > CONFIGURATIONS_MAX {
                 return None;
             }
-            let mut writes = c.open & !self.reads;
+            if c.value != ZEROS && self.reads_to_come.get(&c.value).is_some_and(|n| *n > 0) {
+                continue;
+            }
+            let open = c.open & !self.unread;
+            if c.open & self.unread != 0 {
+                todo.push(Configuration { value: UNREAD, open });
+            }
+            let mut writes = open & !self.reads;
             while writes != 0 {
                 let slot = writes.trailing_zeros();
                 writes &= writes - 1;
                 let Action::Write(value) = self.history[self.slots[slot as usize]].action else { unreachable!() };
-                todo.push(self.settle_reads(Configuration { value, open: c.open & !(1u128 << slot) }));
+                todo.push(self.settle_reads(Configuration { value, open: open & !(1u128 << slot) }));
             }
         }
         Some(after)
@@ -420,14 +452,20 @@ mod tests {
 
     #[test]
     fn thousands_of_operations_on_one_cell_are_judged_quickly() {
-        // A register driven for real by eight clients at once, with operations that never return.
-        let mut prng = Prng::new(9);
+        // A register driven for real by many clients at once, with operations that never return.
+        for (seed, clients) in [(9, 4), (10, 16), (11, 32)] {
+            crowd(seed, clients);
+        }
+    }
+
+    fn crowd(seed: u64, clients: usize) {
+        let mut prng = Prng::new(seed);
         let mut history: Vec<Operation> = Vec::new();
         let mut open: Vec<(usize, bool)> = Vec::new();
         let mut value = 0;
         for time in 1..20_000u64 {
             let choice = prng.below(3);
-            if choice == 0 && open.len() < 8 {
+            if choice == 0 && open.len() < clients {
                 let action = if prng.chance(1, 2) { Action::Write(time) } else { Action::Read(0) };
                 history.push(Operation { id: time, invoked: time, returned: u64::MAX, optional: false, action });
                 open.push((history.len() - 1, false));

@@ -25,6 +25,7 @@ pub struct Checkers {
 impl Checkers {
     /// Looks at a server that has just been stepped.
     pub fn see_server(&mut self, host: usize, server: &Server) -> Option<String> {
-        self.states.see(host, server.state()).or_else(|| self.primaries.see(host, std::iter::empty()))
+        let differs = server.state().and_then(|state| self.states.see(host, state));
+        differs.or_else(|| self.primaries.see(host, server.data().serving()))
     }
 }

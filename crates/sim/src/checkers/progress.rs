@@ -12,7 +12,7 @@ pub fn complaint(phase: Phase, waited: Duration, what: &str, servers: &[ServerHo
     let servers = servers.iter().enumerate().map(|(host, s)| match &s.life {
         None => format!("host {host} is down"),
         Some(l) => {
-            let index = l.server.state().index;
+            let index = l.server.state().map_or(0, |s| s.index);
             format!(
                 "host {host} is {} at index {index}, {}",
                 l.server.id(),
