@@ -78,7 +78,7 @@ impl Connection {
     pub async fn state(&self) -> Result<State> {
         match self.call(None, AdminRequest::State, CALL_DEADLINE).await? {
             AdminResponse::State(bytes) => {
-                postcard::from_bytes(&bytes).context("the state that the server sent is not of this version of petal")
+                State::decode(&bytes).context("the state that the server sent is not of this version of petal")
             }
             other => bail!("{} answered {other:?} to a question for its state", self.place),
         }

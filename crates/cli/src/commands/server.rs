@@ -71,7 +71,11 @@ async fn serve(config: ServerConfig, on_ready: Box<dyn FnOnce()>) -> Result<()> 
     let (open, engine) = disk_files::open(&config.disks, config.server.map(ServerId))?;
     let core = CoreConfig {
         addresses: config.addresses().to_vec(),
-        store: StoreConfig { cache_elements: config.cache_elements.unwrap_or(CACHE_ELEMENTS_DEFAULT) },
+        store: StoreConfig {
+            cache_elements: config.cache_elements.unwrap_or(CACHE_ELEMENTS_DEFAULT),
+            ..StoreConfig::default()
+        },
+        sabotage: petal::sabotage::Sabotage::None,
     };
     let server = Server::start(petal_io::clock::now(), core, open);
     let id = server.id();

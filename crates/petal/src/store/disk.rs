@@ -21,7 +21,7 @@ use super::journal::{self, Header, Position, Record};
 use super::superblock::Superblock;
 use super::*;
 use super::{keys, recovery};
-use crate::limits::BATCHES_IN_FLIGHT_MAX;
+use crate::limits::{BATCHES_IN_FLIGHT_MAX, BATCH_DATA_MAX};
 use crate::sabotage::Sabotage;
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -32,6 +32,8 @@ use stdx::{FastMap, FastSet};
 const EXTEND_AHEAD_BLOCKS: u64 = (96 << 20) / BLOCK_SIZE;
 /// Bytes by which it is grown.
 const EXTEND_STEP: u64 = 64 << 20;
+/// After so many batches it is tried again to grow a file that could not be grown.
+const HOST_FULL_BATCHES: u64 = 1024;
 /// Dirty entries at which a checkpoint begins although the journal has room: bounds memory and the work
 /// of one checkpoint.
 const DIRTY_MAX: usize = 65536;
@@ -75,6 +77,7 @@ pub(super) struct Cached {
 struct OpenBatch {
     records: Vec<u8>,
     data: Vec<(Address, Bytes)>,
+    data_bytes: usize,
     frees: Vec<Address>,
     tickets: Vec<Ticket>,
     watermarks: Vec<(SlotId, Version)>,
@@ -89,7 +92,6 @@ struct Batch {
     frees: Vec<Address>,
     tickets: Vec<Ticket>,
     watermarks: Vec<(SlotId, Version)>,
-    told: bool,
 }
 
 /// What an operation handed to the world was for.
@@ -127,15 +129,21 @@ struct ScanJob {
     limit: usize,
     /// Found in earlier pages.
     found: BTreeMap<ElementKey, Version>,
-    /// Keys that a checkpoint finished in the meantime has made known to the PMap store.
-    extra: BTreeSet<ElementKey>,
 }
 
+/// What memory was when the last of the staged batches was `number`, to be saved once that is durable.
 #[derive(Debug)]
 struct Checkpoint {
-    position: Position,
+    number: u64,
+    /// Where that batch ends; not known before it is issued.
+    position: Option<Position>,
+    /// Of the journal, from the tail, when the checkpoint began.
+    used: u64,
+    elements: u64,
+    generation: u64,
     changes: Vec<(Table, Bytes, Option<Bytes>)>,
-    keys: Vec<ElementKey>,
+    /// Entries in `changes`, and whether the element exists there.
+    keys: Vec<(ElementKey, bool)>,
     watermarks: Vec<(SlotId, Version)>,
     issued: bool,
 }
@@ -170,6 +178,10 @@ pub(super) struct Disk {
     pub meta_generation: u64,
     dirty_meta: BTreeSet<Bytes>,
     open: OpenBatch,
+    /// Full, and not issued yet.
+    closed: VecDeque<OpenBatch>,
+    /// Bytes of the journal that those will take.
+    closed_bytes: u64,
     batches: VecDeque<Batch>,
     pub last_issued: Position,
     pub durable_through: u64,
@@ -180,13 +192,13 @@ pub(super) struct Disk {
     freed: VecDeque<(u64, Vec<Address>)>,
     /// Vouched for, waiting for readers that began before.
     unpinned: VecDeque<(u64, Vec<Address>)>,
-    waiting_free: u64,
     next_pin: u64,
     pins: BTreeSet<u64>,
     reads: FastMap<ReadId, ReadJob>,
     scans: BTreeMap<ReadId, ScanJob>,
     extending: bool,
-    pub host_full: bool,
+    /// The file could not be grown, when the journal was at this batch.
+    pub host_full: Option<u64>,
     pub(super) failed: Option<String>,
     pending: FastMap<OpId, Pending>,
     next_op: OpId,
@@ -223,6 +235,8 @@ impl Disk {
             meta_generation: 0,
             dirty_meta: BTreeSet::new(),
             open: OpenBatch::default(),
+            closed: VecDeque::new(),
+            closed_bytes: 0,
             batches: VecDeque::new(),
             last_issued: Position::default(),
             durable_through: 0,
@@ -230,13 +244,12 @@ impl Disk {
             checkpoint: None,
             freed: VecDeque::new(),
             unpinned: VecDeque::new(),
-            waiting_free: 0,
             next_pin: 1,
             pins: BTreeSet::new(),
             reads: FastMap::new(),
             scans: BTreeMap::new(),
             extending: false,
-            host_full: false,
+            host_full: None,
             failed: None,
             pending: FastMap::new(),
             next_op: 1,
@@ -282,6 +295,12 @@ impl Disk {
     /// The entry in memory, if the element exists.
     pub fn entry(&self, element: ElementKey) -> Option<&Entry> {
         self.cache.get(&element).map(|c| &c.entry).filter(|e| !e.is_absent())
+    }
+
+    /// True if the element was dropped here, and a crash could still bring it back: made again elsewhere it
+    /// would be there twice.
+    pub fn has_ghost(&self, element: ElementKey) -> bool {
+        self.cache.get(&element).is_some_and(|c| c.entry.is_absent() && c.clean != Cleanness::Clean)
     }
 
     /// Marks the entry as used; true if it is in memory.
@@ -333,6 +352,10 @@ impl Disk {
             let Some(row) = row else {
                 return self.fail(format!("a row of element {element:?} is damaged"));
             };
+            // An entry comes from the checkpoint that the free map comes from, and is unchanged since.
+            if row.used().any(|a| a >= self.allocator.capacity() || !self.allocator.is_referenced(a)) {
+                return self.fail(format!("a row of element {element:?} refers to a block that counts as free"));
+            }
             entry.rows.push(row);
         }
         self.loaded(element, entry);
@@ -374,7 +397,7 @@ impl Disk {
         if self.elements >= self.superblock.layout.pmap.length / PMAP_BYTES_PER_ELEMENT {
             return 0;
         }
-        let free = if self.host_full { self.allocator.free_below_frontier() } else { self.allocator.free() };
+        let free = if self.host_full.is_some() { self.allocator.free_below_frontier() } else { self.allocator.free() };
         free.saturating_sub(self.reserve())
     }
 
@@ -398,9 +421,7 @@ impl Disk {
 
     /// Takes a change in. Its element is in memory, and lives here if it lives anywhere.
     pub fn stage(&mut self, ticket: Ticket, change: Change) -> Result<(), StageError> {
-        if self.failed.is_some() {
-            return Err(StageError::DiskFailed);
-        }
+        self.check_room(&change)?;
         match change {
             Change::Write {
                 element,
@@ -423,7 +444,7 @@ impl Disk {
                         BlockData::Zero => None,
                         BlockData::Data { crc, bytes } => {
                             let address = addresses.next().expect("one address for each block of data");
-                            self.open.data.push((address, bytes));
+                            self.put_data(address, bytes);
                             Some((address, crc))
                         }
                     });
@@ -463,23 +484,60 @@ impl Disk {
             }
             Change::Meta { .. } => unreachable!("metadata is staged by `stage_meta`"),
         }
-        self.open.tickets.push(ticket);
+        self.staged(Some(ticket));
         Ok(())
     }
 
+    /// Whether a change may be staged, as far as the journal is concerned.
+    pub fn check_room(&self, change: &Change) -> Result<(), StageError> {
+        if self.failed.is_some() {
+            return Err(StageError::DiskFailed);
+        }
+        // What gives space back and what keeps the server going has some room of its own.
+        let (bytes, sixteenths) = match change {
+            Change::Write { parents, blocks, .. } => (200 + parents.len() * 10 + blocks.len() * 16, 10),
+            Change::Replace { image, data, .. } => {
+                (200 + image.ids.len() * 20 + image.rows.len() * 256 + data.len() * 4, 10)
+            }
+            Change::Drop { .. } | Change::Watermark { .. } => (64, 12),
+            Change::Meta { key, value } => (64 + key.len() + value.as_ref().map_or(0, Bytes::len), 12),
+        };
+        if self.may_stage(bytes, sixteenths) { Ok(()) } else { Err(StageError::NoSpace) }
+    }
+
+    /// Something was staged: batches and the journal are kept within their bounds.
+    fn staged(&mut self, ticket: Option<Ticket>) {
+        self.open.tickets.extend(ticket);
+        let long = self.open.records.len() as u64 >= self.ring() / 16;
+        if long || self.open.data_bytes >= BATCH_DATA_MAX {
+            self.close_batch();
+        }
+        if self.is_open() {
+            self.begin_checkpoint_if_due();
+        }
+    }
+
     /// Stages a metadata value.
-    pub fn stage_meta(&mut self, ticket: Ticket, generation: u64, key: &Bytes, value: Option<&Bytes>) {
+    pub fn stage_meta(&mut self, ticket: Option<Ticket>, generation: u64, key: &Bytes, value: Option<&Bytes>) {
         let record = Record::Meta { generation, key: key.to_vec(), value: value.map(|v| v.to_vec()) };
         self.append(&record);
         self.apply(record);
-        self.open.tickets.push(ticket);
+        self.staged(ticket);
     }
 
     /// Stages a watermark that nobody waits for.
     pub fn stage_watermark(&mut self, slot: SlotId, watermark: Version) {
         let record = Record::Watermark { slot, watermark };
-        self.append(&record);
-        self.apply(record);
+        if self.check_room(&Change::Watermark { slot, watermark }).is_ok() {
+            self.append(&record);
+            self.apply(record);
+            self.staged(None);
+        }
+    }
+
+    fn put_data(&mut self, address: Address, bytes: Bytes) {
+        self.open.data_bytes += bytes.len();
+        self.open.data.push((address, bytes));
     }
 
     fn append(&mut self, record: &Record) {
@@ -517,13 +575,30 @@ impl Disk {
         if data.len() != missing.len() {
             return Err(StageError::MissingData);
         }
-        // Equal blocks of several rows of one lineage share an address, as they would have where they
-        // were written: a row that inherits a block refers to the same place.
-        let addresses = self.allocate(data.len()).ok_or(StageError::NoSpace)?;
-        let fresh: Vec<(u16, u8)> = data.keys().copied().collect();
-        for (address, ((r, b), bytes)) in addresses.into_iter().zip(data) {
-            rows[usize::from(r)].addresses[usize::from(b)] = address;
-            self.open.data.push((address, bytes));
+        // Several rows that hold the same bytes at the same place share an address, as they did where they
+        // were written: a row begins as a copy of the one before.
+        let twin = |(r, b): (u16, u8), bytes: &Bytes| {
+            let crc = rows[usize::from(r)].crcs[usize::from(b)];
+            let same = |o: &u16| {
+                rows[usize::from(*o)].crcs[usize::from(b)] == crc && data.get(&(*o, b)).is_some_and(|d| d == bytes)
+            };
+            (0..r).find(same)
+        };
+        let twins: BTreeMap<(u16, u8), u16> =
+            data.iter().filter_map(|(at, bytes)| Some((*at, twin(*at, bytes)?))).collect();
+        let mut addresses = self.allocate(data.len() - twins.len()).ok_or(StageError::NoSpace)?.into_iter();
+        let mut fresh = Vec::with_capacity(data.len());
+        for ((r, b), bytes) in data {
+            let block = usize::from(b);
+            rows[usize::from(r)].addresses[block] = match twins.get(&(r, b)) {
+                Some(twin) => rows[usize::from(*twin)].addresses[block],
+                None => {
+                    let address = addresses.next().expect("one address for each block of data");
+                    fresh.push((r, b));
+                    self.put_data(address, bytes);
+                    address
+                }
+            };
         }
         Ok((rows, fresh))
     }
@@ -546,7 +621,7 @@ impl Disk {
             } => {
                 let cached = self.cache.get_mut(&element).expect("the entry of a staged write is in memory");
                 let entry = &mut cached.entry;
-                let (old_version, was_absent) = (entry.version, entry.is_absent());
+                let (old, was_absent) = ((entry.slot, entry.version), entry.is_absent());
                 let mut released: SmallVec<[Address; 16]> = SmallVec::new();
                 let row = entry.row_to_write(lineage, epoch, &parents);
                 for (place, block) in blocks.iter().zip(usize::from(first_block)..BLOCKS_PER_ELEMENT) {
@@ -561,7 +636,7 @@ impl Disk {
                 entry.note_id(id, finished_below);
                 let new_version = entry.version;
                 self.dirtied(element, was_absent);
-                self.index_change(element, slot, old_version, Some(new_version));
+                self.index_change(element, old, Some((slot, new_version)));
                 self.release(&released);
                 self.note_watermark(slot, watermark);
             }
@@ -571,12 +646,12 @@ impl Disk {
                     std::mem::replace(&mut cached.entry, Entry { version, slot, ids: ids.into(), rows: rows.into() });
                 let gone = old.rows.iter().map(|r| (r.lineage, r.epoch));
                 let has = |row: &(LineageId, Epoch)| cached.entry.rows.iter().any(|r| (r.lineage, r.epoch) == *row);
-                let stale: Vec<_> = gone.filter(|row| !has(row)).collect();
-                cached.stale_rows.extend(stale);
+                let stale: SmallVec<[_; 4]> = gone.filter(|row| !has(row)).collect();
+                cached.note_stale(stale);
                 let released: Vec<Address> =
                     old.addresses().into_iter().filter(|a| !cached.entry.refers_to(*a)).collect();
                 self.dirtied(element, old.is_absent());
-                self.index_change(element, slot, old.version, Some(version));
+                self.index_change(element, (old.slot, old.version), Some((slot, version)));
                 self.release(&released);
                 self.note_watermark(slot, watermark);
             }
@@ -586,12 +661,10 @@ impl Disk {
                 if old.is_absent() {
                     return;
                 }
-                cached.stale_rows.extend(old.rows.iter().map(|r| (r.lineage, r.epoch)));
+                cached.note_stale(old.rows.iter().map(|r| (r.lineage, r.epoch)));
                 let released = old.addresses();
-                self.elements -= 1;
                 self.dirtied(element, false);
-                self.fresh.remove(&element);
-                self.index_change(element, old.slot, old.version, None);
+                self.index_change(element, (old.slot, old.version), None);
                 self.release(&released);
             }
             Record::Watermark { slot, watermark } => self.note_watermark(slot, watermark),
@@ -614,22 +687,28 @@ impl Disk {
             cached.clean = Cleanness::Dirty;
             self.dirty.push(element);
         }
-        if was_absent {
+        let is_absent = cached.entry.is_absent();
+        if was_absent && !is_absent {
             self.elements += 1;
             self.fresh.insert(element);
+        } else if !was_absent && is_absent {
+            self.elements = self.elements.saturating_sub(1);
+            self.fresh.remove(&element);
         }
     }
 
-    fn index_change(&mut self, element: ElementKey, slot: SlotId, old: Version, new: Option<Version>) {
-        let index = self.changes.entry(slot).or_default();
+    /// The element's newest write is another one now, or it is gone.
+    fn index_change(&mut self, element: ElementKey, old: (SlotId, Version), new: Option<(SlotId, Version)>) {
         if new == Some(old) {
             return;
         }
-        if index.get(&old) == Some(&element) {
-            index.remove(&old);
+        if let Some(index) = self.changes.get_mut(&old.0)
+            && index.get(&old.1) == Some(&element)
+        {
+            index.remove(&old.1);
         }
-        if let Some(new) = new {
-            index.insert(new, element);
+        if let Some((slot, version)) = new {
+            self.changes.entry(slot).or_default().insert(version, element);
         }
     }
 
@@ -665,55 +744,90 @@ impl Disk {
             return;
         }
         self.grow_ahead();
-        self.issue_open_batch(false);
+        self.issue_staged();
         self.push_frees_on();
         self.begin_checkpoint_if_due();
         self.evict();
     }
 
-    fn is_idle(&self) -> bool {
-        self.batches.is_empty() && self.open.is_empty()
+    fn issue_staged(&mut self) {
+        while self.batches.len() < BATCHES_IN_FLIGHT_MAX {
+            let next = self.closed.front().unwrap_or(&self.open);
+            let bytes = journal::batch_bytes(next.records.len());
+            if next.is_empty() || !self.has_journal_room(bytes, self.ring() / 16) {
+                return;
+            }
+            let batch = match self.closed.pop_front() {
+                Some(closed) => {
+                    self.closed_bytes -= bytes;
+                    closed
+                }
+                None => std::mem::take(&mut self.open),
+            };
+            self.issue_batch(batch);
+        }
+    }
+
+    /// Nothing more is added to the open batch.
+    fn close_batch(&mut self) {
+        if !self.open.is_empty() {
+            let batch = std::mem::take(&mut self.open);
+            self.closed_bytes += journal::batch_bytes(batch.records.len());
+            self.closed.push_back(batch);
+        }
     }
 
     /// Freed blocks wait for a later batch. When nothing else is written and blocks are short, an empty
     /// batch vouches for the one that freed them.
     fn push_frees_on(&mut self) {
+        let idle = self.batches.is_empty() && self.open.is_empty() && self.closed.is_empty();
         let short = self.allocator.free() < self.allocator.capacity() / 8;
-        if short && self.is_idle() && !self.freed.is_empty() {
-            self.issue_open_batch(true);
+        if short && idle && !self.freed.is_empty() && self.has_journal_room(BLOCK_SIZE, self.ring() / 16) {
+            self.issue_batch(OpenBatch::default());
         }
+    }
+
+    /// The record of a start: an empty batch that says where the journal ended. A sixteenth of the ring is
+    /// kept for these; a disk that was started more often without ever getting to a checkpoint makes one
+    /// before it opens.
+    pub(super) fn issue_open_record(&mut self) {
+        if self.has_journal_room(BLOCK_SIZE, BLOCK_SIZE) {
+            self.issue_batch(OpenBatch::default());
+        } else {
+            self.begin_checkpoint();
+        }
+    }
+
+    fn ring(&self) -> u64 {
+        self.superblock.layout.journal.length
     }
 
     /// Room in the ring for a batch of so many bytes, with what is lost when it does not fit at the end.
-    fn has_journal_room(&self, bytes: u64, for_start: bool) -> bool {
-        let ring = self.superblock.layout.journal.length;
-        // A sixteenth is kept for the open records of starts, so that a disk that was stopped with a full
-        // journal can always be opened.
-        let kept = if for_start { BLOCK_SIZE } else { ring / 16 };
-        self.journal_used() + 2 * bytes + kept <= ring
+    fn has_journal_room(&self, bytes: u64, kept: u64) -> bool {
+        let (ring, next) = (self.ring(), self.last_issued.next);
+        let lost = if next + bytes <= ring { 0 } else { ring - next };
+        self.journal_used() + lost + bytes + kept <= ring
     }
 
     fn journal_used(&self) -> u64 {
-        let ring = self.superblock.layout.journal.length;
-        (self.last_issued.next + ring - self.tail.next) % ring
+        (self.last_issued.next + self.ring() - self.tail.next) % self.ring()
     }
 
-    fn is_checkpoint_due(&self) -> bool {
-        let long = self.journal_used() > self.superblock.layout.journal.length / 2;
-        self.checkpoint.is_none() && (long || self.dirty.len() > DIRTY_MAX)
+    /// The same, with what is staged.
+    fn journal_staged(&self) -> u64 {
+        let open = if self.open.is_empty() { 0 } else { journal::batch_bytes(self.open.records.len()) };
+        self.journal_used() + self.closed_bytes + open
     }
 
-    pub(super) fn issue_open_batch(&mut self, even_empty: bool) {
-        let bytes = journal::batch_bytes(self.open.records.len());
-        // A checkpoint begins between batches: for it, one more may be on its way.
-        let on_their_way = BATCHES_IN_FLIGHT_MAX + usize::from(self.is_checkpoint_due());
-        if (self.open.is_empty() && !even_empty)
-            || self.batches.len() >= on_their_way
-            || !self.has_journal_room(bytes, self.recovery.is_some())
-        {
-            return;
-        }
-        let open = std::mem::take(&mut self.open);
+    /// Whether a record of at most so many bytes may be staged. A checkpoint saves everything staged, so
+    /// all that is staged behind the checkpoint on its way must fit into the ring when that is done.
+    fn may_stage(&self, record: usize, sixteenths: u64) -> bool {
+        let saved = self.checkpoint.as_ref().map_or(0, |c| c.used);
+        record as u64 <= self.ring() / 8
+            && self.journal_staged().saturating_sub(saved) + record as u64 <= self.ring() / 16 * sixteenths
+    }
+
+    fn issue_batch(&mut self, open: OpenBatch) {
         let number = self.last_issued.number + 1;
         let header = Header {
             run: self.superblock.incarnation.0,
@@ -723,38 +837,34 @@ impl Disk {
             length: 0,
         };
         let (batch, hash) = journal::encode_batch(self.superblock.disk, header, &open.records);
+        let bytes = batch.len() as u64;
         let ring = self.superblock.layout.journal;
-        let fits = self.last_issued.next + bytes <= ring.length;
-        let at = if fits { self.last_issued.next } else { 0 };
-        let after = Position { number, hash, next: at + bytes };
-        let mut waits = 1;
+        let at = if self.last_issued.next + bytes <= ring.length { self.last_issued.next } else { 0 };
         let data_start = self.superblock.layout.data.offset;
+        let mut waits = 1;
         for (address, pieces) in coalesce(open.data) {
             waits += 1;
-            let offset = data_start + address * BLOCK_SIZE;
-            let pending = Pending::Batch { number, offset, pieces: pieces.clone(), again: false };
-            self.issue(pending, DiskCommand::Write { offset, pieces });
+            self.write(number, data_start + address * BLOCK_SIZE, pieces);
         }
-        let (offset, pieces) = (ring.offset + at, vec![Bytes::from(batch)]);
+        self.write(number, ring.offset + at, vec![Bytes::from(batch)]);
+        let (frees, tickets, watermarks) = (open.frees, open.tickets, open.watermarks);
+        let durable_through = header.durable_through;
+        self.batches.push_back(Batch { number, durable_through, waits, frees, tickets, watermarks });
+        self.last_issued = Position { number, hash, next: at + bytes };
+        if let Some(checkpoint) = self.checkpoint.as_mut().filter(|c| c.number == number) {
+            checkpoint.position = Some(self.last_issued);
+        }
+    }
+
+    fn write(&mut self, number: u64, offset: u64, pieces: Vec<Bytes>) {
         let pending = Pending::Batch { number, offset, pieces: pieces.clone(), again: false };
         self.issue(pending, DiskCommand::Write { offset, pieces });
-        self.batches.push_back(Batch {
-            number,
-            durable_through: header.durable_through,
-            waits,
-            frees: open.frees,
-            tickets: open.tickets,
-            watermarks: open.watermarks,
-            told: false,
-        });
-        self.last_issued = after;
     }
 
     fn on_batch_written(&mut self, number: u64) {
         let Some(batch) = self.batches.iter_mut().find(|b| b.number == number) else { return };
         batch.waits -= 1;
         if self.sabotage == Sabotage::AckBatchesOutOfOrder && batch.waits == 0 {
-            batch.told = true;
             let tickets = std::mem::take(&mut batch.tickets);
             self.events.extend(tickets.into_iter().map(DiskEvent::Stable));
         }
@@ -772,7 +882,6 @@ impl Disk {
         }
         self.events.extend(batch.tickets.into_iter().map(DiskEvent::Stable));
         if !batch.frees.is_empty() {
-            self.waiting_free += batch.frees.len() as u64;
             self.freed.push_back((batch.number, batch.frees));
         }
         // A durable batch vouches for all up to its `durable_through`: their frees hold for good.
@@ -793,7 +902,6 @@ impl Disk {
         let oldest = self.pins.first().copied().unwrap_or(u64::MAX);
         while self.unpinned.front().is_some_and(|(stamp, _)| *stamp < oldest) {
             let (_, addresses) = self.unpinned.pop_front().expect("just seen");
-            self.waiting_free -= addresses.len() as u64;
             for address in addresses {
                 self.allocator.reuse(address);
             }
@@ -803,24 +911,23 @@ impl Disk {
     fn grow_ahead(&mut self) {
         let frontier = self.allocator.frontier();
         let enough = self.allocator.free_below_frontier() >= EXTEND_AHEAD_BLOCKS;
-        if self.extending || self.host_full || enough || frontier >= self.allocator.capacity() {
+        let waits = self.host_full.is_some_and(|then| self.last_issued.number < then + HOST_FULL_BATCHES);
+        if self.extending || waits || enough || frontier >= self.allocator.capacity() {
             return;
         }
         self.extending = true;
         let data = self.superblock.layout.data;
-        let to = (data.offset + frontier * BLOCK_SIZE + EXTEND_STEP).min(data.offset + data.length);
+        let to = (data.offset + frontier * BLOCK_SIZE + EXTEND_STEP) >> 20 << 20;
+        let to = to.min(data.end());
         self.issue(Pending::Extend { to }, DiskCommand::Extend { to });
     }
 
     fn on_extended(&mut self, to: u64, result: Result<(), DiskError>) {
         self.extending = false;
-        match result {
-            Ok(()) => {
-                let data = self.superblock.layout.data;
-                self.allocator.set_frontier((to - data.offset) / BLOCK_SIZE);
-            }
-            // What lies below the frontier goes on to be used: full, not failed.
-            Err(_) => self.host_full = true,
+        // What lies below the frontier goes on to be used: full, not failed.
+        self.host_full = result.is_err().then_some(self.last_issued.number);
+        if result.is_ok() {
+            self.allocator.set_frontier((to - self.superblock.layout.data.offset) / BLOCK_SIZE);
         }
     }
 
@@ -828,22 +935,28 @@ impl Disk {
     // Checkpoint.
 
     fn begin_checkpoint_if_due(&mut self) {
-        // Only between batches: what is in memory is then exactly what the journal has.
-        if !self.is_checkpoint_due() || !self.open.is_empty() {
-            return;
+        let long = self.journal_staged() > self.ring() / 2;
+        if self.checkpoint.is_none() && (long || self.dirty.len() > DIRTY_MAX) {
+            self.begin_checkpoint();
         }
+    }
+
+    /// Takes down what memory is now: all that is staged, so the open batch ends here.
+    fn begin_checkpoint(&mut self) {
+        self.close_batch();
         let mut changes = Vec::with_capacity(self.dirty.len() * 2 + 64);
-        let keys = std::mem::take(&mut self.dirty);
-        for key in &keys {
-            let cached = self.cache.get_mut(key).expect("dirty entries are in memory");
+        let mut keys = Vec::with_capacity(self.dirty.len());
+        for key in std::mem::take(&mut self.dirty) {
+            let cached = self.cache.get_mut(&key).expect("dirty entries are in memory");
             cached.clean = Cleanness::Saving;
-            let head = (!cached.entry.is_absent()).then(|| cached.entry.encode_head().into());
-            changes.push((Table::Heads, keys::head(*key), head));
+            let exists = !cached.entry.is_absent();
+            keys.push((key, exists));
+            changes.push((Table::Heads, keys::head(key), exists.then(|| cached.entry.encode_head().into())));
             for (lineage, epoch) in std::mem::take(&mut cached.stale_rows) {
-                changes.push((Table::Rows, keys::row(*key, lineage, epoch), None));
+                changes.push((Table::Rows, keys::row(key, lineage, epoch), None));
             }
             for row in &cached.entry.rows {
-                changes.push((Table::Rows, keys::row(*key, row.lineage, row.epoch), Some(row.encode().into())));
+                changes.push((Table::Rows, keys::row(key, row.lineage, row.epoch), Some(row.encode().into())));
             }
         }
         for (chunk, bits) in self.allocator.take_dirty() {
@@ -859,10 +972,18 @@ impl Disk {
             let floor = self.floors.get(slot).copied().unwrap_or_default();
             changes.push((Table::Meta, keys::watermark(*slot), Some(keys::versions(*watermark, floor))));
         }
-        let position = self.last_issued;
-        let reached = recovery::Reached { position, elements: self.elements, generation: self.meta_generation };
-        changes.push((Table::Meta, keys::reached(), Some(reached.encode())));
-        self.checkpoint = Some(Checkpoint { position, changes, keys, watermarks, issued: false });
+        let number = self.last_issued.number + self.closed.len() as u64;
+        self.checkpoint = Some(Checkpoint {
+            number,
+            position: self.closed.is_empty().then_some(self.last_issued),
+            used: self.journal_staged(),
+            elements: self.elements,
+            generation: self.meta_generation,
+            changes,
+            keys,
+            watermarks,
+            issued: false,
+        });
         self.commit_checkpoint_if_durable();
     }
 
@@ -887,34 +1008,37 @@ impl Disk {
     /// know data that a crash can still take away.
     fn commit_checkpoint_if_durable(&mut self) {
         let Some(checkpoint) = &mut self.checkpoint else { return };
-        if checkpoint.issued || self.durable_through < checkpoint.position.number {
+        let Some(position) = checkpoint.position else { return };
+        if checkpoint.issued || self.durable_through < checkpoint.number {
             return;
         }
         checkpoint.issued = true;
-        let changes = std::mem::take(&mut checkpoint.changes);
+        let mut changes = std::mem::take(&mut checkpoint.changes);
+        let Checkpoint { elements, generation, .. } = *checkpoint;
+        let reached = recovery::Reached { position, elements, generation };
+        changes.push((Table::Meta, keys::reached(), Some(reached.encode())));
         self.issue(Pending::Commit, DiskCommand::PmapCommit { changes });
     }
 
     fn on_committed(&mut self) {
         let checkpoint = self.checkpoint.take().expect("a commit belongs to a checkpoint");
-        self.tail = checkpoint.position;
+        self.tail = checkpoint.position.expect("known before the commit");
         for (slot, watermark) in checkpoint.watermarks {
             let durable = self.durable_watermarks.entry(slot).or_default();
             *durable = (*durable).max(watermark);
         }
-        for key in checkpoint.keys {
-            if let Some(cached) = self.cache.get_mut(&key)
-                && cached.clean == Cleanness::Saving
-            {
+        for (key, exists) in checkpoint.keys {
+            let cached = self.cache.get_mut(&key).expect("an entry that is being saved is in memory");
+            if cached.clean == Cleanness::Saving {
                 cached.clean = Cleanness::Clean;
             }
-            // Dropped and made again meanwhile: it is fresh still, and the set has it.
-            let exists = self.cache.get(&key).is_some_and(|c| !c.entry.is_absent());
-            if exists && self.fresh.remove(&key) {
-                for scan in self.scans.values_mut() {
-                    scan.extra.insert(key);
-                }
+            // What was saved as gone and made again meanwhile is fresh still.
+            if exists {
+                self.fresh.remove(&key);
             }
+        }
+        if self.recovery.is_some() {
+            self.issue_open_record();
         }
     }
 
@@ -993,7 +1117,7 @@ impl Disk {
 
     /// Elements from `from` (inclusive) to `end` (exclusive), ascending, at most `limit`.
     pub fn scan(&mut self, scan: ReadId, from: ElementKey, end: Option<ElementKey>, limit: usize) {
-        self.scan_page(scan, ScanJob { from, end, limit, found: BTreeMap::new(), extra: BTreeSet::new() });
+        self.scan_page(scan, ScanJob { from, end, limit, found: BTreeMap::new() });
     }
 
     fn scan_page(&mut self, scan: ReadId, job: ScanJob) {
@@ -1030,10 +1154,10 @@ impl Disk {
         let bound = if is_full { all.last_key_value().map(|(k, _)| *k) } else { None };
         let in_range =
             |key: &&ElementKey| job.end.is_none_or(|end| **key < end) && bound.is_none_or(|bound| **key <= bound);
-        let memory = self.fresh.range(job.from..).take_while(in_range).take(job.limit);
-        let extra = job.extra.range(job.from..).take_while(in_range);
-        for key in memory.chain(extra) {
-            all.insert(*key, Version::ZERO);
+        // Commands of the PMap store are answered in the order in which they were given: what a checkpoint
+        // has made not fresh is in every page that is answered after it.
+        for key in self.fresh.range(job.from..).take_while(in_range).take(job.limit) {
+            all.insert(*key, Version::ZERO); // Its version is in memory, see below.
         }
         all.retain(|key, version| match self.cache.get(key) {
             Some(cached) => {
@@ -1045,7 +1169,7 @@ impl Disk {
         job.found.append(&mut all);
         Ok(bound.map(|b| match b.element.checked_add(1) {
             Some(element) => ElementKey { family: b.family, element },
-            None => ElementKey { family: FamilyId(b.family.0 + 1), element: 0 },
+            None => ElementKey { family: FamilyId(b.family.0.saturating_add(1)), element: 0 },
         }))
     }
 
@@ -1057,6 +1181,9 @@ impl Disk {
             return self.on_recovery_result(op, result);
         }
         let Some(pending) = self.pending.remove(&op) else { return };
+        if self.failed.is_some() && !matches!(pending, Pending::Read { .. } | Pending::Scan(_)) {
+            return; // Nothing more is acknowledged.
+        }
         match (pending, result) {
             (Pending::Batch { number, .. }, DiskResult::Written(Ok(()))) => self.on_batch_written(number),
             (Pending::Batch { number, offset, pieces, again: false }, DiskResult::Written(Err(_))) => {
@@ -1085,9 +1212,19 @@ impl Disk {
     }
 
     pub fn check_invariants(&self) {
-        assert!(self.batches.len() <= BATCHES_IN_FLIGHT_MAX + 1, "batches on their way are bounded");
+        assert!(self.batches.len() <= BATCHES_IN_FLIGHT_MAX, "batches on their way are bounded");
         assert!(self.durable_through <= self.last_issued.number);
         assert!(self.tail.number <= self.last_issued.number);
+    }
+}
+
+impl Cached {
+    fn note_stale(&mut self, rows: impl IntoIterator<Item = (LineageId, Epoch)>) {
+        for row in rows {
+            if !self.stale_rows.contains(&row) {
+                self.stale_rows.push(row);
+            }
+        }
     }
 }
 

@@ -451,7 +451,10 @@ impl Stores {
                 *waits -= 1;
                 if *waits == 0 {
                     self.loads.remove(&element);
-                    self.events.push_back(Event::Loaded(element));
+                    // One disk may have forgotten it while another was still asked.
+                    if self.load(element) == Loaded::Ready {
+                        self.events.push_back(Event::Loaded(element));
+                    }
                 }
             }
             disk::DiskEvent::Stable(ticket) => {
@@ -491,13 +494,19 @@ impl Stores {
         self.generation = self.disks[newest].meta_generation;
         let right = self.disks[newest].meta.clone();
         for d in (0..copies).filter(|d| *d != newest) {
+            let mut differing = Vec::new();
             let keys: BTreeSet<Bytes> = self.disks[d].meta.keys().chain(right.keys()).cloned().collect();
             for key in keys {
                 if self.disks[d].meta.get(&key) == right.get(&key) {
                     continue;
                 }
-                let ticket = self.ticket();
-                self.disks[d].stage_meta(ticket, self.generation, &key, right.get(&key));
+                differing.push(key);
+            }
+            // A crash in between must not make the half-made copy look as new as the right one.
+            let last = differing.len().saturating_sub(1);
+            for (i, key) in differing.iter().enumerate() {
+                let generation = if i == last { self.generation } else { self.disks[d].meta_generation };
+                self.disks[d].stage_meta(None, generation, key, right.get(key));
             }
         }
     }
@@ -566,15 +575,18 @@ impl Stores {
 
     /// Stages a change; it is in memory at once, and stable when its ticket is told. The elements of
     /// `Write`, `Replace` and `Drop` must be loaded.
-    pub fn stage(&mut self, change: Change) -> Result<Ticket, StageError> {
+    pub fn stage(&mut self, mut change: Change) -> Result<Ticket, StageError> {
         let ticket = self.ticket();
-        match &change {
+        match &mut change {
             Change::Write { element, slot, watermark, .. } | Change::Replace { element, slot, watermark, .. } => {
-                let (slot, watermark) = (*slot, *watermark);
-                let home = match self.home(*element) {
+                let home = match self.home(*element).or_else(|| self.ghost(*element)) {
                     Some(home) => home,
                     None => self.emptiest()?,
                 };
+                // A disk that is new to the slot must not make its watermark look older than it is.
+                let known = self.watermarks.get(slot).copied().unwrap_or_default();
+                *watermark = known.max(*watermark);
+                let (slot, watermark) = (*slot, *watermark);
                 self.disks[home].stage(ticket, change)?;
                 self.note_watermark(slot, watermark, home);
             }
@@ -582,31 +594,52 @@ impl Stores {
                 let home = self.home(*element).unwrap_or(0);
                 self.disks[home].stage(ticket, change)?;
             }
-            Change::Watermark { slot, watermark } => {
-                let (slot, watermark) = (*slot, *watermark);
-                let home = self.disks.iter().position(|d| d.watermarks.contains_key(&slot)).unwrap_or(0);
-                self.disks[home].stage(ticket, change)?;
-                let known = self.watermarks.entry(slot).or_default();
-                *known = (*known).max(watermark);
-                for disk in self.disks.iter_mut().skip(home + 1).filter(|d| d.watermarks.contains_key(&slot)) {
-                    disk.stage_watermark(slot, watermark);
+            Change::Watermark { slot, .. } => {
+                // On every disk that has one of the slot: after a start the lowest counts.
+                let slot = *slot;
+                let has = |d: &usize| self.disks[*d].watermarks.contains_key(&slot);
+                let mut homes: SmallVec<[usize; 4]> = (0..self.disks.len()).filter(has).collect();
+                if homes.is_empty() {
+                    homes.push(self.emptiest()?);
                 }
+                self.stage_copies(ticket, &homes, &change)?;
             }
-            Change::Meta { key, value } => {
-                self.generation += 1;
-                let copies = self.disks.len().min(META_COPIES);
-                for disk in &mut self.disks[..copies] {
-                    if disk.failed.is_some() {
-                        return Err(StageError::DiskFailed);
-                    }
-                    disk.stage_meta(ticket, self.generation, key, value.as_ref());
-                }
-                if copies > 1 {
-                    self.copies.insert(ticket, copies as u8);
-                }
+            Change::Meta { .. } => {
+                let homes: SmallVec<[usize; 4]> = (0..self.disks.len().min(META_COPIES)).collect();
+                self.stage_copies(ticket, &homes, &change)?;
             }
         }
         Ok(ticket)
+    }
+
+    /// Stages a watermark or a metadata value on several disks, or on none.
+    fn stage_copies(&mut self, ticket: Ticket, homes: &[usize], change: &Change) -> Result<(), StageError> {
+        for home in homes {
+            self.disks[*home].check_room(change)?;
+        }
+        if homes.len() > 1 {
+            self.copies.insert(ticket, homes.len() as u8);
+        }
+        match change {
+            Change::Watermark { slot, watermark } => {
+                let known = self.watermarks.entry(*slot).or_default();
+                *known = (*known).max(*watermark);
+            }
+            _ => self.generation += 1,
+        }
+        for home in homes {
+            match change {
+                Change::Meta { key, value } => {
+                    self.disks[*home].stage_meta(Some(ticket), self.generation, key, value.as_ref());
+                }
+                other => self.disks[*home].stage(ticket, other.clone())?,
+            }
+        }
+        Ok(())
+    }
+
+    fn ghost(&self, element: ElementKey) -> Option<usize> {
+        self.disks.iter().position(|d| d.has_ghost(element))
     }
 
     fn emptiest(&self) -> Result<usize, StageError> {
@@ -639,13 +672,13 @@ impl Stores {
 
     /// True if some disk's file could not grow: the file system below it is full.
     pub fn is_host_full(&self) -> bool {
-        self.disks.iter().any(|d| d.host_full)
+        self.disks.iter().any(|d| d.host_full.is_some())
     }
 
     /// Somebody may have made room below: files try again to grow.
     pub fn retry_growth(&mut self) {
         for disk in &mut self.disks {
-            disk.host_full = false;
+            disk.host_full = None;
         }
     }
 

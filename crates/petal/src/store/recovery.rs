@@ -47,10 +47,28 @@ enum Asked {
     Block { batch: usize, record: usize, crc: u32 },
 }
 
+impl Asked {
+    fn what(&self) -> &'static str {
+        match self {
+            Asked::Identity => "the superblock cannot be written",
+            Asked::Table(_) => "the PMap store cannot be read",
+            Asked::Ring(_) => "the journal cannot be read",
+            Asked::Block { .. } => "data of the last writes cannot be read",
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Question {
+    asked: Asked,
+    /// To be asked once more if it fails; none the second time.
+    again: Option<DiskCommand>,
+}
+
 /// An opening in progress.
 #[derive(Debug, Default)]
 pub(super) struct Recovery {
-    asked: BTreeMap<OpId, Asked>,
+    asked: BTreeMap<OpId, Question>,
     ring: Vec<u8>,
     reached: Reached,
     found: Vec<(journal::Header, Vec<Record>, Position)>,
@@ -58,7 +76,6 @@ pub(super) struct Recovery {
     /// Records, as (batch, record), whose data does not match.
     broken: BTreeSet<(usize, usize)>,
     loading: usize,
-    is_replaying: bool,
 }
 
 impl Disk {
@@ -76,12 +93,21 @@ impl Disk {
     }
 
     fn ask(&mut self, asked: Asked, command: DiskCommand) {
-        let op = self.command(command);
-        self.recovery().asked.insert(op, asked);
+        let op = self.command(command.clone());
+        self.recovery().asked.insert(op, Question { asked, again: Some(command) });
     }
 
     pub(super) fn on_recovery_result(&mut self, op: OpId, result: DiskResult) {
-        let Some(asked) = self.recovery().asked.remove(&op) else { return };
+        let Some(Question { asked, again }) = self.recovery().asked.remove(&op) else { return };
+        if self.failed.is_some() {
+            return;
+        }
+        // PMap errors are final: that store is dead after the first.
+        if let (Some(command), DiskResult::Written(Err(_)) | DiskResult::Read(Err(_))) = (again, &result) {
+            let op = self.command(command);
+            self.recovery().asked.insert(op, Question { asked, again: None });
+            return;
+        }
         match (asked, result) {
             (Asked::Identity, DiskResult::Written(Ok(()))) => self.read_pmap(),
             (Asked::Table(table), DiskResult::PmapRange(Ok(rows))) => {
@@ -98,8 +124,9 @@ impl Disk {
                     self.follow_journal();
                 }
             }
-            (Asked::Block { batch, record, crc }, DiskResult::Read(result)) => {
-                if !result.is_ok_and(|bytes| crc32c(&bytes) == crc) {
+            // An error is no answer: what cannot be read may well have been acknowledged.
+            (Asked::Block { batch, record, crc }, DiskResult::Read(Ok(bytes))) => {
+                if crc32c(&bytes) != crc {
                     self.recovery().broken.insert((batch, record));
                 }
                 if self.recovery().asked.is_empty() {
@@ -112,7 +139,7 @@ impl Disk {
                 | DiskResult::Read(Err(e))
                 | DiskResult::PmapRange(Err(e))
                 | DiskResult::PmapValue(Err(e)),
-            ) => self.fail(format!("cannot be opened ({asked:?}): {e}")),
+            ) => self.fail(format!("cannot be opened ({}): {e}", asked.what())),
             (asked, result) => unreachable!("{result:?} does not answer {asked:?}"),
         }
     }
@@ -236,7 +263,6 @@ impl Disk {
         let touched: BTreeSet<ElementKey> =
             recovery.found.iter().flat_map(|(_, records, _)| records.iter().filter_map(touched)).collect();
         recovery.loading = touched.len();
-        recovery.is_replaying = true;
         for element in &touched {
             self.load(*element);
         }
@@ -246,6 +272,9 @@ impl Disk {
     }
 
     pub(super) fn on_recovery_loaded(&mut self) {
+        if self.failed.is_some() {
+            return;
+        }
         let recovery = self.recovery();
         recovery.loading -= 1;
         if recovery.loading == 0 {
@@ -257,8 +286,8 @@ impl Disk {
         for (_, records, _) in std::mem::take(&mut self.recovery().found) {
             for record in records {
                 for (address, _) in fresh_blocks(&record) {
-                    if address >= self.allocator.capacity() {
-                        return self.fail(format!("the journal names block {address}, which the disk does not have"));
+                    if address >= self.allocator.capacity() || self.allocator.is_referenced(address) {
+                        return self.fail(format!("the journal and the PMap store disagree about block {address}"));
                     }
                     self.allocator.mark(address);
                 }
@@ -271,7 +300,7 @@ impl Disk {
             self.recovery = None;
             self.events.push_back(disk::DiskEvent::Opened);
         } else {
-            self.issue_open_batch(true);
+            self.issue_open_record();
         }
     }
 }
