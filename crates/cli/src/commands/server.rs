@@ -5,6 +5,7 @@ use crate::server_config::{CACHE_ELEMENTS_DEFAULT, ServerConfig};
 use crate::{connect, disk_files};
 use anyhow::{Result, bail};
 use petal::ids::ServerId;
+use petal::sabotage::Sabotage;
 use petal::server::{Server, ServerConfig as CoreConfig};
 use petal::store::StoreConfig;
 use petal_io::server::{Ended, ServerShell, ShellConfig};
@@ -71,7 +72,11 @@ async fn serve(config: ServerConfig, on_ready: Box<dyn FnOnce()>) -> Result<()> 
     let (open, engine) = disk_files::open(&config.disks, config.server.map(ServerId))?;
     let core = CoreConfig {
         addresses: config.addresses().to_vec(),
-        store: StoreConfig { cache_elements: config.cache_elements.unwrap_or(CACHE_ELEMENTS_DEFAULT) },
+        store: StoreConfig {
+            cache_elements: config.cache_elements.unwrap_or(CACHE_ELEMENTS_DEFAULT),
+            ..StoreConfig::default()
+        },
+        sabotage: Sabotage::None,
     };
     let server = Server::start(petal_io::clock::now(), core, open);
     let id = server.id();
