@@ -11,8 +11,8 @@ use petal::global_state::{Attachment, Command, Outcome, State};
 use petal::ids::{ElementKey, ServerId};
 use petal::limits::SETTLE_DEADLINE;
 use petal::message::{AdminRequest, AdminResponse, ServerStatus, VerifyPart};
-use petal_io::client::{Client, Config, ConnectError};
 pub use petal_io::client::Disk;
+use petal_io::client::{Client, Config, ConnectError};
 use std::time::Duration;
 
 /// How long to try to reach a first server.

@@ -9,6 +9,7 @@ mod connect;
 mod disk_files;
 mod holder;
 mod nbd_exports;
+mod offline;
 mod output;
 mod place;
 mod processes;

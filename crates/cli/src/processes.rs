@@ -131,12 +131,16 @@ impl Log {
         Log { path: path.into(), start }
     }
 
-    /// The last error in it, without the word `error:`.
+    /// The last error in it, without the word `error:`; or that it panicked.
     pub fn complaint(&self) -> Option<String> {
         let bytes = std::fs::read(&self.path).ok()?;
         let text = String::from_utf8_lossy(bytes.get(self.start as usize..)?).into_owned();
-        let at = text.rfind("error: ")?;
-        Some(text[at + "error: ".len()..].trim_end().to_string())
+        if let Some(at) = text.rfind("\nerror: ").map(|at| at + 1).or_else(|| text.starts_with("error: ").then_some(0))
+        {
+            return Some(text[at + "error: ".len()..].trim_end().to_string());
+        }
+        let panic = text.lines().skip_while(|l| !l.contains("panicked at")).take(2).collect::<Vec<_>>().join(" ");
+        (!panic.is_empty()).then(|| format!("{panic}: this is a bug; its log is {}", self.path.display()))
     }
 }
 
@@ -167,5 +171,7 @@ mod tests {
         assert_eq!(log.complaint(), None);
         std::fs::write(&path, "error: old\ninfo\nerror: disk1 is in use\nmore\n").unwrap();
         assert_eq!(log.complaint().unwrap(), "disk1 is in use\nmore");
+        std::fs::write(&path, "error: old\nthread 'main' panicked at a.rs:1:2:\nno such thing\n").unwrap();
+        assert!(log.complaint().unwrap().contains("a.rs:1:2: no such thing: this is a bug"));
     }
 }

@@ -20,7 +20,7 @@ A disk is attached exclusively while clients are connected to it. NBD over TCP i
 asks for no password: listen on a loopback address.")]
 pub struct Arguments {
     /// Serve on this unix socket
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", required_unless_present = "tcp")]
     socket: Option<PathBuf>,
     /// Serve on this TCP address
     #[arg(long, value_name = "HOST:PORT")]
@@ -38,10 +38,6 @@ pub struct Arguments {
 
 /// Serves until a signal comes.
 pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
-    ensure!(
-        arguments.socket.is_some() || arguments.tcp.is_some(),
-        "say where to serve: --socket PATH, --tcp HOST:PORT, or both"
-    );
     let place = place.clone();
     connect::block_on(async move {
         let connection = Connection::open(&place).await?;

@@ -5,6 +5,7 @@ use crate::server_config::{CACHE_ELEMENTS_DEFAULT, ServerConfig};
 use crate::{connect, disk_files};
 use anyhow::{Result, bail};
 use petal::ids::ServerId;
+use petal::sabotage::Sabotage;
 use petal::server::{Server, ServerConfig as CoreConfig};
 use petal::store::StoreConfig;
 use petal_io::server::{Ended, ServerShell, ShellConfig};
@@ -75,7 +76,7 @@ async fn serve(config: ServerConfig, on_ready: Box<dyn FnOnce()>) -> Result<()> 
             cache_elements: config.cache_elements.unwrap_or(CACHE_ELEMENTS_DEFAULT),
             ..StoreConfig::default()
         },
-        sabotage: petal::sabotage::Sabotage::None,
+        sabotage: Sabotage::None,
     };
     let server = Server::start(petal_io::clock::now(), core, open);
     let id = server.id();
