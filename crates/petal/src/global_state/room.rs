@@ -136,11 +136,11 @@ impl GlobalState {
         me: ServerId,
         genesis: &Genesis,
         proposer: u64,
-        durable: &[(Bytes, Bytes)],
+        durable: Vec<(Bytes, Bytes)>,
     ) -> Result<GlobalState, RingDamaged> {
         let state = State::genesis(genesis);
         let ring = match state.ring.node_of(me) {
-            Some(node) => Some(Ring::open(node, state.clone(), durable)?),
+            Some(node) => Some(Ring::open(node, state.clone(), &durable)?),
             None => None,
         };
         let mut room = GlobalState {

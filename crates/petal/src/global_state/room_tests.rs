@@ -113,7 +113,7 @@ impl Cluster {
         host.life += 1;
         let durable: Vec<(Bytes, Bytes)> = host.durable.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
         let proposer = u64::from(server.0) << 32 | host.life;
-        let room = GlobalState::open(server, &genesis, proposer, &durable).expect("a crash damages nothing");
+        let room = GlobalState::open(server, &genesis, proposer, durable).expect("a crash damages nothing");
         host.applied = room.state().index;
         host.room = Some(room);
         for other in self.hosts.keys().copied().filter(|o| *o != server).collect::<Vec<_>>() {
@@ -463,7 +463,7 @@ fn everything_restarts_at_once_and_nothing_decided_is_gone() {
 
 #[test]
 fn a_server_that_comes_up_elsewhere_is_dialled_there() {
-    let mut room = GlobalState::open(ServerId(1), &genesis(1), 1, &[]).unwrap();
+    let mut room = GlobalState::open(ServerId(1), &genesis(1), 1, Vec::new()).unwrap();
     let command = Command::AddServer { addresses: vec!["h:1".into()], token: 1 };
     room.propose_own(Instant::ZERO, command);
     let mut dials = Vec::new();
@@ -479,7 +479,7 @@ fn a_server_that_comes_up_elsewhere_is_dialled_there() {
 
 #[test]
 fn a_monster_of_a_command_is_not_proposed() {
-    let mut room = GlobalState::open(ServerId(1), &genesis(1), 1, &[]).unwrap();
+    let mut room = GlobalState::open(ServerId(1), &genesis(1), 1, Vec::new()).unwrap();
     room.propose_own(Instant::ZERO, Command::AddServer { addresses: vec!["x".repeat(COMMAND_MAX)], token: 1 });
     assert_eq!(room.proposals.len(), 0);
 }
