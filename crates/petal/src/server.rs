@@ -502,7 +502,7 @@ impl Server {
     fn on_opened(&mut self) {
         let proposer = (u64::from(self.me.0) << 48) | (self.incarnation.0 & ((1 << 48) - 1));
         let durable = self.stores.meta_prefix(b"ring/");
-        let mut global = match GlobalState::open(self.me, &self.genesis, proposer, &durable) {
+        let mut global = match GlobalState::open(self.me, &self.genesis, proposer, durable) {
             Ok(global) => global,
             Err(damaged) => return self.out.push_back(Output::Fatal(damaged.to_string())),
         };
