@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 pub(super) fn audit(disk: &Disk, rows: &[(Bytes, Bytes)]) -> Vec<String> {
     let mut owners: BTreeMap<Address, ElementKey> = BTreeMap::new();
     let mut complaints = Vec::new();
-    let mut refer = |element: ElementKey, addresses: Vec<Address>| {
+    let mut refer = |complaints: &mut Vec<String>, element: ElementKey, addresses: Vec<Address>| {
         for address in addresses {
             match owners.insert(address, element) {
                 Some(other) if other != element => {
@@ -26,15 +26,18 @@ pub(super) fn audit(disk: &Disk, rows: &[(Bytes, Bytes)]) -> Vec<String> {
         }
     };
     for (key, value) in rows {
-        let Some((element, (lineage, epoch))) = keys::element(key).zip(keys::row_ids(key)) else { continue };
+        let Some((element, (lineage, epoch))) = keys::row_element(key).zip(keys::row_ids(key)) else {
+            complaints.push(format!("{key:?} is no key of a row"));
+            continue;
+        };
         if disk.knows(element) {
             continue;
         }
         if let Some(row) = Row::decode(lineage, epoch, value) {
-            refer(element, row.used().collect());
+            refer(&mut complaints, element, row.used().collect());
         }
     }
-    disk.each_cached(|element, entry| refer(element, entry.addresses()));
+    disk.each_cached(|element, entry| refer(&mut complaints, element, entry.addresses()));
     if owners.len() as u64 != disk.allocator.referenced() {
         complaints.push(format!(
             "{} blocks count as used and {} are referred to",

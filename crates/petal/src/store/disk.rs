@@ -21,7 +21,7 @@ use super::journal::{self, Header, Position, Record};
 use super::superblock::Superblock;
 use super::*;
 use super::{keys, recovery};
-use crate::limits::{BATCHES_IN_FLIGHT_MAX, BATCH_DATA_MAX};
+use crate::limits::{BATCH_DATA_MAX, BATCHES_IN_FLIGHT_MAX};
 use crate::sabotage::Sabotage;
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -174,6 +174,8 @@ pub(super) struct Disk {
     /// Newest staged, and newest durable watermark of each slot that this disk knows.
     pub watermarks: BTreeMap<SlotId, Version>,
     pub durable_watermarks: BTreeMap<SlotId, Version>,
+    /// The first of a slot, not durable yet: a crash may leave this one or none.
+    pub first_watermarks: BTreeMap<SlotId, Version>,
     pub meta: BTreeMap<Bytes, Bytes>,
     pub meta_generation: u64,
     dirty_meta: BTreeSet<Bytes>,
@@ -231,6 +233,7 @@ impl Disk {
             floors: BTreeMap::new(),
             watermarks: BTreeMap::new(),
             durable_watermarks: BTreeMap::new(),
+            first_watermarks: BTreeMap::new(),
             meta: BTreeMap::new(),
             meta_generation: 0,
             dirty_meta: BTreeSet::new(),
@@ -713,9 +716,18 @@ impl Disk {
     }
 
     fn note_watermark(&mut self, slot: SlotId, watermark: Version) {
-        let newest = self.watermarks.entry(slot).or_default();
-        *newest = (*newest).max(watermark);
-        self.open.watermarks.push((slot, watermark));
+        match self.watermarks.get_mut(&slot) {
+            Some(newest) => *newest = (*newest).max(watermark),
+            None => {
+                self.watermarks.insert(slot, watermark);
+                self.first_watermarks.insert(slot, watermark);
+            }
+        }
+        // One after the other mostly of the same slot: the higher one counts.
+        match self.open.watermarks.last_mut() {
+            Some((last, newest)) if *last == slot => *newest = (*newest).max(watermark),
+            _ => self.open.watermarks.push((slot, watermark)),
+        }
     }
 
     fn release(&mut self, addresses: &[Address]) {
@@ -879,6 +891,9 @@ impl Disk {
         for (slot, watermark) in batch.watermarks {
             let durable = self.durable_watermarks.entry(slot).or_default();
             *durable = (*durable).max(watermark);
+            if !self.first_watermarks.is_empty() {
+                self.first_watermarks.remove(&slot);
+            }
         }
         self.events.extend(batch.tickets.into_iter().map(DiskEvent::Stable));
         if !batch.frees.is_empty() {
@@ -1215,6 +1230,19 @@ impl Disk {
         assert!(self.batches.len() <= BATCHES_IN_FLIGHT_MAX, "batches on their way are bounded");
         assert!(self.durable_through <= self.last_issued.number);
         assert!(self.tail.number <= self.last_issued.number);
+    }
+}
+
+#[cfg(test)]
+impl Disk {
+    /// Number and last ticket of each batch on its way.
+    pub fn tickets_on_their_way(&self) -> impl Iterator<Item = (u64, Ticket)> + '_ {
+        self.batches.iter().map(|b| (b.number, b.tickets.last().copied().unwrap_or_default()))
+    }
+
+    /// True if the journal has no room for what is staged.
+    pub fn is_blocked(&self) -> bool {
+        self.batches.len() < BATCHES_IN_FLIGHT_MAX && !(self.open.is_empty() && self.closed.is_empty())
     }
 }
 

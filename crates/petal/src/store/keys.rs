@@ -39,6 +39,11 @@ pub fn row_ids(key: &[u8]) -> Option<(LineageId, Epoch)> {
     Some((LineageId(u32::from_be_bytes(lineage.try_into().ok()?)), Epoch(u32::from_be_bytes(epoch.try_into().ok()?))))
 }
 
+/// The element of a row's key.
+pub fn row_element(key: &[u8]) -> Option<ElementKey> {
+    element(key.get(..16)?)
+}
+
 fn slot_bytes(slot: SlotId) -> Bytes {
     joined([&slot.gmap.0.to_be_bytes(), &slot.slot.to_be_bytes()])
 }
@@ -121,6 +126,7 @@ mod tests {
         let last = row(e, LineageId(u32::MAX), Epoch(u32::MAX));
         let (from, to) = rows_of(e);
         assert!(from <= last && last < to);
+        assert_eq!(row_element(&last), Some(e));
         assert_eq!(row_ids(&last), Some((LineageId(u32::MAX), Epoch(u32::MAX))));
     }
 }

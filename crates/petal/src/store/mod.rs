@@ -15,6 +15,8 @@ pub mod element;
 pub mod journal;
 pub mod keys;
 pub mod layout;
+#[cfg(test)]
+mod model_tests;
 mod recovery;
 pub mod superblock;
 
@@ -805,9 +807,14 @@ impl Stores {
         self.watermarks.get(&slot).copied().unwrap_or(Version::ZERO)
     }
 
-    /// The watermark of the slot that is on stable storage: the lowest of the disks that have one.
+    /// The watermark that the slot has at least after a crash now: the lowest of the disks that have one
+    /// on stable storage, or that may have by then.
     pub fn durable_watermark(&self, slot: SlotId) -> Version {
-        self.disks.iter().filter_map(|d| d.durable_watermarks.get(&slot)).min().copied().unwrap_or(Version::ZERO)
+        if self.disks.iter().all(|d| !d.durable_watermarks.contains_key(&slot)) {
+            return Version::ZERO;
+        }
+        let of = |d: &disk::Disk| d.durable_watermarks.get(&slot).or(d.first_watermarks.get(&slot)).copied();
+        self.disks.iter().filter_map(of).min().unwrap_or(Version::ZERO)
     }
 
     /// A durable metadata value (staged ones included).

@@ -296,6 +296,7 @@ impl Disk {
         }
         self.discard_open_batch();
         self.durable_watermarks.clone_from(&self.watermarks);
+        self.first_watermarks.clear();
         if self.sabotage == Sabotage::NoOpenRecord {
             self.recovery = None;
             self.events.push_back(disk::DiskEvent::Opened);
