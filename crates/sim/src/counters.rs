@@ -36,6 +36,8 @@ kinds! {
     CrashInStart => "a server crashed while it started",
     /// A server was asked to stop, and did.
     Stop => "a server was stopped in order",
+    /// Somebody was killed at a moment that was waited for.
+    Ambush => "a crash was timed to a moment that matters",
     /// A killed server started again.
     Restart => "a server started again",
     /// A disk write in flight at a crash is there afterwards.
@@ -70,6 +72,8 @@ kinds! {
     ClientCrash => "a client crashed",
     /// An operation's client died, or its answer left open what became of it.
     Unfinished => "an operation was left unfinished",
+    /// An operation was refused because a disk was full.
+    NoSpace => "an operation was refused for lack of space",
     /// A client took a disk over from another.
     TakeOver => "a disk was taken over",
     /// An operation was refused because its session had been ended by somebody else.

@@ -78,6 +78,11 @@ pub enum Event {
     },
     /// The next fault.
     Fault,
+    /// What was waited for has happened a moment ago.
+    Ambush {
+        /// Who is killed: this host, or all.
+        host: Option<usize>,
+    },
     /// A client thinks of something to do.
     Think {
         /// Client host.

@@ -2,13 +2,15 @@
 
 use crate::host::{ServerHost, address_of};
 use crate::options::Options;
+use bytes::Bytes;
+use petal::ids::BLOCK_SIZE;
 use petal::server::ServerConfig;
 use petal::store::superblock::{FormatParams, SUPERBLOCK_SIZE, Superblock};
 use petal::store::{DiskCommand, DiskResult, OpenDisk, StoreConfig};
 
 /// Formats one disk of a host that has an id. The PMap store of a pretended disk is empty from the
 /// start.
-pub fn format(machine: &mut ServerHost, disk: usize) {
+pub fn format(machine: &mut ServerHost, disk: usize, options: &Options) {
     let params = FormatParams {
         genesis: machine.genesis.clone(),
         server: machine.id.expect("it has been given an id"),
@@ -16,10 +18,20 @@ pub fn format(machine: &mut ServerHost, disk: usize) {
         disks: machine.disk_ids.clone(),
         size: machine.disks[disk].size(),
     };
-    let (superblock, writes) = Superblock::format(params).expect("the options draw disks that can be formatted");
+    let (mut superblock, _) = Superblock::format(params).expect("the options draw disks that can be formatted");
+    let layout = &mut superblock.layout;
+    layout.journal.length = options.journal.unwrap_or(layout.journal.length);
+    layout.data.length = options.data.unwrap_or(layout.data.length);
+    layout.check().expect("shorter regions do not overlap");
+    let (journal, data) = (layout.journal.offset, layout.data.offset);
     let disk = &mut machine.disks[disk];
-    disk.execute(DiskCommand::Extend { to: superblock.layout.data.offset });
-    for (offset, bytes) in writes {
+    disk.execute(DiskCommand::Extend { to: data });
+    let before = Superblock { generation: 0, ..superblock.clone() };
+    for (offset, bytes) in [
+        (journal, Bytes::from(vec![0; BLOCK_SIZE as usize])),
+        (Superblock::copy_offset(0), before.encode()),
+        (Superblock::copy_offset(1), superblock.encode()),
+    ] {
         disk.execute(DiskCommand::Write { offset, pieces: vec![bytes] });
     }
 }

@@ -57,6 +57,8 @@ pub struct History {
     /// Sessions of the disk that are older than this one are over.
     fences: BTreeMap<VdiskId, SessionId>,
     complaints: Vec<String>,
+    /// Who did it and what it was, for reports.
+    origins: BTreeMap<OperationId, (Option<SessionId>, Effect)>,
     cells: BTreeMap<Cell, Vec<Operation>>,
     finished: u64,
     unknown: u64,
@@ -74,6 +76,7 @@ impl History {
     ) -> OperationId {
         self.next += 1;
         let invoked = self.tick();
+        self.origins.insert(self.next, (session, effect));
         let fence = self.fences.get(&vdisk);
         let dead = fence.zip(session).is_some_and(|(fence, session)| session < *fence);
         self.open.insert(self.next, Open { vdisk, session, effect, invoked, cells, fenced: None, dead });
@@ -138,6 +141,15 @@ impl History {
             if open.vdisk == vdisk && open.session.is_some_and(|s| s < keep) && open.fenced.is_none() {
                 open.fenced = Some(now);
             }
+        }
+    }
+
+    /// What an operation was, in words.
+    pub fn origin(&self, id: OperationId) -> String {
+        match self.origins.get(&id) {
+            Some((Some(session), effect)) => format!("{effect:?} of {session}"),
+            Some((None, _)) => "a shrinking disk".into(),
+            None => "nobody".into(),
         }
     }
 

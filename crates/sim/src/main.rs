@@ -19,7 +19,7 @@ petal-sim: whole clusters in one thread, in virtual time, decided by a seed
   --coverage             fail if a kind of fault never happened
   --sabotage NAME        leave out a rule, to see that it is caught (list: --sabotage help)
   --servers N  --disks N  --copies N  --operations N   instead of what the seed draws
-  --no-faults  --only-crashes  --crowded               likewise
+  --no-faults  --only-crashes  --crowded  --no-shrink  likewise
   --options              print what is drawn for each seed
 
 Ends with 0 if no checker complained, else with 1 and how to see it again. See docs/testing.md.
@@ -112,6 +112,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Arguments>, S
             "--no-faults" => a.overrides.no_faults = true,
             "--only-crashes" => a.overrides.only_crashes = true,
             "--crowded" => a.overrides.crowded = true,
+            "--no-shrink" => a.overrides.no_shrink = true,
             "--help" | "-h" => return Ok(None),
             other => return Err(format!("'{other}' is not an argument")),
         }
@@ -189,5 +190,5 @@ fn show(report: &Report, again: &str) {
     for complaint in &report.complaints {
         println!("  - {complaint}");
     }
-    println!("  again: cargo xtask sim --first-seed {} --seeds 1 --trace{again}", report.seed);
+    println!("  again: cargo xtask sim --first-seed {} --seeds 1 -- --trace{again}", report.seed);
 }

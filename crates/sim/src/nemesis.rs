@@ -5,7 +5,44 @@ use crate::event::Event;
 use crate::net::{Node, Side};
 use crate::workload::draw_weighted;
 use crate::world::World;
+use petal::ids::ServerId;
+use petal::message::{Body, Message};
+use petal::server::Peer;
+use petal::store::DiskCommand;
 use stdx::Duration;
+
+/// A moment at which somebody is killed: while the command is in flight, or about when the message
+/// leaves or arrives.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Trap {
+    /// A disk write.
+    Write,
+    /// A checkpoint.
+    Commit,
+    /// A disk file grows.
+    Extend,
+    /// A write goes to a secondary.
+    Replicate,
+    /// A secondary tells what is stable.
+    StreamAck,
+    /// A promise or a settlement.
+    Settle,
+    /// A write is acknowledged to its client.
+    Answer,
+}
+
+impl Trap {
+    const ALL: [Trap; 8] = [
+        Trap::Write,
+        Trap::Write,
+        Trap::Commit,
+        Trap::Extend,
+        Trap::Replicate,
+        Trap::StreamAck,
+        Trap::Settle,
+        Trap::Answer,
+    ];
+}
 
 impl World {
     pub(crate) fn on_fault(&mut self) {
@@ -27,7 +64,69 @@ impl World {
             5 => self.stall_one(),
             6 => self.slow_disk(),
             7 => self.slow_server(),
-            _ => self.crash_one_client(),
+            8 => self.crash_one_client(),
+            _ => self.trap = Some(*self.chaos.pick(&Trap::ALL)),
+        }
+    }
+
+    /// Springs the trap if this is the command that it waits for.
+    pub(crate) fn spring_at_command(&mut self, host: usize, command: &DiskCommand) {
+        let caught = match (self.trap, command) {
+            (Some(Trap::Write), DiskCommand::Write { .. }) => self.chaos.chance(1, 5),
+            (Some(Trap::Commit), DiskCommand::PmapCommit { .. }) => true,
+            (Some(Trap::Extend), DiskCommand::Extend { .. }) => true,
+            _ => false,
+        };
+        if caught {
+            let times = self.options.disk_times;
+            let most = times.max * if self.trap == Some(Trap::Commit) { times.commit_factor } else { 1 };
+            self.spring(&[host], most * 2);
+        }
+    }
+
+    /// Springs the trap if this is the message that it waits for.
+    pub(crate) fn spring_at_message(&mut self, host: usize, to: Peer, message: &Message) {
+        let caught = match (self.trap, &message.body) {
+            (Some(Trap::Replicate), Body::Replicate(_)) => self.chaos.chance(1, 5),
+            (Some(Trap::StreamAck), Body::StreamAck(_)) => self.chaos.chance(1, 5),
+            (Some(Trap::Settle), Body::Promise(_) | Body::Promised(_) | Body::Listed(_) | Body::Fetched(_)) => {
+                self.chaos.chance(1, 3)
+            }
+            (Some(Trap::Answer), Body::WriteReply(_)) => self.chaos.chance(1, 5),
+            _ => false,
+        };
+        if caught {
+            let at = |server: ServerId| self.servers.iter().position(|s| s.id == Some(server));
+            let other = match to {
+                Peer::Server(server) => at(server),
+                Peer::Client(_) => None,
+            };
+            let victims: Vec<usize> = [Some(host), other].into_iter().flatten().collect();
+            self.spring(&victims, self.options.net.max * 2);
+        }
+    }
+
+    /// Somebody dies within `most`: one of the victims, or everybody.
+    fn spring(&mut self, victims: &[usize], most: Duration) {
+        self.trap = None;
+        let host = (!self.chaos.chance(1, 4)).then(|| *self.chaos.pick(victims));
+        let delay = Duration::from_nanos(self.chaos.below(most.as_nanos() as u64 + 1));
+        self.queue.plan(self.now + delay, Event::Ambush { host });
+    }
+
+    pub(crate) fn on_ambush(&mut self, host: Option<usize>) {
+        if !self.ending.is_faulty() {
+            return;
+        }
+        self.trace.event(self.now, &[12], || format!("ambush on {host:?}"));
+        self.counters.count(Kind::Ambush);
+        match host {
+            None => self.crash_some(usize::MAX, Kind::CrashAll),
+            Some(host) => {
+                self.crash_server(host);
+                let at = self.now + self.draw(self.options.restart_delay);
+                self.plan_start(Node::Server(host), at);
+            }
         }
     }
 

@@ -22,6 +22,10 @@ pub struct Options {
     pub disks: usize,
     /// Bytes of a disk.
     pub disk_size: u64,
+    /// Bytes of its journal, if not what the store would choose: small ones are checkpointed often.
+    pub journal: Option<u64>,
+    /// Bytes of its data region, likewise: in small ones freed blocks are soon used again.
+    pub data: Option<u64>,
     /// Disks behave like raw devices: all of it may be written from the start.
     pub raw_disks: bool,
     /// Copies that new virtual disks have: 1, 2, 3, each at most as many as there are servers.
@@ -83,6 +87,8 @@ pub struct FaultWeights {
     pub slow_server: u64,
     /// Kill a client.
     pub crash_client: u64,
+    /// Lie in wait for a moment that matters, and kill somebody then.
+    pub ambush: u64,
 }
 
 /// How likely each operation is, relative to the others.
@@ -104,6 +110,8 @@ pub struct Mix {
     pub detach: u64,
     /// Management calls per hundred operations.
     pub admin_percent: u64,
+    /// Disks may shrink.
+    pub shrink: bool,
 }
 
 /// What the caller wants instead of what the seed draws.
@@ -127,6 +135,8 @@ pub struct Overrides {
     pub no_faults: bool,
     /// Few, small spots: many operations on the same blocks.
     pub crowded: bool,
+    /// Disks never shrink.
+    pub no_shrink: bool,
 }
 
 impl Options {
@@ -140,6 +150,8 @@ impl Options {
             late_learners: prng.chance(1, 4),
             disks: overrides.disks.unwrap_or_else(|| prng.between(1, 2) as usize),
             disk_size: *prng.pick(&[256 << 20, 1 << 30]),
+            journal: *prng.pick(&[Some(256 << 10), Some(256 << 10), Some(1 << 20), None]),
+            data: *prng.pick(&[Some(4 << 20), Some(6 << 20), Some(24 << 20), None]),
             raw_disks: prng.chance(1, 3),
             copies: draw_copies(prng, servers),
             stripe_unit: *prng.pick(&[64 << 10, 128 << 10, 1 << 20]),
@@ -147,14 +159,14 @@ impl Options {
             clients: prng.between(1, 4) as usize,
             depth: *prng.pick(&[1, 2, 4, 8]),
             client_deadline: prng.chance(1, 4).then(|| Duration::from_millis(prng.between(50, 3000))),
-            operations: prng.between(150, 900),
+            operations: prng.between(200, 1200),
             faulty: Duration::from_millis(prng.between(500, 6000)),
             net: draw_net(prng),
             disk_times: draw_disk_times(prng),
             run_delay: Duration::from_micros(*prng.pick(&[1, 20, 200, 2000])),
             drift: *prng.pick(&[0, 100, 10_000]),
-            fault_interval: prng.chance(9, 10).then(|| Duration::from_millis(*prng.pick(&[20, 60, 200, 700]))),
-            restart_delay: Duration::from_millis(*prng.pick(&[5, 100, 1500])),
+            fault_interval: prng.chance(9, 10).then(|| Duration::from_millis(*prng.pick(&[25, 100, 300, 1000]))),
+            restart_delay: Duration::from_millis(*prng.pick(&[2, 20, 100, 1500])),
             faults: FaultWeights::draw(prng),
             mix: Mix::draw(prng),
             power_loss_at_end: prng.chance(1, 2),
@@ -175,12 +187,16 @@ impl Options {
             self.fault_interval = Some(interval);
         }
         if overrides.only_crashes {
-            let crashes = FaultWeights { crash_one: 4, crash_several: 2, crash_all: 3, ..FaultWeights::NONE };
+            let crashes =
+                FaultWeights { crash_one: 4, crash_several: 2, crash_all: 3, ambush: 9, ..FaultWeights::NONE };
             self.faults = crashes;
         }
         if overrides.no_faults {
             self.fault_interval = None;
             self.power_loss_at_end = false;
+        }
+        if overrides.no_shrink {
+            self.mix.shrink = false;
         }
         if overrides.crowded {
             self.clients = self.clients.max(2);
@@ -202,6 +218,7 @@ impl FaultWeights {
         slow_disk: 0,
         slow_server: 0,
         crash_client: 0,
+        ambush: 0,
     };
 
     fn draw(prng: &mut Prng) -> FaultWeights {
@@ -216,11 +233,12 @@ impl FaultWeights {
             slow_disk: some(2),
             slow_server: some(2),
             crash_client: some(2),
+            ambush: some(8),
         }
     }
 
     /// The weights in the order of the fields.
-    pub fn list(&self) -> [u64; 9] {
+    pub fn list(&self) -> [u64; 10] {
         [
             self.crash_one,
             self.crash_several,
@@ -231,6 +249,7 @@ impl FaultWeights {
             self.slow_disk,
             self.slow_server,
             self.crash_client,
+            self.ambush,
         ]
     }
 }
@@ -247,6 +266,7 @@ impl Mix {
             read: 10 + some(40),
             write: 10 + some(40),
             admin_percent: some(4),
+            shrink: true,
         }
     }
 }
@@ -268,7 +288,7 @@ fn draw_net(prng: &mut Prng) -> NetTimes {
 
 fn draw_disk_times(prng: &mut Prng) -> DiskTimes {
     let (min, max) = *prng.pick(&[(10, 30), (20, 500), (100, 5000), (1000, 30_000)]);
-    let commit_factor = *prng.pick(&[1, 3, 20]);
+    let commit_factor = *prng.pick(&[1, 3, 20, 100]);
     DiskTimes { min: Duration::from_micros(min), max: Duration::from_micros(max), commit_factor }
 }
 

@@ -497,6 +497,10 @@ impl World {
             RequestError::Refused(Refusal::ReadOnly) => held.mode == Attachment::ReadOnly && what == What::Change,
             RequestError::Refused(Refusal::BeyondEnd) => disk.resized,
             RequestError::Deadline { .. } => self.options.client_deadline.is_some(),
+            RequestError::Refused(Refusal::NoSpace) => {
+                self.counters.count(Kind::NoSpace);
+                self.options.data.is_some()
+            }
             _ => false,
         };
         if !expected {
@@ -595,7 +599,7 @@ impl World {
         let Some(vdisk) = self.workload.pick_disk() else { return };
         let disk = self.workload.disks.get_mut(&vdisk).expect("it was picked");
         let cuts: Vec<u64> = disk.layout.spots.iter().flatten().copied().filter(|c| c % 512 == 0 && *c > 0).collect();
-        let grow = cuts.is_empty() || self.workload.prng.chance(1, 2);
+        let grow = cuts.is_empty() || !self.options.mix.shrink || self.workload.prng.chance(1, 2);
         let size = if grow { disk.full_size } else { *self.workload.prng.pick(&cuts) };
         disk.resized = true;
         // Whether it grows or shrinks depends on resizes whose answers were lost: as if it may shrink.

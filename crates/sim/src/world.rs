@@ -13,6 +13,7 @@ use crate::ending::Ending;
 use crate::event::{Event, Queue};
 use crate::history::History;
 use crate::host::{Arrival, ClientHost, ClientLife, Driver, ServerHost, ServerLife, address_of, host_at};
+use crate::nemesis::Trap;
 use crate::net::{ConnectionId, EndPoint, Node, Side, SimNet};
 use crate::options::Options;
 use crate::trace::Trace;
@@ -64,6 +65,8 @@ pub struct World {
     pub ending: Ending,
     /// For faults.
     pub chaos: Prng,
+    /// What an assassin waits for.
+    pub trap: Option<Trap>,
     prng: Prng,
     frames: u64,
     stopped: bool,
@@ -93,6 +96,7 @@ impl World {
             checkers: Checkers::default(),
             ending: Ending::default(),
             chaos,
+            trap: None,
             prng,
             frames: 0,
             stopped: false,
@@ -113,7 +117,8 @@ impl World {
             self.plan_start(Node::Client(client), at);
         }
         if let Some(interval) = self.options.fault_interval {
-            self.queue.plan(self.now + Duration::from_millis(100) + interval, Event::Fault);
+            let at = self.now + self.draw(interval.max(Duration::from_millis(100)));
+            self.queue.plan(at, Event::Fault);
         }
         self.queue.plan(self.now + crate::ending::LOOK_EVERY, Event::Phase);
     }
@@ -155,6 +160,7 @@ impl World {
             Event::Tick { node, life, generation } => self.on_tick(node, life, generation),
             Event::Start { node } => self.on_start(node),
             Event::Fault => self.on_fault(),
+            Event::Ambush { host } => self.on_ambush(host),
             Event::Think { client, life } => self.on_think(client, life),
             Event::Phase => self.on_phase(),
         }
@@ -168,7 +174,7 @@ impl World {
         let machine = &mut self.servers[host];
         machine.id = Some(id);
         for disk in 0..machine.disks.len() {
-            formatting::format(machine, disk);
+            formatting::format(machine, disk, &self.options);
         }
     }
 
@@ -588,10 +594,16 @@ impl World {
         }
         match output {
             server::Output::Send { to, message } => match life.driver.connections.get(&to).copied() {
-                Some((connection, side)) => self.send(connection, side, &message),
+                Some((connection, side)) => {
+                    self.spring_at_message(host, to, &message);
+                    self.send(connection, side, &message);
+                }
                 None => self.counters.count(Kind::MessageLost),
             },
-            server::Output::Disk { disk, op, command } => self.disk_command(host, disk, op, command),
+            server::Output::Disk { disk, op, command } => {
+                self.spring_at_command(host, &command);
+                self.disk_command(host, disk, op, command);
+            }
             server::Output::Dial { server, addresses } => self.on_want(Node::Server(host), server, &addresses),
             server::Output::Ready => {
                 life.ready = true;

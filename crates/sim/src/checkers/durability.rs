@@ -13,7 +13,8 @@ pub fn complaints(history: &History) -> Vec<String> {
         .filter_map(|((vdisk, cell), operations)| {
             let (read, lost) = lost(operations)?;
             Some(format!(
-                "acknowledged operation {lost} on {vdisk}, cell at {cell}, is lost: the last read, operation {}, saw {:?}",
+                "acknowledged operation {lost} ({}) on {vdisk}, cell at {cell}, is lost: the last read, operation {}, saw {:?}",
+                history.origin(lost),
                 read.id, read.action
             ))
         })

@@ -100,8 +100,9 @@ pub fn complaints(history: &History) -> Vec<String> {
                 operations.len()
             )),
             Verdict::Violation { at, possible } => complaints.push(format!(
-                "not linearizable: {vdisk}, cell at {cell}: {} cannot be explained; the cell could have held {possible:?}. {}",
+                "not linearizable: {vdisk}, cell at {cell}: {} ({}) cannot be explained; the cell could have held {possible:?}. {}",
                 in_words(&operations[at]),
+                history.origin(operations[at].id),
                 around(operations, operations[at].returned)
             )),
         }
