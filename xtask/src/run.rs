@@ -20,6 +20,13 @@ pub fn command(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
+/// nbdsh: its module belongs to the distribution's Python, whatever other Python comes first.
+pub fn nbdsh() -> Command {
+    let mut nbdsh = command("nbdsh");
+    nbdsh.env("PATH", "/usr/bin:/bin");
+    nbdsh
+}
+
 /// Cargo, as the one that runs this.
 pub fn cargo() -> Command {
     command(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))

@@ -104,6 +104,11 @@ pub fn stop(process: Option<ProcessFile>, what: &str) -> bool {
     true
 }
 
+/// Takes the ends of our own children from the kernel, so that they do not stay in its table.
+pub fn reap() {
+    while let Ok(Some(_)) = rustix::process::waitpid(None, rustix::process::WaitOptions::NOHANG) {}
+}
+
 /// Stops all servers; returns how many ran. All are asked before any is waited for.
 pub fn stop_all(folder: &ClusterFolder, file: &ClusterFile) -> usize {
     let running: Vec<_> =

@@ -1,7 +1,7 @@
 //! NBD clients that mean well, and some that do not.
 
 use crate::cluster::Cluster;
-use crate::run::{command, read};
+use crate::run::{command, nbdsh, read};
 use anyhow::{Context, Result, ensure};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -45,7 +45,7 @@ refused('trim beyond the end', lambda: h.trim(4096, size))
 refused('zero beyond the end', lambda: h.zero(4096, size - 1))
 assert h.pread(512, 0) is not None
 ";
-    read(command("nbdsh").args(["-u", &uri, "-c", script]))?;
+    read(nbdsh().args(["-u", &uri, "-c", script]))?;
     let unknown = crate::run::read_failure(command("nbdinfo").arg(uri.replace("/vol0?", "/nothing?")))?;
     ensure!(!unknown.1.is_empty(), "an unknown export must be refused with words");
 
@@ -56,7 +56,7 @@ assert h.pread(512, 0) is not None
         let _ = stream.write_all(bytes);
         let mut answer = Vec::new();
         let _ = stream.take(1 << 16).read_to_end(&mut answer);
-        read(command("nbdsh").args(["-u", &uri, "-c", "h.pread(512, 0)"]))?;
+        read(nbdsh().args(["-u", &uri, "-c", "h.pread(512, 0)"]))?;
         Ok(())
     };
     harmless(b"GET / HTTP/1.0\r\n\r\n")?;
@@ -91,7 +91,7 @@ h.cache(65536, 1 << 20)
 h.pwrite(b'z' * 777, (5 << 20) + 33)
 assert h.pread(779, (5 << 20) + 32)[1:778] == b'z' * 777
 ";
-    read(command("nbdsh").args(["-u", uri, "-c", script]))?;
+    read(nbdsh().args(["-u", uri, "-c", script]))?;
     let extents = "\
 import nbd
 h = nbd.NBD()
@@ -103,7 +103,7 @@ h.block_status(16 << 20, 0, lambda context, offset, entries, error: seen.append(
 assert seen and sum(seen[0][::2]) > 0, seen
 "
     .replace("URI", &format!("'{uri}'"));
-    read(command("nbdsh").args(["-n", "-c", &extents]))?;
+    read(nbdsh().args(["-n", "-c", &extents]))?;
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! Starting, stopping, killing: `up`, `down`, `server`, `init`, `join`, and the disks' commands.
 
 use crate::cluster::{Cluster, kill9};
-use crate::run::{command, read, read_failure};
+use crate::run::{command, nbdsh, read, read_failure};
 use anyhow::{Context, Result, bail, ensure};
 use std::time::{Duration, Instant};
 
@@ -65,9 +65,8 @@ pub fn second_up_starts_what_is_missing(cluster: &Cluster) -> Result<()> {
     })?;
     let uri = cluster.nbd_uri("vol0")?;
     // Needs the server that is gone for a part: it waits, and goes on when the server is back.
-    let mut writer = command("nbdsh")
-        .args(["-u", &uri, "-c", "[h.pwrite(b'x' * 65536, i << 20) for i in range(200)]; h.flush()"])
-        .spawn()?;
+    let mut writer =
+        nbdsh().args(["-u", &uri, "-c", "[h.pwrite(b'x' * 65536, i << 20) for i in range(200)]; h.flush()"]).spawn()?;
     std::thread::sleep(Duration::from_secs(1));
     cluster.up(&[])?;
     let after = cluster.server_pids()?;
@@ -92,13 +91,13 @@ pub fn second_up_starts_what_is_missing(cluster: &Cluster) -> Result<()> {
 pub fn everything_killed_comes_back(cluster: &Cluster) -> Result<()> {
     cluster.up(&[])?;
     let uri = cluster.nbd_uri("vol0")?;
-    read(command("nbdsh").args(["-u", &uri, "-c", "h.pwrite(b'petal' * 1000, 12345); h.flush()"]))?;
+    read(nbdsh().args(["-u", &uri, "-c", "h.pwrite(b'petal' * 1000, 12345); h.flush()"]))?;
     for (pid, _) in cluster.processes() {
         kill9(pid)?;
     }
     cluster.up(&[])?;
     let uri = cluster.nbd_uri("vol0")?;
-    read(command("nbdsh").args(["-u", &uri, "-c", "assert h.pread(5000, 12345) == b'petal' * 1000"]))?;
+    read(nbdsh().args(["-u", &uri, "-c", "assert h.pread(5000, 12345) == b'petal' * 1000"]))?;
     cluster.down()?;
     for id in 1..=4 {
         read(cluster.petal().args(["verify", "--offline", &format!("s{id}")]))?;
@@ -111,7 +110,7 @@ pub fn two_disks_three_copies(cluster: &Cluster) -> Result<()> {
     let uri = cluster.nbd_uri("vol0")?;
     let code = "[h.pwrite(bytes([i]) * 4096, i << 22) for i in range(250)]\n\
                 assert all(h.pread(4096, i << 22) == bytes([i]) * 4096 for i in range(250))";
-    read(command("nbdsh").args(["-u", &uri, "-c", code]))?;
+    read(nbdsh().args(["-u", &uri, "-c", code]))?;
     read(cluster.petal().args(["verify"]))?;
     cluster.down()
 }
@@ -176,7 +175,7 @@ pub fn init_and_join(cluster: &Cluster) -> Result<()> {
     servers.0.push(nbd.spawn()?);
     Cluster::wait_for("NBD is served", Duration::from_secs(10), || std::path::Path::new(socket).exists())?;
     let uri = format!("nbd+unix:///d?socket={socket}");
-    read(command("nbdsh").args(["-u", &uri, "-c", "h.pwrite(b'a'*9000, 5); assert h.pread(9000, 5) == b'a'*9000"]))?;
+    read(nbdsh().args(["-u", &uri, "-c", "h.pwrite(b'a'*9000, 5); assert h.pread(9000, 5) == b'a'*9000"]))?;
     Ok(())
 }
 

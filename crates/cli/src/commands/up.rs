@@ -185,6 +185,7 @@ async fn supervise(folder: ClusterFolder, arguments: Arguments) -> Result<()> {
     };
     if let Some(file) = folder.read_if_there()? {
         supervisor::stop_all(&folder, &file);
+        supervisor::reap();
     }
     let _ = std::fs::remove_file(folder.supervisor());
     result
