@@ -229,6 +229,21 @@ mod tests {
     }
 
     #[test]
+    fn golden_bytes_of_a_head_and_a_row() {
+        let mut e = Entry::absent();
+        e.version = Version { term: 7, sequence: 300 };
+        e.slot = SlotId { gmap: GmapId(1), slot: 2 };
+        e.note_id(Some(RequestId { session: SessionId(3), number: 4 }), 0);
+        at(e.row_to_write(LineageId(1), Epoch(0), &[]), 1, 0x0102_0304_0506);
+        let hex = |bytes: &[u8]| -> String { bytes.iter().map(|b| format!("{b:02x}")).collect() };
+        expect_test::expect!["07ac02010201030453434f5f"].assert_eq(&hex(&e.encode_head()));
+        let row = e.rows[0].encode();
+        expect_test::expect!["ffffffffffff0000000006050403020107050403ffffffffffff00000000"]
+            .assert_eq(&hex(&row[..30]));
+        expect_test::expect!["3f5e15d6"].assert_eq(&hex(&row[160..]));
+    }
+
+    #[test]
     fn ids_of_a_session_are_forgotten_below_what_it_finished() {
         let mut e = Entry::absent();
         let id = |s, number| Some(RequestId { session: SessionId(s), number });

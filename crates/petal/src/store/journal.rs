@@ -245,6 +245,48 @@ mod tests {
     }
 
     #[test]
+    fn golden_bytes_of_records() {
+        let element = ElementKey { family: FamilyId(5), element: 300 };
+        let slot = SlotId { gmap: GmapId(1), slot: 2 };
+        let version = Version { term: 3, sequence: 4 };
+        let id = RequestId { session: SessionId(6), number: 7 };
+        let mut row = Row::zeros(LineageId(1), Epoch(2));
+        (row.addresses[3], row.crcs[3]) = (200, 0x0102_0304);
+        let write = Record::Write {
+            element,
+            slot,
+            version,
+            lineage: LineageId(1),
+            epoch: Epoch(2),
+            parents: vec![(LineageId(8), Epoch(9))],
+            id: Some(id),
+            finished_below: 7,
+            watermark: version,
+            first_block: 14,
+            blocks: vec![Some((200, 0x0102_0304)), None],
+        };
+        let replace = Record::Replace {
+            element,
+            slot,
+            version,
+            ids: vec![id],
+            rows: vec![row],
+            fresh: vec![(0, 3)],
+            watermark: version,
+        };
+        let meta = Record::Meta { generation: 1, key: b"k".to_vec(), value: Some(b"v".to_vec()) };
+        let hex = |record: &Record| -> String {
+            let bytes = postcard::to_stdvec(record).unwrap();
+            assert_eq!(decode_records(&bytes).as_deref(), Some(std::slice::from_ref(record)));
+            bytes.iter().map(|b| format!("{b:02x}")).collect()
+        };
+        expect_test::expect!["0005ac020102030401020108090106070703040e0201c8018486880800"].assert_eq(&hex(&write));
+        expect_test::expect!["0105ac0201020304010607010102ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01c801ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01000000848688080000000000000000000000000100030304"].assert_eq(&hex(&replace));
+        expect_test::expect!["0205ac02"].assert_eq(&hex(&Record::Drop { element }));
+        expect_test::expect!["0401016b010176"].assert_eq(&hex(&meta));
+    }
+
+    #[test]
     fn the_chain_ends_where_the_hash_does_not_match() {
         let (one, hash1) = batch(1, 0, 0);
         let (two, hash2) = batch(2, hash1, 1);

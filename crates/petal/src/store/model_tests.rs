@@ -249,6 +249,8 @@ struct Log {
     /// So many of `steps` were told stable.
     stable: usize,
     waits: VecDeque<(Ticket, usize)>,
+    /// So many of the steps of the life before were there at the start.
+    matched: usize,
     /// Steps that are in the journal up to and with a batch.
     batches: BTreeMap<u64, usize>,
 }
@@ -661,7 +663,7 @@ impl Walk {
         };
         self.coverage.replays += u64::from(n > 0);
         self.coverage.cut += u64::from(n < log.steps.len());
-        *log = Log { base: state.clone(), now: state, ..Log::default() };
+        *log = Log { base: state.clone(), now: state, matched: n, ..Log::default() };
         Ok(())
     }
 
@@ -1107,6 +1109,117 @@ impl Walk {
     }
 }
 
+// ---- damage
+
+/// What becomes of a start from damaged bytes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Aftermath {
+    /// The disk is refused, with a sentence.
+    Refused,
+    /// Less than was told stable, but all that a whole batch or the last checkpoint vouches for.
+    Shorter,
+    /// Everything is there.
+    Whole,
+}
+
+impl Walk {
+    /// The highest batch that something on the disk says was durable.
+    fn vouched(&self) -> u64 {
+        let disk = &self.stores.disks[0];
+        let journal = disk.superblock.layout.journal;
+        let ring = self.disks[0].read(journal.offset, journal.length);
+        let batches = (0..ring.len()).step_by(PAGE).filter_map(|at| journal::decode_batch(DiskId(1), &ring[at..]));
+        let reached = self.disks[0].tables[Table::Meta as usize].get(&keys::reached());
+        let reached = reached.map_or(0, |r| postcard::from_bytes::<recovery::Reached>(r).unwrap().position.number);
+        batches.map(|(header, _, _)| header.durable_through).max().unwrap_or(0).max(reached)
+    }
+
+    fn rot_journal(&mut self) {
+        let journal = self.stores.disks[0].superblock.layout.journal;
+        let disk = &mut self.disks[0];
+        let pages: Vec<u64> = (journal.offset / PAGE as u64..journal.end() / PAGE as u64)
+            .filter(|page| disk.pages.contains_key(page))
+            .collect();
+        for _ in 0..self.prng.between(1, 3) {
+            // Mostly where something is: a batch's rest is zeros.
+            let bytes = if self.prng.chance(3, 4) { 300 } else { PAGE as u64 };
+            let bit = self.prng.below(bytes * 8) as usize;
+            if !pages.is_empty() {
+                let page = disk.pages.get_mut(self.prng.pick(&pages)).expect("just seen");
+                page[bit / 8] ^= 1 << (bit % 8);
+            }
+        }
+    }
+
+    fn rot_pmap(&mut self, table: Table) {
+        let values = &mut self.disks[0].tables[table as usize];
+        if values.is_empty() {
+            return;
+        }
+        let nth = self.prng.below(values.len() as u64) as usize;
+        let value = values.values_mut().nth(nth).expect("just counted");
+        if !value.is_empty() {
+            let mut bytes = value.to_vec();
+            bytes[self.prng.below(value.len() as u64) as usize] ^= 1 << self.prng.below(8);
+            *value = bytes.into();
+        }
+    }
+
+    /// A walk that ends with damage, and the start after it.
+    fn run_and_rot(&mut self) -> Result<Aftermath, String> {
+        self.options.error = 0;
+        self.start()?;
+        for n in 0..self.options.steps {
+            self.step().map_err(|why| format!("step {n}: {why}"))?;
+        }
+        self.die();
+        self.options.crash = 0;
+        let kind = self.prng.below(4);
+        match kind {
+            0 => self.rot_pmap(Table::Heads),
+            1 => self.rot_pmap(Table::Rows),
+            _ => self.rot_journal(),
+        }
+        let vouched = self.vouched();
+        let log = &mut self.logs[0];
+        let stable = log.stable;
+        log.stable = stable.min(log.batches.range(..=vouched).next_back().map_or(0, |(_, steps)| *steps));
+        self.durable.clear(); // As much shorter.
+        match self.start() {
+            Ok(()) if self.logs[0].matched < stable => Ok(Aftermath::Shorter),
+            Ok(()) => Ok(Aftermath::Whole),
+            Err(why) if self.failed.is_some() => {
+                let sentence = self.failed.as_deref().unwrap_or_default();
+                ensure!(sentence.starts_with("disk0: ") && sentence.len() > 20, "no sentence: {sentence} ({why})");
+                Ok(Aftermath::Refused)
+            }
+            Err(why) if why.contains("PmapDamaged") => Ok(Aftermath::Refused), // An answer to a scan.
+            Err(why) => Err(why),
+        }
+    }
+
+    /// Damage below the checksums of pages must not happen; if it does, a start may say anything but panic.
+    fn run_and_rot_anything(&mut self) {
+        self.options.error = 0;
+        self.options.steps = 200;
+        if self.start().is_ok() && (0..self.options.steps).all(|_| self.step().is_ok()) {
+            self.die();
+            for _ in 0..3 {
+                let table = *self.prng.pick(&[
+                    Table::Heads,
+                    Table::Rows,
+                    Table::Changes,
+                    Table::Free,
+                    Table::Meta,
+                    Table::Meta,
+                ]);
+                self.rot_pmap(table);
+            }
+            let _ = self.start();
+        }
+    }
+}
+
 fn check_read(expected: &[BlockSum], got: &ReadBlocks) -> Verdict {
     ensure!(got.sums == expected, "read {:?} instead of {expected:?}", got.sums);
     let bytes = got.data.concat();
@@ -1197,6 +1310,134 @@ fn one_disk_agrees_with_a_map_through_crashes() {
 #[test]
 fn two_disks_agree_with_a_map_through_crashes() {
     walks(2, 200);
+}
+
+#[test]
+fn damage_is_told_and_never_taken_for_the_end_of_the_journal() {
+    let mut found: BTreeMap<Aftermath, u64> = BTreeMap::new();
+    for seed in seeds(300) {
+        let mut walk = Walk::new(seed, 1, Sabotage::None);
+        match walk.run_and_rot() {
+            Ok(aftermath) => *found.entry(aftermath).or_default() += 1,
+            Err(why) => panic!("seed {seed}: {why}\n{:?}", walk.options),
+        }
+    }
+    println!("{found:?}");
+    assert!(found.len() == 3 || number("PETAL_STORE_SEED").is_some(), "not every aftermath: {found:?}");
+}
+
+#[test]
+fn no_damage_makes_a_start_panic() {
+    for seed in seeds(300) {
+        Walk::new(seed, 1, Sabotage::None).run_and_rot_anything();
+    }
+}
+
+/// A disk of ample blocks, open.
+fn calm(journal: u64, blocks: u64) -> Walk {
+    let prng = Prng::new(1);
+    let options = Options {
+        disks: 1,
+        journal,
+        blocks,
+        frontier: blocks,
+        cache: 1000,
+        elements: 12,
+        steps: 0,
+        crash: 0,
+        error: 0,
+        answers: 1,
+        flushes: 1,
+        sabotage: Sabotage::None,
+    };
+    let mut walk = Walk::with(prng, options);
+    walk.start().unwrap();
+    walk
+}
+
+#[test]
+fn what_the_journal_cannot_hold_is_refused_and_the_rest_becomes_stable() {
+    let mut walk = calm(64 << 10, 60_000);
+    for round in 0..20 {
+        let before = walk.coverage.no_space;
+        while walk.coverage.no_space == before {
+            let key = walk.any_key();
+            if walk.stores.load(key) == Loaded::Ready {
+                walk.write(key).unwrap();
+            } else {
+                walk.ready(key).unwrap();
+            }
+            if round % 2 == 0 {
+                walk.flush().unwrap();
+            }
+        }
+        // The journal is full, not the disk; what keeps a server going still finds room.
+        let meta = Change::Meta { key: "k".into(), value: None };
+        let ticket = walk.stores.stage(meta).unwrap();
+        walk.log_step(0, ticket, Step::Meta("k".into(), None));
+        walk.quiet().unwrap();
+        assert_eq!(walk.logs[0].stable, walk.logs[0].steps.len());
+    }
+    walk.finish().unwrap();
+}
+
+#[test]
+fn a_record_that_no_journal_holds_is_refused() {
+    let mut walk = calm(64 << 10, 100);
+    let value = Some(Bytes::from(vec![0; 9000]));
+    assert_eq!(walk.stores.stage(Change::Meta { key: "k".into(), value }), Err(StageError::NoSpace));
+    let large = Some(Bytes::from(vec![1; 8000]));
+    for n in 0..200u64 {
+        let key = Bytes::from(vec![(n % 3) as u8]);
+        let ticket = walk.stores.stage(Change::Meta { key: key.clone(), value: large.clone() }).unwrap();
+        walk.log_step(0, ticket, Step::Meta(key, large.clone()));
+        walk.quiet().unwrap();
+    }
+    walk.die();
+    walk.start().unwrap();
+}
+
+#[test]
+fn a_disk_that_is_started_again_and_again_can_always_be_opened() {
+    let mut walk = calm(64 << 10, 100);
+    for _ in 0..200 {
+        walk.die();
+        walk.start().unwrap();
+    }
+}
+
+#[test]
+fn a_group_larger_than_a_batch_is_split_and_stays_in_order() {
+    let mut walk = calm(MIB, 4000);
+    let mut keys: Vec<ElementKey> = (0..200).map(|element| ElementKey { family: FamilyId(1), element }).collect();
+    walk.prng.shuffle(&mut keys);
+    for key in &keys {
+        walk.ready(*key).unwrap();
+        let (bytes, crc) = contents()[0].clone();
+        let slot = slot(0);
+        let version = walk.next_version(slot);
+        let rows = Rows::from([((LineageId(1), Epoch(0)), [BlockSum::Crc(crc); 16])]);
+        let change = Change::Write {
+            element: *key,
+            slot,
+            version,
+            lineage: LineageId(1),
+            epoch: Epoch(0),
+            parents: Vec::new(),
+            id: None,
+            finished_below: 0,
+            first_block: 0,
+            blocks: vec![BlockData::Data { crc, bytes }; 16],
+            watermark: version,
+        };
+        walk.stage(*key, change, Some(Element { slot, version, ids: BTreeSet::new(), rows })).unwrap();
+    }
+    walk.flush().unwrap();
+    let issued = walk.stores.disks[0].tickets_on_their_way().count();
+    assert_eq!(issued, 4, "12.5 MiB are four batches of at most 4 MiB");
+    walk.quiet().unwrap();
+    assert_eq!(walk.logs[0].stable, 200);
+    walk.finish().unwrap();
 }
 
 /// Seeds until a store without the rule is found out.

@@ -166,6 +166,11 @@ impl Disk {
                 }
                 Table::Meta if key == keys::reached() => {
                     let reached: Reached = postcard::from_bytes(&value).map_err(|_| "the checkpoint's position")?;
+                    let Position { number, next, .. } = reached.position;
+                    let ring = self.superblock.layout.journal.length;
+                    if next > ring || !next.is_multiple_of(BLOCK_SIZE) || number > u64::MAX / 2 {
+                        return Err("the checkpoint's position");
+                    }
                     self.recovery().reached = reached;
                     self.elements = reached.elements;
                     self.meta_generation = reached.generation;
