@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! petal up --detach
-//! petal disk create scratch --size 1GiB
+//! petal disk create scratch 1GiB
 //! cargo run -p petal-io --example hello_disk -- scratch unix:petal-data/s1/sock
 //! ```
 //!
