@@ -150,7 +150,7 @@ impl Options {
             late_learners: prng.chance(1, 4),
             disks: overrides.disks.unwrap_or_else(|| prng.between(1, 2) as usize),
             disk_size: *prng.pick(&[256 << 20, 1 << 30]),
-            journal: *prng.pick(&[Some(256 << 10), Some(256 << 10), Some(1 << 20), None]),
+            journal: *prng.pick(&[Some(512 << 10), Some(512 << 10), Some(1 << 20), None]),
             data: *prng.pick(&[Some(4 << 20), Some(6 << 20), Some(24 << 20), None]),
             raw_disks: prng.chance(1, 3),
             copies: draw_copies(prng, servers),

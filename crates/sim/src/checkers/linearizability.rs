@@ -10,8 +10,10 @@
 //! operations write):
 //! * a value that was overwritten never comes back, so as long as a read of it is still to come, no
 //!   other write can take effect;
-//! * a write that nobody ever read can hide right before any other one, so with every write that takes
-//!   effect all open unread ones do.
+//! * an open write all of whose reads are open, too (or that is never read) can take effect together with
+//!   them right before any other write, so with every write that takes effect all of these do, and a
+//!   value that no later read needs is as good as any other such value;
+//! * of several open writes of zeros the one with the nearest end is tried.
 //!
 //! Operations without an answer (the client died, or the answer left it open) may take effect at any
 //! time after they were invoked, or never. If nobody ever read such a write's value it never has to.
@@ -74,7 +76,6 @@ pub fn check(history: &[Operation], initial: Value) -> Verdict {
         slots: [usize::MAX; OPEN_MAX],
         configurations: vec![Configuration { value: initial, open: 0 }],
         reads: 0,
-        unread: 0,
         optional: 0,
     };
     for step in steps {
@@ -100,14 +101,24 @@ pub fn complaints(history: &History) -> Vec<String> {
                 operations.len()
             )),
             Verdict::Violation { at, possible } => complaints.push(format!(
-                "not linearizable: {vdisk}, cell at {cell}: {} ({}) cannot be explained; the cell could have held {possible:?}. {}",
+                "not linearizable: {vdisk}, cell at {cell}: {} ({}) cannot be explained; the cell could have held {}. {}",
                 in_words(&operations[at]),
                 history.origin(operations[at].id),
+                values_in_words(&possible),
                 around(operations, operations[at].returned)
             )),
         }
     }
     complaints
+}
+
+fn values_in_words(values: &[Value]) -> String {
+    let word = |v: &Value| match *v {
+        ZEROS => "zeros".to_string(),
+        SPENT => "something that nobody read later".into(),
+        value => value.to_string(),
+    };
+    values.iter().map(word).collect::<Vec<_>>().join(" or ")
 }
 
 fn in_words(o: &Operation) -> String {
@@ -168,8 +179,8 @@ fn steps(history: &[Operation]) -> Vec<Step> {
     steps
 }
 
-/// The value of a cell whose last write nobody ever read.
-const UNREAD: Value = u64::MAX;
+/// A value that no read to come needs.
+const SPENT: Value = u64::MAX;
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Configuration {
@@ -187,8 +198,6 @@ struct Search<'a> {
     configurations: Vec<Configuration>,
     /// Slots that hold reads.
     reads: u128,
-    /// Slots that hold writes whose value is never read.
-    unread: u128,
     /// Slots that hold operations that may never take effect.
     optional: u128,
 }
@@ -203,7 +212,6 @@ impl Search<'_> {
                 self.reads |= bit;
                 *self.reads_to_come.get_mut(&value).expect("it was counted") -= 1;
             }
-            Action::Write(value) if !self.reads_to_come.contains_key(&value) => self.unread |= bit,
             Action::Write(_) => {}
         }
         if self.history[operation].optional {
@@ -231,7 +239,6 @@ impl Search<'_> {
         }
         self.slots[slot] = usize::MAX;
         self.reads &= !bit;
-        self.unread &= !bit;
         self.optional &= !bit;
         self.configurations = after;
         Verdict::Linearizable
@@ -251,6 +258,7 @@ impl Search<'_> {
 
     /// Configurations without `bit` that can be reached by letting open writes take effect.
     fn reach(&self, before: &[Configuration], bit: u128) -> Option<Vec<Configuration>> {
+        let whole = self.whole();
         let mut after = Vec::new();
         let mut seen = BTreeSet::new();
         let mut todo: Vec<Configuration> = before.to_vec();
@@ -265,14 +273,14 @@ impl Search<'_> {
             if seen.len() > CONFIGURATIONS_MAX {
                 return None;
             }
-            if c.value != ZEROS && self.reads_to_come.get(&c.value).is_some_and(|n| *n > 0) {
+            if self.is_needed(c.value) {
                 continue;
             }
-            let open = c.open & !self.unread;
-            if c.open & self.unread != 0 {
-                todo.push(Configuration { value: UNREAD, open });
+            let open = c.open & !whole;
+            if c.open & whole != 0 {
+                todo.push(Configuration { value: SPENT, open });
             }
-            let mut writes = open & !self.reads;
+            let mut writes = self.worth_trying(open & !self.reads);
             while writes != 0 {
                 let slot = writes.trailing_zeros();
                 writes &= writes - 1;
@@ -281,6 +289,49 @@ impl Search<'_> {
             }
         }
         Some(after)
+    }
+
+    /// A read to come returns this value, and only one operation writes it.
+    fn is_needed(&self, value: Value) -> bool {
+        value != ZEROS && self.reads_to_come.get(&value).is_some_and(|n| *n > 0)
+    }
+
+    /// Open writes that no read to come needs, and their reads. Where such a write has not taken effect its
+    /// reads have not either; where it has, they have.
+    fn whole(&self) -> u128 {
+        let mut writes = 0u128;
+        let mut values = BTreeSet::new();
+        let open = || self.slots.iter().enumerate().filter(|(_, o)| **o != usize::MAX);
+        for (slot, operation) in open() {
+            if let Action::Write(value) = self.history[*operation].action
+                && value != ZEROS
+                && !self.is_needed(value)
+            {
+                writes |= 1u128 << slot;
+                values.insert(value);
+            }
+        }
+        let read = |o: usize| matches!(self.history[o].action, Action::Read(value) if values.contains(&value));
+        open().filter(|(_, o)| read(**o)).fold(writes, |bits, (slot, _)| bits | 1u128 << slot)
+    }
+
+    /// Of several open writes of zeros only the one with the nearest end is tried: another one can take
+    /// its place later, since it has more time. But one that has to take effect must be tried beside
+    /// one that need not.
+    fn worth_trying(&self, writes: u128) -> u128 {
+        let mut tried = writes;
+        let mut nearest: [Option<(u64, u128)>; 2] = [None; 2];
+        for slot in (0..OPEN_MAX).filter(|s| writes & (1u128 << s) != 0) {
+            let (bit, operation) = (1u128 << slot, &self.history[self.slots[slot]]);
+            if operation.action == Action::Write(ZEROS) {
+                tried &= !bit;
+                let best = &mut nearest[usize::from(operation.optional)];
+                if best.is_none_or(|(returned, _)| operation.returned < returned) {
+                    *best = Some((operation.returned, bit));
+                }
+            }
+        }
+        tried | nearest.iter().flatten().fold(0, |bits, (_, bit)| bits | bit)
     }
 
     /// Lets every open read of the present value take effect.
@@ -292,6 +343,9 @@ impl Search<'_> {
             if self.history[self.slots[slot as usize]].action == Action::Read(c.value) {
                 c.open &= !(1u128 << slot);
             }
+        }
+        if c.value != ZEROS && !self.is_needed(c.value) {
+            c.value = SPENT;
         }
         c
     }
@@ -467,7 +521,11 @@ mod tests {
         for time in 1..20_000u64 {
             let choice = prng.below(3);
             if choice == 0 && open.len() < clients {
-                let action = if prng.chance(1, 2) { Action::Write(time) } else { Action::Read(0) };
+                let action = match prng.below(8) {
+                    0..3 => Action::Write(time),
+                    3..5 => Action::Write(ZEROS),
+                    _ => Action::Read(0),
+                };
                 history.push(Operation { id: time, invoked: time, returned: u64::MAX, optional: false, action });
                 open.push((history.len() - 1, false));
             } else if choice == 1 && !open.is_empty() {
