@@ -66,6 +66,16 @@ impl Connection {
         }
     }
 
+    /// The same with the addresses of every server that `state` knows: to ask each one by itself.
+    pub async fn to_all(&self, state: &State) -> Result<Connection> {
+        let mut config = Config::new(Vec::<String>::new());
+        config.servers = state.servers.iter().map(|(id, server)| (*id, server.addresses.clone())).collect();
+        config.cluster = Some(state.cluster);
+        config.connect_deadline = Some(CONNECT_DEADLINE);
+        let client = Client::connect_here(config).await.with_context(|| format!("cannot reach {}", self.place))?;
+        Ok(Connection { client, place: self.place.clone() })
+    }
+
     async fn call(&self, to: Option<ServerId>, request: AdminRequest, limit: Duration) -> Result<AdminResponse> {
         let answer = self.client.call(to, request, Some(limit)).await;
         answer.with_context(|| match to {

@@ -60,7 +60,7 @@ pub fn bad_arguments(cluster: &Cluster) -> Result<()> {
     fails(&["status"], 1, &["petal up"])?;
     fails(&["disk", "create", "a"], 2, &[])?;
     fails(&["nonsense"], 2, &[])?;
-    fails(&["up", "--detach", "--nbd-port", "0", "--disk-size", "1KiB"], 1, &["small"])?;
+    fails(&["up", "--detach", "--nbd-port", "0", "--disk-size", "1KiB"], 1, &["at least"])?;
     cluster.up(&["--servers", "3", "--disk-size", "4GiB"])?;
     fails(&["disk", "create", "vol0", "1GiB"], 1, &["vol0", "already"])?;
     fails(&["disk", "create", "empty", "0"], 1, &["size"])?;

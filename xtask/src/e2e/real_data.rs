@@ -74,7 +74,7 @@ pub fn attached_file_system(cluster: &Cluster) -> Result<()> {
     ensure!(code == 1 && text.contains("in use"), "a mounted disk must not be detached: {text}");
     read(command("umount").arg(&on))?;
     read(cluster.petal().args(["detach", "vol0"]))?;
-    let left = cluster.processes().into_iter().find(|(_, line)| line.contains("attach"));
+    let left = cluster.processes().into_iter().find(|(_, line)| line.contains(" attach "));
     ensure!(left.is_none(), "detach left a process: {left:?}");
 
     let device = attach()?;

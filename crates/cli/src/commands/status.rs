@@ -64,6 +64,7 @@ struct ServerReport {
 async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report> {
     let connection = Connection::open(place).await?;
     let state = connection.state().await?;
+    let connection = connection.to_all(&state).await?;
     let pids: BTreeMap<ServerId, u32> = match folder {
         Some(folder) => {
             let servers = state.servers.keys();

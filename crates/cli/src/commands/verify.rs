@@ -90,8 +90,10 @@ fn disks_of(place: &Place, server: &str) -> Result<Vec<PathBuf>> {
 
 async fn online(place: &Place) -> Result<Findings> {
     let connection = Connection::open(place).await?;
+    let state = connection.state().await?;
+    let connection = connection.to_all(&state).await?;
     let mut findings = Findings::default();
-    for server in connection.state().await?.servers.keys() {
+    for server in state.servers.keys() {
         let mut after = None;
         loop {
             let part = connection.verify(*server, after).await?;
