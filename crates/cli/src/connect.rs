@@ -40,7 +40,7 @@ pub async fn stop_signal() -> Result<()> {
 /// A connected client.
 #[derive(Clone)]
 pub struct Connection {
-    client: Client,
+    pub client: Client,
     place: String,
 }
 

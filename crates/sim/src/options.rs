@@ -266,7 +266,8 @@ impl Mix {
             read: 10 + some(40),
             write: 10 + some(40),
             admin_percent: some(4),
-            shrink: true,
+            // A smaller size needs an exclusive session whose holder has discarded the rest.
+            shrink: false,
         }
     }
 }

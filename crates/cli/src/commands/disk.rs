@@ -4,6 +4,8 @@ use crate::connect::{self, Connection};
 use crate::output;
 use crate::place::Place;
 use anyhow::{Result, bail, ensure};
+use petal::global_state::Attachment;
+use petal::ids::SessionId;
 use petal::global_state::{Command as Change, Outcome, State};
 use petal::ids::VdiskId;
 use petal::limits::STRIPE_UNIT_DEFAULT;
@@ -215,7 +217,19 @@ async fn resize(connection: &Connection, name: &str, size: u64, shrink: bool) ->
         size >= disk.size || shrink,
         "{name} has {old}; a smaller size throws away what lies beyond, so say --shrink if you mean it"
     );
-    connection.execute(Change::ResizeDisk { vdisk: disk.id, size }).await?;
+    if size < disk.size {
+        // Nobody else may write between the discard and the command: else a disk that grows again would
+        // show old bytes.
+        let holder = format!("petal disk resize (pid {})", std::process::id());
+        let attached = connection.client.disk(name).holder(holder).attach(Attachment::Exclusive).await?;
+        attached.zero(size, disk.size - size).await?;
+        let change = Change::ResizeDisk { vdisk: disk.id, size, session: attached.session() };
+        let result = connection.execute(change).await;
+        attached.detach().await?;
+        result?;
+    } else {
+        connection.execute(Change::ResizeDisk { vdisk: disk.id, size, session: SessionId(0) }).await?;
+    }
     println!("Disk {name} has {} now (before: {old}).", output::size(size));
     Ok(())
 }

@@ -95,12 +95,16 @@ pub enum Command {
         /// The new name.
         name: String,
     },
-    /// Another size. Growing holds at once; shrinking is settled, then the rest is discarded.
+    /// Another size. Growing holds at once. A smaller size is allowed only to the holder of an exclusive
+    /// session, who has discarded what lies beyond it first: then nobody can have written there since,
+    /// and a disk that grows again shows zeros there (docs/decisions/0009-shrink.md).
     ResizeDisk {
         /// The disk.
         vdisk: VdiskId,
         /// The new size in bytes.
         size: u64,
+        /// The session of who shrinks it; any for growing.
+        session: SessionId,
     },
     /// A session begins.
     Attach {
@@ -180,6 +184,12 @@ pub enum CommandError {
         name: String,
         /// Who has it.
         holder: String,
+    },
+    /// A smaller size, and not by who has the disk to himself.
+    #[error("'{name}' can be made smaller only by who has it attached exclusively and has discarded the rest; `petal disk resize {name} SIZE --shrink` does that")]
+    NotExclusive {
+        /// The disk.
+        name: String,
     },
     /// No such session (any more).
     #[error("the session {0} is over")]

@@ -192,8 +192,6 @@ pub struct Effects {
     pub families_ended: Vec<FamilyId>,
     /// Sessions that ended.
     pub sessions_ended: Vec<SessionId>,
-    /// Disks that shrank: bytes at and above the new size are to be discarded.
-    pub shrunk: Vec<VdiskId>,
     /// Servers whose addresses or incarnation changed.
     pub servers: Vec<ServerId>,
     /// The command narrows what data messages may do: its caller waits until it is settled.
@@ -540,7 +538,7 @@ impl State {
             }
             Command::DeleteDisk { vdisk } => self.delete_disk(*vdisk, effects),
             Command::RenameDisk { vdisk, name } => self.rename_disk(*vdisk, name),
-            Command::ResizeDisk { vdisk, size } => self.resize_disk(*vdisk, *size, effects),
+            Command::ResizeDisk { vdisk, size, session } => self.resize_disk(*vdisk, *size, *session, effects),
             Command::Attach { vdisk, mode, holder, take_over } => {
                 self.attach(*vdisk, *mode, holder, *take_over, effects)
             }
@@ -713,7 +711,7 @@ impl State {
         Ok(Outcome::Done)
     }
 
-    fn resize_disk(&mut self, id: VdiskId, size: u64, effects: &mut Effects) -> Applied {
+    fn resize_disk(&mut self, id: VdiskId, size: u64, session: SessionId, effects: &mut Effects) -> Applied {
         let index = self.index;
         check_size(size)?;
         let disk = self.vdisks.get_mut(&id).ok_or(CommandError::NoSuchDisk(id))?;
@@ -721,12 +719,16 @@ impl State {
             return Ok(Outcome::Done);
         }
         let shrinks = size < disk.size;
+        let is_own =
+            self.sessions.get(&session).is_some_and(|s| s.vdisk == id && s.mode == Attachment::Exclusive);
+        if shrinks && !is_own {
+            return Err(CommandError::NotExclusive { name: disk.name.clone() });
+        }
         disk.size = size;
         // Growing too: a server that knows the old size must catch up before it refuses the new end.
         disk.revision = index;
         let family = disk.family;
         if shrinks {
-            effects.shrunk.push(id);
             self.narrow(family, effects);
         }
         Ok(Outcome::Done)

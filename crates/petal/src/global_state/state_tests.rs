@@ -282,12 +282,15 @@ fn taking_over_ends_the_sessions_in_the_way_and_no_other() {
 fn a_resize_revises_the_disk_and_only_shrinking_narrows() {
     let mut f = Fixture::up(2);
     let disk = f.disk("a");
-    f.run(Command::ResizeDisk { vdisk: disk, size: 2 << 30 }).unwrap();
+    let nobody = SessionId(0);
+    f.run(Command::ResizeDisk { vdisk: disk, size: 2 << 30, session: nobody }).unwrap();
     assert_eq!((f.state.revision_of(disk), f.effects.narrows), (Some(f.state.index), false));
-    f.run(Command::ResizeDisk { vdisk: disk, size: 512 }).unwrap();
+    let refused = f.run(Command::ResizeDisk { vdisk: disk, size: 512, session: nobody });
+    assert!(matches!(refused, Err(CommandError::NotExclusive { .. })));
+    let session = f.attach(disk, Attachment::Exclusive, false).unwrap();
+    f.run(Command::ResizeDisk { vdisk: disk, size: 512, session }).unwrap();
     assert_eq!((f.state.revision_of(disk), f.effects.narrows), (Some(f.state.index), true));
-    assert_eq!(f.effects.shrunk, [disk]);
-    f.run(Command::ResizeDisk { vdisk: disk, size: 512 }).unwrap();
+    f.run(Command::ResizeDisk { vdisk: disk, size: 512, session }).unwrap();
     assert_eq!(f.effects, Effects::default());
 }
 
@@ -382,7 +385,7 @@ fn random_command(prng: &mut Prng, state: &State) -> Command {
         },
         4 => Command::DeleteDisk { vdisk },
         5 => Command::RenameDisk { vdisk, name },
-        6 => Command::ResizeDisk { vdisk, size: prng.below(4) * 512 },
+        6 => Command::ResizeDisk { vdisk, size: prng.below(4) * 512, session: SessionId(prng.below(64)) },
         7 | 8 => Command::Attach {
             vdisk,
             mode: *prng.pick(&[Attachment::Exclusive, Attachment::Shared, Attachment::ReadOnly]),

@@ -1,5 +1,5 @@
 //! The inner ring: consensus on the log, with the library kept in this one folder (paper 2: "Paxos";
-//! docs/decisions/0002-consensus-library.md).
+//! docs/decisions/0008-consensus-library.md).
 //!
 //! Wraps omnipaxos 0.2.4, which is stepped and does no I/O. Its limits, and what is done about each:
 //!
