@@ -525,6 +525,8 @@ pub enum Part {
         id: RequestId,
         /// Requests of the session below this number are finished.
         finished_below: u64,
+        /// Sessions that are over: their requests are forgotten too.
+        ended: Vec<SessionId>,
         /// First block.
         first_block: u8,
         /// One checksum per block.

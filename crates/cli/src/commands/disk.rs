@@ -31,8 +31,11 @@ pub enum Command {
         /// Its name
         name: String,
         /// Its size, as 512M, 10GiB or 1T
-        #[arg(value_parser = output::parse_size)]
-        size: u64,
+        #[arg(value_parser = output::parse_size, required_unless_present = "size_option")]
+        size: Option<u64>,
+        /// Its size, for those who like to name it
+        #[arg(long = "size", id = "size_option", value_name = "SIZE", value_parser = output::parse_size, conflicts_with = "size")]
+        size_option: Option<u64>,
         /// Copies of its data, on so many servers
         #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=3))]
         copies: u8,
@@ -96,7 +99,8 @@ pub fn run(place: &Place, command: Command) -> Result<()> {
     connect::block_on(async move {
         let connection = Connection::open(&place).await?;
         match command {
-            Command::Create { name, size, copies, stripe_unit, format } => {
+            Command::Create { name, size, size_option, copies, stripe_unit, format } => {
+                let size = size.or(size_option).expect("the command line has one of them");
                 let id = create(&connection, &name, size, copies, stripe_unit).await?;
                 if format.json {
                     let state = connection.state().await?;

@@ -662,6 +662,8 @@ impl DataAccess {
         }
         let version = Version { term: slot.term, sequence: acting.sequence + 1 };
         let finished_below = w.finished_below.max(self.session_low.get(&w.id.session).copied().unwrap_or(0));
+        let sessions = ctx.stores.ids(op.element).iter().map(|id| id.session);
+        let ended: Vec<SessionId> = sessions.filter(|s| !ctx.state.sessions.contains_key(s)).collect();
         let change = Change::Write {
             element: op.element,
             slot: slot.id,
@@ -671,6 +673,7 @@ impl DataAccess {
             parents: parents.clone(),
             id: Some(w.id),
             finished_below,
+            ended: ended.clone(),
             first_block: (w.offset / BLOCK_SIZE as u32) as u8,
             blocks,
             watermark: slot.watermark,
@@ -695,6 +698,7 @@ impl DataAccess {
             parents,
             id: w.id,
             finished_below,
+            ended,
             first_block: (w.offset / BLOCK_SIZE as u32) as u8,
             sums,
         };

@@ -95,7 +95,7 @@ impl DataAccess {
             .map(|i| data.slice(i * BLOCK_SIZE as usize..(i + 1) * BLOCK_SIZE as usize));
         let slot = &mut self.slots[index];
         match m.part {
-            Part::Write { element, version, lineage, epoch, parents, id, finished_below, first_block, sums } => {
+            Part::Write { element, version, lineage, epoch, parents, id, finished_below, ended, first_block, sums } => {
                 let low = self.session_low.get_or_insert_with(id.session, || 0);
                 *low = (*low).max(finished_below);
                 if family_ended(ctx.state, element.family) {
@@ -117,6 +117,7 @@ impl DataAccess {
                     parents,
                     id: Some(id),
                     finished_below,
+                    ended,
                     first_block,
                     blocks,
                     watermark: slot.watermark,

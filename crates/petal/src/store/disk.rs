@@ -435,6 +435,7 @@ impl Disk {
                 parents,
                 id,
                 finished_below,
+                ended,
                 first_block,
                 blocks,
                 watermark,
@@ -461,6 +462,7 @@ impl Disk {
                     parents,
                     id,
                     finished_below,
+                    ended,
                     watermark,
                     first_block,
                     blocks: places,
@@ -618,6 +620,7 @@ impl Disk {
                 parents,
                 id,
                 finished_below,
+                ended,
                 watermark,
                 first_block,
                 blocks,
@@ -636,6 +639,7 @@ impl Disk {
                 released.retain(|a| !entry.refers_to(*a));
                 entry.slot = slot;
                 entry.version = entry.version.max(version);
+                entry.forget_sessions(&ended);
                 entry.note_id(id, finished_below);
                 let new_version = entry.version;
                 self.dirtied(element, was_absent);

@@ -153,6 +153,11 @@ impl Entry {
         }
     }
 
+    /// Forgets the requests of sessions that are over.
+    pub fn forget_sessions(&mut self, ended: &[SessionId]) {
+        self.ids.retain(|i| !ended.contains(&i.session));
+    }
+
     /// What replicas compare.
     pub fn image(&self) -> ElementImage {
         let row =

@@ -44,6 +44,8 @@ pub enum Record {
         id: Option<RequestId>,
         /// Requests of the session below this are finished.
         finished_below: u64,
+        /// Sessions that are over.
+        ended: Vec<SessionId>,
         /// The slot's watermark at this replica.
         watermark: Version,
         /// First block.
@@ -261,6 +263,7 @@ mod tests {
             parents: vec![(LineageId(8), Epoch(9))],
             id: Some(id),
             finished_below: 7,
+            ended: Vec::new(),
             watermark: version,
             first_block: 14,
             blocks: vec![Some((200, 0x0102_0304)), None],
@@ -280,7 +283,7 @@ mod tests {
             assert_eq!(decode_records(&bytes).as_deref(), Some(std::slice::from_ref(record)));
             bytes.iter().map(|b| format!("{b:02x}")).collect()
         };
-        expect_test::expect!["0005ac020102030401020108090106070703040e0201c8018486880800"].assert_eq(&hex(&write));
+        expect_test::expect!["0005ac02010203040102010809010607070003040e0201c8018486880800"].assert_eq(&hex(&write));
         expect_test::expect!["0105ac0201020304010607010102ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01c801ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01ffffffffffffffffff01000000848688080000000000000000000000000100030304"].assert_eq(&hex(&replace));
         expect_test::expect!["0205ac02"].assert_eq(&hex(&Record::Drop { element }));
         expect_test::expect!["0401016b010176"].assert_eq(&hex(&meta));

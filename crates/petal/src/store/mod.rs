@@ -203,6 +203,8 @@ pub enum Change {
         id: Option<RequestId>,
         /// Ids of the same session below this number are forgotten with this write.
         finished_below: u64,
+        /// Ids of these sessions, which are over, are forgotten too.
+        ended: Vec<SessionId>,
         /// First block.
         first_block: u8,
         /// New contents of consecutive blocks.

@@ -95,6 +95,7 @@ pub fn samples() -> Vec<Message> {
                 parents: vec![(LineageId(1), Epoch(1))],
                 id: RequestId { session: SessionId(3), number: 21 },
                 finished_below: 20,
+                ended: vec![],
                 first_block: 2,
                 sums: vec![crc(2), BlockSum::Zero],
             },
