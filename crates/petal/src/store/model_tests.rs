@@ -788,6 +788,12 @@ impl Walk {
             *handed = (*handed).max(*watermark);
         }
         let ghost = self.stores.ghost(key).is_some();
+        let wanted = match &change {
+            Change::Write { blocks, .. } => blocks.iter().filter(|b| **b != BlockData::Zero).count(),
+            Change::Replace { data, .. } => data.len(),
+            _ => 0,
+        };
+        let sure = self.stores.is_ready_for(wanted as u64) && wanted as u64 <= self.stores.free_blocks();
         match self.stores.stage(change) {
             Ok(ticket) => {
                 self.coverage.ghosts += u64::from(ghost && before.is_none());
@@ -799,6 +805,7 @@ impl Walk {
                 let now: Vec<(u64, u64)> =
                     self.stores.disks.iter().map(|d| (d.allocator.referenced(), d.allocator.free())).collect();
                 ensure!(used == now, "a refused change has taken blocks");
+                ensure!(!sure, "a change is refused that there is room for");
             }
             Err(StageError::DiskFailed) if self.failed.is_some() => {}
             Err(error) => return Err(format!("a change is refused: {error:?}")),
