@@ -40,6 +40,9 @@ const DIRTY_MAX: usize = 65536;
 /// Bytes of the PMap region that an element may need, with the store's own overhead.
 const PMAP_BYTES_PER_ELEMENT: u64 = 1024;
 
+/// Blocks, `(row, block)`, whose data is written with the batch.
+type Fresh = Vec<(u16, u8)>;
+
 /// What a disk tells its owner.
 #[derive(Debug)]
 pub(super) enum DiskEvent {
@@ -557,7 +560,7 @@ impl Disk {
         element: ElementKey,
         image: &ElementImage,
         data: Vec<(u16, u8, Bytes)>,
-    ) -> Result<(Vec<Row>, Vec<(u16, u8)>), StageError> {
+    ) -> Result<(Vec<Row>, Fresh), StageError> {
         let mut rows: Vec<Row> = image.rows.iter().map(|r| Row::zeros(r.lineage, r.epoch)).collect();
         let mut missing: BTreeSet<(u16, u8)> = BTreeSet::new();
         let absent = Entry::absent();

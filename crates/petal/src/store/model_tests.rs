@@ -613,11 +613,11 @@ impl Walk {
         }
         let disks = self.disks.len();
         let meta: BTreeMap<Bytes, Bytes> = self.stores.meta_prefix(b"").into_iter().collect();
-        for l in 0..self.logs.len() {
-            let elements = if l < disks { found[l].clone() } else { BTreeMap::new() };
+        found.resize(self.logs.len(), BTreeMap::new());
+        for (l, elements) in found.iter().enumerate() {
             let has_meta = disks == 1 || l == disks;
             let meta = if has_meta { meta.clone() } else { BTreeMap::new() };
-            self.match_prefix(l, &elements, &meta)?;
+            self.match_prefix(l, elements, &meta)?;
         }
         for key in all {
             self.read_everything(key)?;
