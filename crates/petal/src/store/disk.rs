@@ -40,6 +40,9 @@ const DIRTY_MAX: usize = 65536;
 /// Bytes of the PMap region that an element may need, with the store's own overhead.
 const PMAP_BYTES_PER_ELEMENT: u64 = 1024;
 
+/// Blocks, `(row, block)`, whose data is written with the batch.
+type Fresh = Vec<(u16, u8)>;
+
 /// What a disk tells its owner.
 #[derive(Debug)]
 pub(super) enum DiskEvent {
@@ -409,9 +412,13 @@ impl Disk {
         (self.allocator.capacity() / 256).clamp(64, 16384)
     }
 
-    /// True if so many blocks can be had at once, without growing the file first.
+    /// True if a change with so many blocks can be staged now, as far as waiting helps: for the file to
+    /// grow, or for a checkpoint to make room in the journal.
     pub fn is_ready_for(&self, blocks: u64) -> bool {
-        self.allocator.free_below_frontier() >= blocks || self.allocator.frontier() >= self.allocator.capacity()
+        let grown = self.allocator.free_below_frontier() >= blocks
+            || self.host_full.is_some()
+            || self.allocator.frontier() >= self.allocator.capacity();
+        grown && self.may_stage(0, 8)
     }
 
     fn allocate(&mut self, blocks: usize) -> Option<SmallVec<[Address; 16]>> {
@@ -555,7 +562,7 @@ impl Disk {
         element: ElementKey,
         image: &ElementImage,
         data: Vec<(u16, u8, Bytes)>,
-    ) -> Result<(Vec<Row>, Vec<(u16, u8)>), StageError> {
+    ) -> Result<(Vec<Row>, Fresh), StageError> {
         let mut rows: Vec<Row> = image.rows.iter().map(|r| Row::zeros(r.lineage, r.epoch)).collect();
         let mut missing: BTreeSet<(u16, u8)> = BTreeSet::new();
         let absent = Entry::absent();

@@ -668,8 +668,9 @@ impl Stores {
         }
     }
 
-    /// True if so many blocks can be had now on whatever disk they go to; false while a disk's file is
-    /// being grown.
+    /// True if a change with so many blocks can be staged now on whatever disk it goes to, if there is
+    /// space at all; false while a disk's file is being grown, or a checkpoint makes room in a journal.
+    /// A change that finds this true, and no more blocks wanted than are free, is not refused.
     pub fn is_ready_for(&self, blocks: u64) -> bool {
         self.disks.iter().all(|d| d.is_ready_for(blocks))
     }

@@ -613,11 +613,11 @@ impl Walk {
         }
         let disks = self.disks.len();
         let meta: BTreeMap<Bytes, Bytes> = self.stores.meta_prefix(b"").into_iter().collect();
-        for l in 0..self.logs.len() {
-            let elements = if l < disks { found[l].clone() } else { BTreeMap::new() };
+        found.resize(self.logs.len(), BTreeMap::new());
+        for (l, elements) in found.iter().enumerate() {
             let has_meta = disks == 1 || l == disks;
             let meta = if has_meta { meta.clone() } else { BTreeMap::new() };
-            self.match_prefix(l, &elements, &meta)?;
+            self.match_prefix(l, elements, &meta)?;
         }
         for key in all {
             self.read_everything(key)?;
@@ -788,6 +788,12 @@ impl Walk {
             *handed = (*handed).max(*watermark);
         }
         let ghost = self.stores.ghost(key).is_some();
+        let wanted = match &change {
+            Change::Write { blocks, .. } => blocks.iter().filter(|b| **b != BlockData::Zero).count(),
+            Change::Replace { data, .. } => data.len(),
+            _ => 0,
+        };
+        let sure = self.stores.is_ready_for(wanted as u64) && wanted as u64 <= self.stores.free_blocks();
         match self.stores.stage(change) {
             Ok(ticket) => {
                 self.coverage.ghosts += u64::from(ghost && before.is_none());
@@ -799,6 +805,7 @@ impl Walk {
                 let now: Vec<(u64, u64)> =
                     self.stores.disks.iter().map(|d| (d.allocator.referenced(), d.allocator.free())).collect();
                 ensure!(used == now, "a refused change has taken blocks");
+                ensure!(!sure, "a change is refused that there is room for");
             }
             Err(StageError::DiskFailed) if self.failed.is_some() => {}
             Err(error) => return Err(format!("a change is refused: {error:?}")),
