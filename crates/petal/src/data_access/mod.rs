@@ -527,7 +527,10 @@ impl DataAccess {
     fn read_as_secondary(&mut self, ctx: &mut Context, number: OpNumber) {
         let op = &self.operations[&number];
         let slot = &self.slots[op.slot];
-        let busy = ctx.stores.version(op.element) > slot.watermark;
+        // Before the settlement of its term an element may lack, here, what the settlement will bring: were
+        // it served, a write of a fenced client could still become visible after the fence (P5).
+        let unsettled = slot.watermark.term < slot.term;
+        let busy = unsettled || ctx.stores.version(op.element) > slot.watermark;
         if busy && !self.is_sabotaged(Sabotage::ServeBusy) {
             return self.refuse(ctx, number, Refusal::Busy);
         }
