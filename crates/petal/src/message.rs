@@ -476,6 +476,9 @@ pub struct VerifyPart {
     pub blocks: u64,
     /// What is wrong, one sentence each.
     pub complaints: Vec<String>,
+    /// Checksum over the image (version, request ids, checksums of all blocks) of each element that has no
+    /// unfinished write here: the same at every in-sync replica (I2).
+    pub digests: Vec<(ElementKey, u32)>,
     /// Continue after this element; `None` = the end.
     pub next: Option<ElementKey>,
 }

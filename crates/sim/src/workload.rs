@@ -605,7 +605,11 @@ impl World {
         // Whether it grows or shrinks depends on resizes whose answers were lost: as if it may shrink.
         let cut_off: Vec<(u64, bool)> = disk.layout.touched(size, u64::MAX).map(|c| (c.0, grow)).collect();
         let shrink = (!cut_off.is_empty()).then(|| self.history.invoke(vdisk, None, Effect::Zero, cut_off));
-        self.execute(host, Command::ResizeDisk { vdisk, size, session: SessionId(0) }, Call::Resize { vdisk, size, shrink });
+        self.execute(
+            host,
+            Command::ResizeDisk { vdisk, size, session: SessionId(0) },
+            Call::Resize { vdisk, size, shrink },
+        );
     }
 
     fn delete(&mut self, host: usize) {

@@ -1,7 +1,7 @@
 //! Verification while the cluster runs: every block of this server's disks against its checksum.
 //!
 //! A part at a time: the caller goes on from where the last part ended. That the replicas hold the same
-//! is compared by the caller from the images that each server tells.
+//! (I2) is compared by the caller, from the digests that each server tells.
 
 use super::*;
 
@@ -79,6 +79,8 @@ impl DataAccess {
             };
             let blocks: Vec<(u16, u8)> = image.rows.iter().enumerate().flat_map(stored).collect();
             job.part.elements += 1;
+            let bytes = postcard::to_stdvec(&image).expect("an image can be written to memory");
+            job.part.digests.push((key, crc32c(&bytes)));
             job.part.blocks += blocks.len() as u64;
             let read = ctx.stores.read_image(key, &blocks);
             job.reads.insert(read, key);

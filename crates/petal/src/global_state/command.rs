@@ -186,7 +186,9 @@ pub enum CommandError {
         holder: String,
     },
     /// A smaller size, and not by who has the disk to himself.
-    #[error("'{name}' can be made smaller only by who has it attached exclusively and has discarded the rest; `petal disk resize {name} SIZE --shrink` does that")]
+    #[error(
+        "'{name}' can be made smaller only by who has it attached exclusively and has discarded the rest; `petal disk resize {name} SIZE --shrink` does that"
+    )]
     NotExclusive {
         /// The disk.
         name: String,

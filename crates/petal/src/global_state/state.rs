@@ -719,8 +719,7 @@ impl State {
             return Ok(Outcome::Done);
         }
         let shrinks = size < disk.size;
-        let is_own =
-            self.sessions.get(&session).is_some_and(|s| s.vdisk == id && s.mode == Attachment::Exclusive);
+        let is_own = self.sessions.get(&session).is_some_and(|s| s.vdisk == id && s.mode == Attachment::Exclusive);
         if shrinks && !is_own {
             return Err(CommandError::NotExclusive { name: disk.name.clone() });
         }
