@@ -32,6 +32,16 @@ pub struct Layout {
 impl Layout {
     /// Draws the hot set of a disk.
     pub fn draw(prng: &mut Prng, size: u64, stripe_unit: u64) -> Layout {
+        Layout::draw_spots(prng, size, stripe_unit)
+    }
+
+    /// A hot set of three or four blocks on both sides of an element's edge.
+    pub fn crowded(prng: &mut Prng, size: u64) -> Layout {
+        let first = ELEMENT_SIZE / BLOCK_SIZE - prng.between(1, 2);
+        Layout { spots: vec![cut(prng, first, 3, size.max(2 * ELEMENT_SIZE))] }
+    }
+
+    fn draw_spots(prng: &mut Prng, size: u64, stripe_unit: u64) -> Layout {
         let mut bases = vec![
             0,
             ELEMENT_SIZE,

@@ -148,7 +148,7 @@ impl History {
     pub fn origin(&self, id: OperationId) -> String {
         match self.origins.get(&id) {
             Some((Some(session), effect)) => format!("{effect:?} of {session}"),
-            Some((None, _)) => "a shrinking disk".into(),
+            Some((None, effect)) => format!("{effect:?} of no session"),
             None => "nobody".into(),
         }
     }

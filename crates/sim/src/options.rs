@@ -60,6 +60,8 @@ pub struct Options {
     pub faults: FaultWeights,
     /// How likely each operation is, relative to the others.
     pub mix: Mix,
+    /// One disk, that everybody shares, with few hot blocks.
+    pub crowded: bool,
     /// Whether the end of the run is a loss of power before everything is read again.
     pub power_loss_at_end: bool,
     /// A rule that is left out on purpose.
@@ -133,7 +135,7 @@ pub struct Overrides {
     pub only_crashes: bool,
     /// No faults at all.
     pub no_faults: bool,
-    /// Few, small spots: many operations on the same blocks.
+    /// One shared disk with few hot blocks: many operations of different clients on each.
     pub crowded: bool,
     /// Disks never shrink.
     pub no_shrink: bool,
@@ -169,6 +171,7 @@ impl Options {
             restart_delay: Duration::from_millis(*prng.pick(&[2, 20, 100, 1500])),
             faults: FaultWeights::draw(prng),
             mix: Mix::draw(prng),
+            crowded: false,
             power_loss_at_end: prng.chance(1, 2),
             sabotage: overrides.sabotage,
         };
@@ -199,10 +202,10 @@ impl Options {
             self.mix.shrink = false;
         }
         if overrides.crowded {
-            self.clients = self.clients.max(2);
-            self.depth = self.depth.max(4);
-            self.mix.admin_percent = 0;
-            self.mix.detach = 0;
+            self.crowded = true;
+            self.clients = self.clients.max(3);
+            self.depth = self.depth.clamp(2, 4);
+            self.mix = Mix { zero_all: 0, extents: 0, detach: 0, admin_percent: 0, ..self.mix };
         }
     }
 }
@@ -267,7 +270,7 @@ impl Mix {
             write: 10 + some(40),
             admin_percent: some(4),
             // A smaller size needs an exclusive session whose holder has discarded the rest.
-            shrink: false,
+            shrink: true,
         }
     }
 }

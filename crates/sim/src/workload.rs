@@ -51,6 +51,8 @@ pub struct Held {
     pub size: u64,
     /// How.
     pub mode: Attachment,
+    /// It is being made smaller: nothing else is asked meanwhile.
+    pub shrinking: bool,
 }
 
 /// A request without an answer.
@@ -85,6 +87,8 @@ pub enum What {
     Read(u64, u64),
     /// Changes something.
     Change,
+    /// Makes everything from here on zero, so that the disk can be cut off there.
+    CutOff(u64),
     /// Asks which of `start..end` exists.
     Extents(u64, u64),
 }
@@ -117,8 +121,8 @@ pub enum Call {
         vdisk: VdiskId,
         /// The size.
         size: u64,
-        /// What it does to the cells that are cut off, if it shrinks.
-        shrink: Option<OperationId>,
+        /// The session that makes it smaller.
+        session: Option<SessionId>,
     },
     /// A disk is deleted.
     Delete {
@@ -167,7 +171,7 @@ impl Workload {
         let think = options.faulty * (actors as u32) / (options.operations.max(1) as u32);
         Workload {
             to_join: (options.ring..options.servers).collect(),
-            to_create: prng.between(1, 3),
+            to_create: if options.crowded { 1 } else { prng.between(1, 3) },
             prng,
             disks: BTreeMap::new(),
             joined: options.ring,
@@ -232,8 +236,7 @@ impl World {
             self.counters.count(Kind::Unfinished);
             match asked {
                 Asked::Operation { id, .. } => self.history.finish(id, End::Unknown),
-                Asked::Admin(call) => self.call_unknown(call),
-                Asked::Attach { .. } | Asked::Detach => {}
+                Asked::Admin(_) | Asked::Attach { .. } | Asked::Detach => {}
             }
         }
     }
@@ -277,9 +280,15 @@ impl World {
             return;
         }
         let held = prng.pick(&sessions).clone();
+        if held.shrinking {
+            return;
+        }
         let mix = self.options.mix;
         if prng.chance(mix.detach, 150) {
             return self.detach(host, held.session);
+        }
+        if held.mode == Attachment::Exclusive && mix.shrink && prng.chance(1, 25) {
+            return self.shrink(host, held);
         }
         let weights = [mix.read, mix.write, mix.zero, mix.discard, mix.zero_all.min(1), mix.extents];
         let writes_allowed = held.mode != Attachment::ReadOnly || prng.chance(1, 20);
@@ -297,19 +306,14 @@ impl World {
         let Some(vdisk) = self.workload.pick_disk() else { return };
         let prng = &mut self.workload.prng;
         let name = prng.pick(&self.workload.disks[&vdisk].names).clone();
-        let mode = *prng.pick(&[
-            Attachment::Exclusive,
-            Attachment::Exclusive,
-            Attachment::Shared,
-            Attachment::Shared,
-            Attachment::Shared,
-            Attachment::ReadOnly,
-        ]);
+        let mode = match self.options.crowded {
+            true => Attachment::Shared,
+            false => draw_mode(prng),
+        };
         let take_over = prng.chance(2, 5);
         let request = Request::Attach { name, mode, holder: format!("client {host}"), take_over };
         self.ask(host, request, Asked::Attach { mode, take_over });
     }
-
     fn detach(&mut self, host: usize, session: SessionId) {
         let Some(life) = &mut self.clients[host].life else { return };
         life.user.sessions.retain(|h| h.session != session);
@@ -373,6 +377,10 @@ impl World {
     }
 
     fn zero_range(&mut self, host: usize, held: Held, start: u64, end: u64, discard: bool) {
+        self.zero_as(host, held, start, end, discard, What::Change);
+    }
+
+    fn zero_as(&mut self, host: usize, held: Held, start: u64, end: u64, discard: bool, what: What) {
         let whole = |cell: u64| {
             let block = cell / BLOCK_SIZE * BLOCK_SIZE;
             block >= start && block + BLOCK_SIZE <= end
@@ -381,7 +389,46 @@ impl World {
         let cells = layout.cells(start, end).map(|c| (c.0, discard && !whole(c.0))).collect();
         let id = self.history.invoke(held.vdisk, Some(held.session), Effect::Zero, cells);
         let request = Request::Zero { session: held.session, offset: start, length: end - start, discard };
-        self.ask(host, request, Asked::Operation { id, held, what: What::Change });
+        self.ask(host, request, Asked::Operation { id, held, what });
+    }
+
+    /// The first step of making a disk smaller (docs/decisions/0009-shrink.md): what lies beyond becomes
+    /// zero, while nothing else of the session is under way.
+    fn shrink(&mut self, host: usize, mut held: Held) {
+        let Some(disk) = self.workload.disks.get(&held.vdisk) else { return };
+        let fits = |c: &u64| c.is_multiple_of(512) && *c > 0 && *c < held.size;
+        let cuts: Vec<u64> = disk.layout.spots.iter().flatten().copied().filter(fits).collect();
+        let Some(life) = &mut self.clients[host].life else { return };
+        let of_this = |a: &Asked| matches!(a, Asked::Operation { held: h, .. } if h.session == held.session);
+        if cuts.is_empty() || life.user.asked.values().any(of_this) {
+            return;
+        }
+        let size = *self.workload.prng.pick(&cuts);
+        for h in life.user.sessions.iter_mut().filter(|h| h.session == held.session) {
+            h.shrinking = true;
+        }
+        held.shrinking = true;
+        let end = held.size;
+        self.zero_as(host, held, size, end, false, What::CutOff(size));
+    }
+
+    /// The second step.
+    fn cut_off(&mut self, host: usize, held: &Held, size: u64) {
+        if let Some(disk) = self.workload.disks.get_mut(&held.vdisk) {
+            disk.resized = true;
+        }
+        let (vdisk, session) = (held.vdisk, held.session);
+        let call = Call::Resize { vdisk, size, session: Some(session) };
+        self.execute(host, Command::ResizeDisk { vdisk, size, session }, call);
+    }
+
+    /// It is smaller now, or not.
+    fn after_shrink(&mut self, host: usize, session: SessionId, size: Option<u64>) {
+        let Some(life) = &mut self.clients[host].life else { return };
+        for held in life.user.sessions.iter_mut().filter(|h| h.session == session) {
+            held.shrinking = false;
+            held.size = size.unwrap_or(held.size).min(held.size);
+        }
     }
 
     fn extents(&mut self, host: usize, held: Held) {
@@ -404,19 +451,20 @@ impl World {
             return self.complain(format!("client {host} answers request {number}, which is not open"));
         };
         match (asked, result) {
-            (Asked::Operation { id, held, what }, Ok(response)) => self.on_operation(id, &held, what, response),
+            (Asked::Operation { id, held, what }, Ok(response)) => self.on_operation(host, id, &held, what, response),
             (Asked::Operation { id, held, what }, Err(error)) => self.on_operation_error(host, id, held, what, error),
             (Asked::Attach { mode, take_over }, Ok(Response::Attached { session, vdisk, size })) => {
-                self.on_attached(host, Held { session, vdisk, size, mode }, take_over);
+                self.on_attached(host, Held { session, vdisk, size, mode, shrinking: false }, take_over);
             }
             (Asked::Attach { .. }, Err(error)) => self.on_attach_error(host, error),
             (Asked::Detach, Ok(Response::Done)) => self.counters.count(Kind::Detached),
             (Asked::Detach, Err(error)) => self.trace.words(self.now, || format!("detach: {error}")),
             (Asked::Admin(call), Ok(Response::Admin(AdminResponse::Executed { outcome, unsettled, .. }))) => {
-                self.on_executed(call, outcome, unsettled.is_empty());
+                self.trace.words(self.now, || format!("not settled at {unsettled:?}"));
+                self.on_executed(host, call, outcome);
             }
             (Asked::Admin(Call::Stop), Ok(Response::Admin(AdminResponse::ShuttingDown))) => {}
-            (Asked::Admin(call), Err(error)) => self.on_call_error(call, error),
+            (Asked::Admin(call), Err(error)) => self.on_call_error(host, call, error),
             (asked, Ok(response)) => {
                 self.complain(format!("client {host} answers {asked:?} with {response:?}"));
             }
@@ -424,13 +472,17 @@ impl World {
         self.judge_next(host);
     }
 
-    fn on_operation(&mut self, id: OperationId, held: &Held, what: What, response: Response) {
+    fn on_operation(&mut self, host: usize, id: OperationId, held: &Held, what: What, response: Response) {
         match (what, response) {
             (What::Read(start, end), Response::Data(pieces)) => self.on_data(id, held.vdisk, start, end, &pieces),
             (What::Extents(start, end), Response::Extents(extents)) => {
                 self.on_extents(id, held.vdisk, start, end, &extents);
             }
             (What::Change, Response::Done) => self.history.finish(id, End::Done),
+            (What::CutOff(size), Response::Done) => {
+                self.history.finish(id, End::Done);
+                self.cut_off(host, held, size);
+            }
             (what, response) => self.complain(format!("operation {id}, {what:?}, was answered with {response:?}")),
         }
     }
@@ -480,6 +532,9 @@ impl World {
     fn on_operation_error(&mut self, host: usize, id: OperationId, held: Held, what: What, error: RequestError) {
         self.counters.count(Kind::Unfinished);
         self.history.finish(id, End::Unknown);
+        if let What::CutOff(_) = what {
+            self.after_shrink(host, held.session, None);
+        }
         let disk = &self.workload.disks[&held.vdisk];
         let over = match &error {
             RequestError::NotAttached | RequestError::Refused(Refusal::SessionEnded) => true,
@@ -494,7 +549,9 @@ impl World {
             return;
         }
         let expected = match &error {
-            RequestError::Refused(Refusal::ReadOnly) => held.mode == Attachment::ReadOnly && what == What::Change,
+            RequestError::Refused(Refusal::ReadOnly) => {
+                held.mode == Attachment::ReadOnly && !matches!(what, What::Read(..) | What::Extents(..))
+            }
             RequestError::Refused(Refusal::BeyondEnd) => disk.resized,
             RequestError::Deadline { .. } => self.options.client_deadline.is_some(),
             RequestError::Refused(Refusal::NoSpace) => {
@@ -557,7 +614,7 @@ impl World {
         match self.workload.prng.below(8) {
             0 | 1 if self.workload.disks.len() < 6 => self.create(host),
             2 | 3 => self.rename(host),
-            4..=6 => self.resize(host),
+            4..=6 => self.grow(host),
             _ => self.delete(host),
         }
     }
@@ -569,6 +626,7 @@ impl World {
     fn create(&mut self, host: usize) {
         let prng = &mut self.workload.prng;
         let size = match prng.below(6) {
+            _ if self.options.crowded => 1 << 30,
             0 => prng.between(1, 16) * BLOCK_SIZE * 3 + 512,
             1 => 3 << 20,
             2 => 1 << 30,
@@ -595,21 +653,12 @@ impl World {
         self.execute(host, Command::RenameDisk { vdisk, name: name.clone() }, Call::Rename { vdisk, name });
     }
 
-    fn resize(&mut self, host: usize) {
+    /// Grows a disk to the size that it was made with, if somebody has made it smaller.
+    fn grow(&mut self, host: usize) {
         let Some(vdisk) = self.workload.pick_disk() else { return };
-        let disk = self.workload.disks.get_mut(&vdisk).expect("it was picked");
-        let cuts: Vec<u64> = disk.layout.spots.iter().flatten().copied().filter(|c| c % 512 == 0 && *c > 0).collect();
-        let grow = cuts.is_empty() || !self.options.mix.shrink || self.workload.prng.chance(1, 2);
-        let size = if grow { disk.full_size } else { *self.workload.prng.pick(&cuts) };
-        disk.resized = true;
-        // Whether it grows or shrinks depends on resizes whose answers were lost: as if it may shrink.
-        let cut_off: Vec<(u64, bool)> = disk.layout.touched(size, u64::MAX).map(|c| (c.0, grow)).collect();
-        let shrink = (!cut_off.is_empty()).then(|| self.history.invoke(vdisk, None, Effect::Zero, cut_off));
-        self.execute(
-            host,
-            Command::ResizeDisk { vdisk, size, session: SessionId(0) },
-            Call::Resize { vdisk, size, shrink },
-        );
+        let size = self.workload.disks[&vdisk].full_size;
+        let session = SessionId(0);
+        self.execute(host, Command::ResizeDisk { vdisk, size, session }, Call::Resize { vdisk, size, session: None });
     }
 
     fn delete(&mut self, host: usize) {
@@ -625,7 +674,7 @@ impl World {
         self.ask(0, crate::ask::stop(id), Asked::Admin(Call::Stop));
     }
 
-    fn on_executed(&mut self, call: Call, outcome: Outcome, settled: bool) {
+    fn on_executed(&mut self, host: usize, call: Call, outcome: Outcome) {
         match (call, outcome) {
             (Call::Join { host }, Outcome::Server(id)) => {
                 if self.workload.to_join.contains(&host) {
@@ -639,7 +688,10 @@ impl World {
             (Call::Create { name, size }, Outcome::Disk(vdisk)) => {
                 self.counters.count(Kind::Created);
                 self.workload.to_create = self.workload.to_create.saturating_sub(1);
-                let layout = Layout::draw(&mut self.workload.prng, size, self.options.stripe_unit);
+                let layout = match self.options.crowded {
+                    true => Layout::crowded(&mut self.workload.prng, size),
+                    false => Layout::draw(&mut self.workload.prng, size, self.options.stripe_unit),
+                };
                 let disk = Disk { names: vec![name], layout, full_size: size, resized: false, deleting: false };
                 if self.workload.disks.insert(vdisk, disk).is_some() {
                     self.complain(format!("two disks were made with the id {vdisk}"));
@@ -651,19 +703,17 @@ impl World {
                     disk.names = vec![name];
                 }
             }
-            (Call::Resize { vdisk, size, shrink }, Outcome::Done) => {
-                let grown = self.workload.disks.get(&vdisk).is_some_and(|d| d.full_size == size);
-                self.counters.count(if grown { Kind::Grown } else { Kind::Shrunk });
-                if let Some(id) = shrink {
-                    self.history.finish(id, if settled { End::Done } else { End::Unknown });
-                }
+            (Call::Resize { session: None, .. }, Outcome::Done) => self.counters.count(Kind::Grown),
+            (Call::Resize { size, session: Some(session), .. }, Outcome::Done) => {
+                self.counters.count(Kind::Shrunk);
+                self.after_shrink(host, session, Some(size));
             }
             (Call::Delete { .. }, Outcome::Done) => self.counters.count(Kind::Deleted),
             (call, outcome) => self.complain(format!("{call:?} was executed as {outcome:?}")),
         }
     }
 
-    fn on_call_error(&mut self, call: Call, error: RequestError) {
+    fn on_call_error(&mut self, host: usize, call: Call, error: RequestError) {
         let expected = match &error {
             RequestError::Admin(AdminError::NotDecided { .. } | AdminError::Starting(_)) => true,
             RequestError::Deadline { .. } => true,
@@ -679,20 +729,18 @@ impl World {
         {
             disk.deleting = false;
         }
-        self.call_unknown(call);
-    }
-
-    /// A call of which nobody knows whether it was, or will be, executed.
-    fn call_unknown(&mut self, call: Call) {
-        match call {
-            Call::Resize { shrink: Some(id), .. } => self.history.finish(id, End::Unknown),
-            Call::Resize { .. }
-            | Call::Join { .. }
-            | Call::Create { .. }
-            | Call::Rename { .. }
-            | Call::Delete { .. }
-            | Call::Stop => {}
+        if let Call::Resize { session: Some(session), size, .. } = call {
+            // Perhaps it is smaller: then what lies beyond is refused.
+            self.after_shrink(host, session, Some(size));
         }
+    }
+}
+
+fn draw_mode(prng: &mut Prng) -> Attachment {
+    match prng.below(6) {
+        0 | 1 => Attachment::Exclusive,
+        2..=4 => Attachment::Shared,
+        _ => Attachment::ReadOnly,
     }
 }
 
