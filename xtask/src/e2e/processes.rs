@@ -105,6 +105,74 @@ pub fn everything_killed_comes_back(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
+pub fn killed_supervisor_is_replaced(cluster: &Cluster) -> Result<()> {
+    cluster.up(&[])?;
+    let uri = cluster.nbd_uri("vol0")?;
+    // A connection that is open when its server dies: its session stays behind.
+    let code = "import time; h.pwrite(b'a' * 4096, 0); open('connected', 'w').close(); time.sleep(60)";
+    let mut client = nbdsh().current_dir(cluster.folder()).args(["-u", &uri, "-c", code]).spawn()?;
+    let mark = cluster.folder().join("connected");
+    let connected = Cluster::wait_for("the client is connected", Duration::from_secs(10), || mark.exists());
+    let before = cluster.server_pids()?;
+    let supervisor = cluster.status()?["nbd"]["pid"].as_u64().context("no supervisor")?;
+    kill9(supervisor as u32)?;
+    let _ = client.kill();
+    let _ = client.wait();
+    connected?;
+    cluster.up(&[])?;
+    ensure!(cluster.server_pids()? == before, "servers that ran were started again");
+    read(nbdsh().args(["-u", &uri, "-c", "assert h.pread(4096, 0) == b'a' * 4096; h.pwrite(b'b' * 4096, 0)"]))?;
+    cluster.down()
+}
+
+pub fn ctrl_c_stops_everything(cluster: &Cluster) -> Result<()> {
+    let log = std::fs::File::create(cluster.folder().join("foreground"))?;
+    let mut up = cluster.petal();
+    let mut up = up.args(["up", "--nbd-port", "0"]).stdout(log.try_clone()?).stderr(log).spawn()?;
+    let started = Cluster::wait_for("it is up", Duration::from_secs(20), || {
+        cluster.status().is_ok_and(|s| s["nbd"]["state"] == "up")
+    });
+    read(command("kill").args(["-INT", &up.id().to_string()]))?;
+    let status = up.wait()?;
+    started?;
+    ensure!(status.success(), "Ctrl-C is a way to stop, not a failure: {status}");
+    ensure!(cluster.processes().is_empty(), "processes are left: {:?}", cluster.processes());
+    Ok(())
+}
+
+pub fn moved_and_deep_folders(cluster: &Cluster) -> Result<()> {
+    cluster.up(&["--servers", "3", "--disk-size", "2GiB", "--size", "1GiB"])?;
+    read(nbdsh().args(["-u", &cluster.nbd_uri("vol0")?, "-c", "h.pwrite(b'm' * 4096, 4096)"]))?;
+    cluster.down()?;
+    // Deeper than the address of a unix socket may be long.
+    let deep = cluster.folder().join("deep".repeat(30));
+    std::fs::create_dir(&deep)?;
+    let moved = deep.join("elsewhere");
+    std::fs::rename(cluster.data(), &moved)?;
+    let petal = |arguments: &[&str]| read(cluster.petal().env("PETAL_CLUSTER", &moved).args(arguments));
+    petal(&["up", "--detach"])?;
+    let status: serde_json::Value = serde_json::from_str(&petal(&["status", "--json"])?)?;
+    let socket = status["nbd"]["socket"].as_str().context("no socket")?;
+    let uri = format!("nbd+unix:///vol0?socket={socket}");
+    let result = read(nbdsh().args(["-u", &uri, "-c", "assert h.pread(4096, 4096) == b'm' * 4096"]));
+    petal(&["down"])?;
+    result.map(|_| ())
+}
+
+pub fn busy_port(cluster: &Cluster) -> Result<()> {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let port = listener.local_addr()?.port().to_string();
+    let text = read(cluster.petal().args(["up", "--detach", "--servers", "1", "--nbd-port", &port]))?;
+    ensure!(text.contains("--nbd-port") && text.contains(&port), "the busy port is not told: {text}");
+    read(command("nbdinfo").arg(cluster.nbd_uri("vol0")?))?;
+    cluster.down()?;
+    drop(listener);
+    let text = read(cluster.petal().args(["up", "--detach"]))?;
+    ensure!(text.contains(&format!("nbd://127.0.0.1:{port}/vol0")), "the port is free now: {text}");
+    read(command("nbdinfo").arg(format!("nbd://127.0.0.1:{port}/vol0")))?;
+    cluster.down()
+}
+
 pub fn two_disks_three_copies(cluster: &Cluster) -> Result<()> {
     cluster.up(&["--disks-per-server", "2", "--copies", "3", "--size", "1GiB", "--disk-size", "4GiB"])?;
     let uri = cluster.nbd_uri("vol0")?;
