@@ -842,8 +842,10 @@ impl Disk {
         self.journal_used() + self.closed_bytes + open
     }
 
-    /// Whether a record of at most so many bytes may be staged. A checkpoint saves everything staged, so
-    /// all that is staged behind the checkpoint on its way must fit into the ring when that is done.
+    /// Whether a record of at most so many bytes may be staged. A checkpoint saves everything staged, and is
+    /// done only when that is in the ring; so all that is staged behind the one on its way must fit into
+    /// the ring when that is done: three quarters, and a quarter for what is lost at the ring's end (a batch
+    /// of at most three sixteenths) and for the records of starts.
     fn may_stage(&self, record: usize, sixteenths: u64) -> bool {
         let saved = self.checkpoint.as_ref().map_or(0, |c| c.used);
         record as u64 <= self.ring() / 8
@@ -918,10 +920,17 @@ impl Disk {
         }
         self.reuse_unpinned();
         if self.recovery.is_some() && batch.number == self.last_issued.number {
-            self.recovery = None;
-            self.events.push_back(DiskEvent::Opened);
+            self.opened();
         }
         self.commit_checkpoint_if_durable();
+    }
+
+    pub(super) fn opened(&mut self) {
+        self.recovery = None;
+        self.events.push_back(DiskEvent::Opened);
+        // Before anything is staged: a disk that was stopped while a checkpoint was on its way has little
+        // room in its journal, and what is staged first would have to fit into it.
+        self.begin_checkpoint_if_due();
     }
 
     fn reuse_unpinned(&mut self) {
@@ -1065,6 +1074,8 @@ impl Disk {
         }
         if self.recovery.is_some() {
             self.issue_open_record();
+        } else {
+            self.begin_checkpoint_if_due();
         }
     }
 

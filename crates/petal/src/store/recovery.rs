@@ -303,8 +303,7 @@ impl Disk {
         self.durable_watermarks.clone_from(&self.watermarks);
         self.first_watermarks.clear();
         if self.sabotage == Sabotage::NoOpenRecord {
-            self.recovery = None;
-            self.events.push_back(disk::DiskEvent::Opened);
+            self.opened();
         } else {
             self.issue_open_record();
         }
