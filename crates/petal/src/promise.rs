@@ -24,7 +24,7 @@ use crate::ids::*;
 use crate::limits::LIST_ELEMENTS_MAX;
 use crate::message::*;
 use crate::sabotage::Sabotage;
-use crate::server::Peer;
+use crate::server::{Output, Peer};
 use crate::store::{BlockSum, Change, DiskError, ElementImage, Loaded, ReadBlocks, ReadError, ReadId};
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -504,10 +504,22 @@ impl DataAccess {
         }
         match std::mem::replace(&mut settling.step, Step::Replacing) {
             Step::Fetched { data } => {
+                if !ctx.stores.is_ready_for(data.len() as u64) {
+                    settling.step = Step::Fetched { data };
+                    self.blocked_settling.insert((index, element));
+                    return;
+                }
                 let image = settling.difference.image.clone();
                 let change = Change::Replace { element, slot: slot.id, image, data, watermark: slot.watermark };
                 // Space was reserved by the write that made the difference; the reserve pays otherwise.
-                let Ok(ticket) = ctx.stores.stage(change) else { return };
+                let ticket = match ctx.stores.stage(change) {
+                    Ok(ticket) => ticket,
+                    Err(error) => {
+                        let why =
+                            format!("element {element:?} cannot be settled: {error:?}; check this server's disks");
+                        return ctx.out.push_back(Output::Fatal(why));
+                    }
+                };
                 slot.outstanding += 1;
                 self.tickets.insert(ticket, TicketOwner::Settling { slot: index, term, element });
             }

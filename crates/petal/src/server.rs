@@ -7,7 +7,7 @@ use crate::ids::*;
 use crate::liveness::Liveness;
 use crate::message::*;
 use crate::sabotage::Sabotage;
-use crate::store::{Change, DiskCommand, DiskResult, Event, OpId, OpenDisk, StoreConfig, Stores, Ticket};
+use crate::store::{Change, DiskCommand, DiskResult, Event, OpId, OpenDisk, StageError, StoreConfig, Stores, Ticket};
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
 use stdx::{Duration, FastMap, Instant, Machine};
@@ -147,6 +147,8 @@ pub struct Server {
     /// Tickets of the global state's writes, and the number to tell it.
     persists: FastMap<Ticket, u64>,
     persist_waits: BTreeMap<u64, usize>,
+    /// Writes of the global state that wait for room in the journal.
+    unstaged: VecDeque<(u64, Bytes, Option<Bytes>)>,
     deferred: VecDeque<Deferred>,
     connected: BTreeMap<ServerId, Incarnation>,
     /// What came before the disks were open.
@@ -185,6 +187,7 @@ impl Server {
             admin: Desk::default(),
             persists: FastMap::new(),
             persist_waits: BTreeMap::new(),
+            unstaged: VecDeque::new(),
             deferred: VecDeque::new(),
             connected: BTreeMap::new(),
             early: VecDeque::new(),
@@ -527,7 +530,11 @@ impl Server {
                 let message = Message { state_index, body };
                 self.out.push_back(Output::Send { to: Peer::Server(to), message });
             }
-            GlobalOutput::Persist { number, writes } => self.on_persist(number, writes),
+            GlobalOutput::Persist { number, writes } => {
+                self.persist_waits.insert(number, writes.len());
+                self.unstaged.extend(writes.into_iter().map(|(key, value)| (number, key, value)));
+                self.stage_persists();
+            }
             GlobalOutput::Applied { id, effects, .. } => self.on_applied(id, effects),
             GlobalOutput::Jumped => {
                 self.follow_state(None);
@@ -541,16 +548,17 @@ impl Server {
         }
     }
 
-    fn on_persist(&mut self, number: u64, writes: Vec<(Bytes, Option<Bytes>)>) {
-        self.persist_waits.insert(number, writes.len());
-        for (key, value) in writes {
-            match self.stores.stage(Change::Meta { key, value }) {
+    /// Stages the global state's writes, in order. A journal that is full for the moment makes them wait.
+    fn stage_persists(&mut self) {
+        while let Some((number, key, value)) = self.unstaged.pop_front() {
+            match self.stores.stage(Change::Meta { key: key.clone(), value: value.clone() }) {
                 Ok(ticket) => {
                     self.persists.insert(ticket, number);
                 }
+                Err(StageError::NoSpace) => return self.unstaged.push_front((number, key, value)),
                 Err(error) => {
                     let why = format!("the global state cannot be stored: {error:?}; check this server's disks");
-                    self.out.push_back(Output::Fatal(why));
+                    return self.out.push_back(Output::Fatal(why));
                 }
             }
         }
@@ -605,6 +613,7 @@ impl Server {
 
     fn flush(&mut self) {
         loop {
+            self.stage_persists();
             if self.global.is_some() {
                 self.with_data(|data, ctx| data.flush(ctx));
             }

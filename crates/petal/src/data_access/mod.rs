@@ -225,6 +225,8 @@ pub struct DataAccess {
     starved: VecDeque<OpNumber>,
     /// Slots whose stream waits for a disk file to grow.
     blocked_incoming: BTreeSet<SlotIndex>,
+    /// Elements whose settlement waits for the same.
+    pub(crate) blocked_settling: BTreeSet<(SlotIndex, ElementKey)>,
     pub(crate) acks_due: Vec<SlotIndex>,
     window_due: BTreeSet<ServerId>,
     watermarks_due: Vec<SlotIndex>,
@@ -290,6 +292,7 @@ impl DataAccess {
             session_low: FastMap::new(),
             starved: VecDeque::new(),
             blocked_incoming: BTreeSet::new(),
+            blocked_settling: BTreeSet::new(),
             acks_due: Vec::new(),
             window_due: BTreeSet::new(),
             watermarks_due: Vec::new(),
@@ -1217,6 +1220,9 @@ impl DataAccess {
         self.retry_starved(ctx);
         for index in std::mem::take(&mut self.blocked_incoming) {
             self.advance_incoming(ctx, index);
+        }
+        for (index, element) in std::mem::take(&mut self.blocked_settling) {
+            self.advance_settling(ctx, index, element);
         }
         self.send_promised(ctx);
         self.send_acks(ctx);

@@ -415,10 +415,7 @@ impl Disk {
     /// True if a change with so many blocks can be staged now, as far as waiting helps: for the file to
     /// grow, or for a checkpoint to make room in the journal.
     pub fn is_ready_for(&self, blocks: u64) -> bool {
-        let grown = self.allocator.free_below_frontier() >= blocks
-            || self.host_full.is_some()
-            || self.allocator.frontier() >= self.allocator.capacity();
-        grown && self.may_stage(0, 8)
+        self.allocator.free_below_frontier() >= blocks && self.may_stage(0, 8)
     }
 
     fn allocate(&mut self, blocks: usize) -> Option<SmallVec<[Address; 16]>> {
