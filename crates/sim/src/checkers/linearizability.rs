@@ -130,12 +130,13 @@ fn in_words(o: &Operation) -> String {
     }
 }
 
-/// The operations just before a moment, for a person to see what went wrong.
+/// The operations around a moment, for a person to see what went wrong.
 fn around(operations: &[Operation], moment: u64) -> String {
-    let mut before: Vec<&Operation> = operations.iter().filter(|o| o.invoked < moment).collect();
-    before.sort_by_key(|o| (o.returned.min(moment), o.invoked));
-    let skip = before.len().saturating_sub(10);
-    before[skip..].iter().map(|o| in_words(o)).collect::<Vec<_>>().join("; ")
+    let mut all: Vec<&Operation> = operations.iter().collect();
+    all.sort_by_key(|o| (o.returned.min(moment.max(o.invoked)), o.invoked));
+    let end = all.iter().filter(|o| o.invoked <= moment).count();
+    let near = &all[end.saturating_sub(10)..(end + 4).min(all.len())];
+    near.iter().map(|o| in_words(o)).collect::<Vec<_>>().join("; ")
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
