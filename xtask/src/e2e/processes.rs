@@ -127,7 +127,7 @@ pub fn killed_supervisor_is_replaced(cluster: &Cluster) -> Result<()> {
 
 pub fn one_server_without_its_disk(cluster: &Cluster) -> Result<()> {
     cluster.up(&["--disk-size", "2GiB", "--size", "1GiB"])?;
-    read(nbdsh().args(["-u", &cluster.nbd_uri("vol0")?, "-c", "h.pwrite(b'k' * (64 << 20), 0)"]))?;
+    read(nbdsh().args(["-u", &cluster.nbd_uri("vol0")?, "-c", "h.pwrite(b'k' * (16 << 20), 0)"]))?;
     cluster.down()?;
     for server in ["s2", "s4"] {
         let (disk, away) = (cluster.data().join(server).join("disk1"), cluster.folder().join("away"));
