@@ -71,6 +71,9 @@ pub struct ServerEntry {
     pub ring: bool,
     /// TCP port on 127.0.0.1, picked at the first start.
     pub port: u16,
+    /// Its disks were made. From then on nothing here formats them: a disk that is missing or damaged
+    /// is somebody's loss, not an empty place.
+    pub formatted: bool,
 }
 
 impl ClusterFile {
@@ -218,7 +221,7 @@ mod tests {
             disk_size: 1 << 30,
             nbd_port: None,
             first_disk: Some(FirstDisk { name: "vol0".into(), size: 1 << 20, copies: 2 }),
-            servers: vec![ServerEntry { id: 1, ring: true, port: 7000 }],
+            servers: vec![ServerEntry { id: 1, ring: true, port: 7000, formatted: true }],
         }
     }
 

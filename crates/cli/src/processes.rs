@@ -51,6 +51,17 @@ impl ProcessFile {
         self.details.get(key)?.as_str()
     }
 
+    /// Adds a warning for whoever starts it or looks at it.
+    pub fn warn(&mut self, warning: String) {
+        let warnings = self.details.entry("warnings").or_insert_with(|| serde_json::Value::Array(Vec::new()));
+        warnings.as_array_mut().into_iter().for_each(|w| w.push(warning.clone().into()));
+    }
+
+    /// Its warnings.
+    pub fn warnings(&self) -> impl Iterator<Item = &str> {
+        self.details.get("warnings").and_then(|w| w.as_array()).into_iter().flatten().filter_map(|w| w.as_str())
+    }
+
     /// True while the process lives.
     pub fn lives(&self) -> bool {
         start_time(self.pid) == Some(self.started)

@@ -79,17 +79,41 @@ pub fn start(folder: &ClusterFolder, file: &ClusterFile, entry: &ServerEntry) ->
     Ok(Some(Starting { server, child, log, process_file }))
 }
 
-/// Starts every given server that does not run, all at one time, and waits until they serve.
-pub fn start_all(
-    folder: &ClusterFolder,
-    file: &ClusterFile,
-    entries: &[ServerEntry],
-) -> Result<Vec<(ServerId, Child)>> {
-    let mut starting = Vec::new();
-    for entry in entries {
-        starting.extend(start(folder, file, entry)?);
+/// What became of starting several servers.
+#[derive(Default)]
+pub struct Started {
+    /// They serve.
+    pub ready: Vec<(ServerId, Child)>,
+    /// They do not, and why.
+    pub failed: Vec<anyhow::Error>,
+}
+
+impl Started {
+    /// Adds others.
+    pub fn extend(&mut self, other: Started) {
+        self.ready.extend(other.ready);
+        self.failed.extend(other.failed);
     }
-    starting.into_iter().map(|s| Ok((s.server, s.wait()?))).collect()
+
+    /// One sentence on what failed; `None` if nothing did.
+    pub fn complaint(&self) -> Option<String> {
+        let reasons: Vec<String> = self.failed.iter().map(|e| format!("{e:#}")).collect();
+        (!reasons.is_empty()).then(|| reasons.join("; "))
+    }
+}
+
+/// Starts every given server that does not run, all at one time, and waits until they serve. One that
+/// does not start is no reason to leave the others down.
+pub fn start_all(folder: &ClusterFolder, file: &ClusterFile, entries: &[ServerEntry]) -> Started {
+    let starting: Vec<_> = entries.iter().filter_map(|entry| start(folder, file, entry).transpose()).collect();
+    let mut started = Started::default();
+    for server in starting {
+        match server.and_then(|s| Ok((s.server, s.wait()?))) {
+            Ok(ready) => started.ready.push(ready),
+            Err(error) => started.failed.push(error),
+        }
+    }
+    started
 }
 
 /// Asks a process to end, and ends it if it does not. True if it was alive.

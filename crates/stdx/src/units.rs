@@ -21,7 +21,7 @@ impl fmt::Display for Size {
             [(1 << 60, "EiB"), (1 << 50, "PiB"), (TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")];
         for (unit, name) in UNITS {
             if self.0 >= unit {
-                return if self.0 % unit == 0 {
+                return if self.0.is_multiple_of(unit) {
                     write!(f, "{} {name}", self.0 / unit)
                 } else {
                     write!(f, "{:.1} {name}", self.0 as f64 / unit as f64)

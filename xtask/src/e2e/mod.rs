@@ -34,6 +34,8 @@ const SCENARIOS: &[Scenario] = &[
     ("a_second_up_starts_the_server_that_was_killed", processes::second_up_starts_what_is_missing),
     ("everything_killed_at_once_comes_back", processes::everything_killed_comes_back),
     ("a_killed_supervisor_is_replaced_and_takes_its_session_over", processes::killed_supervisor_is_replaced),
+    ("a_server_without_its_disk_does_not_keep_the_others_down", processes::one_server_without_its_disk),
+    ("management_without_a_majority_fails_with_a_remedy", processes::no_majority),
     ("ctrl_c_stops_everything", processes::ctrl_c_stops_everything),
     ("a_moved_folder_and_a_deep_one_start", processes::moved_and_deep_folders),
     ("a_busy_nbd_port_is_said_and_the_socket_serves", processes::busy_port),

@@ -125,6 +125,43 @@ pub fn killed_supervisor_is_replaced(cluster: &Cluster) -> Result<()> {
     cluster.down()
 }
 
+pub fn one_server_without_its_disk(cluster: &Cluster) -> Result<()> {
+    cluster.up(&["--disk-size", "2GiB", "--size", "1GiB"])?;
+    read(nbdsh().args(["-u", &cluster.nbd_uri("vol0")?, "-c", "h.pwrite(b'k' * (16 << 20), 0)"]))?;
+    cluster.down()?;
+    for server in ["s2", "s4"] {
+        let (disk, away) = (cluster.data().join(server).join("disk1"), cluster.folder().join("away"));
+        std::fs::rename(&disk, &away)?;
+        let text = read(cluster.petal().args(["up", "--detach"]))?;
+        ensure!(text.contains(&format!("{server} did not start")), "the loss is not told: {text}");
+        ensure!(!disk.exists(), "a disk that is away was made anew");
+        let (code, text) = read_failure(cluster.petal().arg("up"))?;
+        ensure!(code == 1 && text.contains("disk1"), "a second up must say what is missing: {text}");
+        std::fs::rename(&away, &disk)?;
+        cluster.up(&[])?;
+        let code = "assert h.pread(16 << 20, 0) == b'k' * (16 << 20)";
+        read(nbdsh().args(["-u", &cluster.nbd_uri("vol0")?, "-c", code]))?;
+        cluster.down()?;
+    }
+    Ok(())
+}
+
+pub fn no_majority(cluster: &Cluster) -> Result<()> {
+    cluster.up(&["--disk-size", "2GiB", "--size", "1GiB"])?;
+    let pids = cluster.server_pids()?;
+    kill9(pids[0])?;
+    kill9(pids[2])?;
+    let status = cluster.status()?;
+    let states: Vec<&str> =
+        status["servers"].as_array().into_iter().flatten().filter_map(|s| s["state"].as_str()).collect();
+    ensure!(states.iter().filter(|s| **s == "down").count() == 2, "two servers are down: {states:?}");
+    let (code, text) = read_failure(cluster.petal().args(["disk", "create", "x", "1GiB"]))?;
+    ensure!(code == 1 && text.contains("majority"), "the reason is not told: {text}");
+    cluster.up(&[])?;
+    read(cluster.petal().args(["disk", "create", "y", "1GiB"]))?;
+    cluster.down()
+}
+
 pub fn ctrl_c_stops_everything(cluster: &Cluster) -> Result<()> {
     let log = std::fs::File::create(cluster.folder().join("foreground"))?;
     let mut up = cluster.petal();

@@ -194,6 +194,7 @@ fn pmap(disks: &[PathBuf], table: Option<TableName>, limit: usize, json: bool) -
         if json {
             return output::print_json(&report.into());
         }
+        println!("What the journal holds since the last checkpoint is not in these tables yet.");
         for part in &report {
             let entries = part["entries"].as_array().map(Vec::as_slice).unwrap_or_default();
             let more = if entries.len() == limit { " (and perhaps more: --limit)" } else { "" };

@@ -13,7 +13,8 @@ use crate::connect::{self, Connection};
 use crate::nbd_exports::ClusterExports;
 use crate::place::Place;
 use crate::processes::{self, Log, ProcessFile};
-use crate::{disk_files, holder, output, supervisor};
+use crate::supervisor::{self, Started};
+use crate::{disk_files, holder, output};
 use anyhow::{Context, Result, bail, ensure};
 use petal::global_state::{Command, Genesis, GenesisServer, Outcome};
 use petal::ids::ServerId;
@@ -133,12 +134,16 @@ fn start_beside(folder: &ClusterFolder) -> Result<()> {
         }
     };
     let file = folder.read()?;
-    let started = supervisor::start_all(folder, &file, &file.servers)?;
-    let names: Vec<String> = started.iter().map(|(s, _)| s.to_string()).collect();
+    let started = supervisor::start_all(folder, &file, &file.servers);
+    let names: Vec<String> = started.ready.iter().map(|(s, _)| s.to_string()).collect();
     let pid = supervisor.pid;
     match names.as_slice() {
+        [] if !started.failed.is_empty() => {}
         [] => println!("Everything runs already (pid {pid} supervises)."),
         names => println!("Started {} (pid {pid} supervises).", names.join(", ")),
+    }
+    if let Some(complaint) = started.complaint() {
+        bail!(complaint);
     }
     print_usage(folder, &supervisor);
     Ok(())
@@ -193,7 +198,9 @@ async fn supervise(folder: ClusterFolder, arguments: Arguments) -> Result<()> {
 
 /// Starts everything, and opens the NBD sockets.
 async fn bring_up(folder: &ClusterFolder, arguments: &Arguments) -> Result<(Front, Vec<(ServerId, Child)>)> {
-    let mut file = match folder.read_if_there()? {
+    let there = folder.read_if_there()?;
+    let is_new = there.is_none();
+    let mut file = match there {
         Some(file) => file,
         None => make_cluster(folder, arguments)?,
     };
@@ -202,23 +209,36 @@ async fn bring_up(folder: &ClusterFolder, arguments: &Arguments) -> Result<(Fron
         folder.write(&file)?;
     }
     let (ring, learners): (Vec<_>, Vec<_>) = file.servers.iter().cloned().partition(|s| s.ring);
-    let mut children = start_without_blocking(folder, &file, ring).await?;
-    let connection = Connection::open(&Place::Folder(folder.path().into())).await?;
-    for learner in &learners {
+    let mut started = start_without_blocking(folder, &file, ring).await?;
+    let connection = Connection::open(&Place::Folder(folder.path().into())).await.with_context(|| {
+        started.complaint().unwrap_or_else(|| "all servers of the ring run, and none answers".into())
+    })?;
+    for learner in learners.iter().filter(|l| !l.formatted) {
         join_learner(folder, &file, learner, &connection).await?;
+        file.servers.iter_mut().filter(|s| s.id == learner.id).for_each(|s| s.formatted = true);
+        folder.write(&file)?;
     }
-    children.extend(start_without_blocking(folder, &file, learners).await?);
+    started.extend(start_without_blocking(folder, &file, learners).await?);
+    let complaint = started.complaint();
+    if is_new && let Some(complaint) = complaint {
+        bail!(complaint);
+    }
     make_first_disk(folder, &mut file, &connection).await?;
 
     let mut process = ProcessFile::own();
     let front = listen(folder, &file, connection, &mut process).await?;
+    if let Some(complaint) = complaint {
+        // The rest is worth having; what needs the missing server waits for it.
+        tracing::error!("{complaint}");
+        process.warn(format!("{complaint}; I/O that needs it waits. `petal up` tries again"));
+    }
     process.ready = true;
     process.write(&folder.supervisor())?;
     if !arguments.supervise {
         print_usage(folder, &process);
         println!("\nCtrl-C stops everything.");
     }
-    Ok((front, children))
+    Ok((front, started.ready))
 }
 
 /// Waiting for processes would stop NBD, and signals from being heard.
@@ -226,9 +246,9 @@ async fn start_without_blocking(
     folder: &ClusterFolder,
     file: &ClusterFile,
     entries: Vec<ServerEntry>,
-) -> Result<Vec<(ServerId, Child)>> {
+) -> Result<Started> {
     let (folder, file) = (folder.clone(), file.clone());
-    tokio::task::spawn_blocking(move || supervisor::start_all(&folder, &file, &entries)).await?
+    Ok(tokio::task::spawn_blocking(move || supervisor::start_all(&folder, &file, &entries)).await?)
 }
 
 /// Takes note of servers that end; they stay down, to be seen.
@@ -254,7 +274,7 @@ fn make_cluster(folder: &ClusterFolder, arguments: &Arguments) -> Result<Cluster
         "{copies} copies need {copies} servers; ask for more servers or fewer copies"
     );
     let ring = if servers >= RING { RING } else { 1 };
-    let entry = |(port, id): (u16, u16)| ServerEntry { id, ring: id <= ring, port };
+    let entry = |(port, id): (u16, u16)| ServerEntry { id, ring: id <= ring, port, formatted: false };
     let port = arguments.nbd_port.unwrap_or(NBD_PORT_DEFAULT);
     let file = ClusterFile {
         cluster: format!("{:032x}", disk_files::random()?),
@@ -266,9 +286,11 @@ fn make_cluster(folder: &ClusterFolder, arguments: &Arguments) -> Result<Cluster
         servers: free_ports(servers)?.into_iter().zip(1..=servers).map(entry).collect(),
     };
     let genesis = genesis(folder, &file)?;
-    for entry in file.servers.iter().filter(|s| s.ring) {
+    let mut file = file;
+    for number in 0..usize::from(ring) {
         // Disks without a cluster.toml are of a first start that did not finish: nothing is on them.
-        format(folder, &file, entry, &genesis)?;
+        format(folder, &file, &file.servers[number], &genesis)?;
+        file.servers[number].formatted = true;
     }
     folder.write(&file)?;
     Ok(file)
@@ -294,16 +316,13 @@ fn free_ports(count: u16) -> Result<Vec<u16>> {
     Ok(listeners.iter().filter_map(|l| l.local_addr().ok()).map(|a| a.port()).collect())
 }
 
-/// Makes a server known to the cluster and formats its disks, unless that was done.
+/// Makes a server known to the cluster and formats its disks.
 async fn join_learner(
     folder: &ClusterFolder,
     file: &ClusterFile,
     entry: &ServerEntry,
     connection: &Connection,
 ) -> Result<()> {
-    if disk_files::are_formatted(&folder.disks(file, entry.server())) {
-        return Ok(());
-    }
     let addresses = folder.addresses(entry)?;
     // The same token after a crash in between gives the same server.
     let token = disk_files::join_token(file.id()?, &addresses);
@@ -353,10 +372,9 @@ async fn listen(
         match front.listen_tcp(&address).await {
             Ok(()) => drop(process.details.insert("nbd_tcp".into(), address.into())),
             // The socket is enough to work with: a second cluster on the machine must not fail for this.
-            Err(error) => drop(process.details.insert(
-                "warning".into(),
-                format!("{error:#}: NBD is on the unix socket only; --nbd-port chooses another port").into(),
-            )),
+            Err(error) => {
+                process.warn(format!("{error:#}: NBD is on the unix socket only; --nbd-port chooses another port"))
+            }
         }
     }
     Ok(front)
@@ -371,7 +389,7 @@ fn print_usage(folder: &ClusterFolder, process: &ProcessFile) {
     if let Some(tcp) = process.text("nbd_tcp") {
         println!("           nbd://{tcp}/vol0");
     }
-    if let Some(warning) = process.text("warning") {
+    for warning in process.warnings() {
         println!("  warning: {warning}");
     }
     println!("  look     petal status");
