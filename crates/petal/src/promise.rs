@@ -18,7 +18,7 @@
 //! again when the connection is back; streams resend by themselves.
 
 use crate::data_access::{
-    Context, DataAccess, Incoming, LoadWaiter, OpNumber, Outgoing, ReadOwner, SlotIndex, TicketOwner,
+    Context, DataAccess, Incoming, LoadWaiter, OpNumber, Outgoing, ReadOwner, SlotIndex, TicketOwner, family_ended,
 };
 use crate::ids::*;
 use crate::limits::LIST_ELEMENTS_MAX;
@@ -32,6 +32,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Elements of a slot that are settled side by side.
 const SETTLING_MAX: usize = 8;
+/// Blocks of settled elements on their way to one receiver of one slot, about.
+const SETTLING_BLOCKS_MAX: u64 = 1024;
 
 /// A primary's state in one term of one slot.
 pub(crate) struct Acting {
@@ -169,6 +171,7 @@ impl DataAccess {
         } else {
             self.unpark_operations(ctx, index);
         }
+        self.on_slot_settled_or_not(ctx, index);
         self.answer_early_promise(ctx, id);
     }
 
@@ -452,18 +455,22 @@ impl DataAccess {
         };
         let Phase::Settling { todo, .. } = &mut acting.phase else { unreachable!("just set") };
         *todo = differences(&lists, &slot.in_sync, self.me, self.sabotage);
+        // Replicas that know already that a family ended have dropped its elements: nothing to make equal.
+        todo.retain(|d| !family_ended(ctx.state, d.element.family));
         self.counters.settled_elements += todo.len() as u64;
         self.settle_more(ctx, index);
         self.settlement_may_be_done(ctx, index);
     }
 
-    fn settle_more(&mut self, ctx: &mut Context, index: SlotIndex) {
+    pub(crate) fn settle_more(&mut self, ctx: &mut Context, index: SlotIndex) {
         let mut begun = Vec::new();
         let slot = &mut self.slots[index];
         let (id, term) = (slot.id, slot.term);
         let Some(acting) = slot.acting.as_mut() else { return };
         let Phase::Settling { todo, active } = &mut acting.phase else { return };
-        while active.len() < SETTLING_MAX {
+        // What is on its way is bounded: a peer that reads slowly must not get it all at once.
+        let has_room = acting.streams.values().all(|s| s.cost() < SETTLING_BLOCKS_MAX);
+        while active.len() < SETTLING_MAX && has_room {
             let Some(difference) = todo.pop_front() else { break };
             let element = difference.element;
             let mine = difference.others.get(&self.me);
@@ -601,7 +608,7 @@ impl DataAccess {
         let image = settling.difference.image;
         for (server, other) in settling.difference.others.iter().filter(|(s, _)| **s != self.me) {
             let blocks = lacking(&image, other.as_ref());
-            let payload = Payload(blocks.iter().map(|place| data[place].clone()).collect());
+            let payload = Payload(blocks.iter().filter_map(|place| data.get(place).cloned()).collect());
             let part = Part::Copy { element, image: image.clone(), blocks, settles: true };
             let outgoing = acting.streams.get_mut(server).expect("a stream to every other in-sync member");
             self.windows.entry(*server).or_default().in_flight += payload.len() as u64 / BLOCK_SIZE;
@@ -638,7 +645,21 @@ impl DataAccess {
             slot.outstanding += 1;
             self.tickets.insert(ticket, TicketOwner::Background { slot: index });
         }
+        self.on_slot_settled_or_not(ctx, index);
         self.unpark_operations(ctx, index);
+    }
+
+    /// Some family ended: its elements need not be made equal any more, and replicas that have dropped
+    /// them cannot tell them.
+    pub fn on_families_ended(&mut self, ctx: &mut Context) {
+        for index in 0..self.slots.len() {
+            let acting = self.slots[index].acting.as_mut();
+            let Some(Phase::Settling { todo, active }) = acting.map(|a| &mut a.phase) else { continue };
+            todo.retain(|d| !family_ended(ctx.state, d.element.family));
+            active.retain(|element, _| !family_ended(ctx.state, element.family));
+            self.settle_more(ctx, index);
+            self.settlement_may_be_done(ctx, index);
+        }
     }
 
     // --------------------------------------------------------------------------------------------

@@ -255,7 +255,7 @@ impl Server {
             Input::Disconnected { peer: Peer::Server(server) } => self.on_disconnected(server),
             Input::Disconnected { peer: Peer::Client(client) } => {
                 self.deferred.retain(|d| d.from != Peer::Client(client));
-                self.data.on_client_gone(client);
+                self.with_data(|data, ctx| data.on_client_gone(ctx, client));
                 self.admin.on_client_gone(client);
             }
             Input::Message { from, message } => self.on_message(from, message),
@@ -307,10 +307,7 @@ impl Server {
         let applied = self.global().state().index;
         let ready = matches!(self.stage, Stage::Running | Stage::Stopping { .. });
         if !ready || need_of(&body) > applied {
-            if self.deferred.len() < DEFERRED_MAX {
-                self.deferred.push_back(Deferred { from, body });
-            }
-            return;
+            return self.defer(from, body);
         }
         let stopping = matches!(self.stage, Stage::Stopping { .. });
         if let (Peer::Server(server), Body::Settled(m)) = (from, &body) {
@@ -334,6 +331,23 @@ impl Server {
             (Peer::Server(_), Body::Settle(m)) => data.on_settle(ctx, from, m.index),
             _ => {} // A message that this peer has no business to send.
         });
+    }
+
+    /// Keeps a message until the state has caught up. Clients are told to come again when there are many:
+    /// they cannot fill the room that servers need.
+    fn defer(&mut self, from: Peer, body: Body) {
+        if let Peer::Client(client) = from {
+            let of_clients = self.deferred.iter().filter(|d| matches!(d.from, Peer::Client(_))).count();
+            if of_clients >= DEFERRED_CLIENTS_MAX {
+                return self.with_data(|data, ctx| data.refuse_unseen(ctx, client, &body));
+            }
+            if !matches!(body, Body::Read(_) | Body::Write(_) | Body::Zero(_) | Body::Map(_)) {
+                return; // A message that a client has no business to send.
+            }
+        }
+        if self.deferred.len() < DEFERRED_MAX {
+            self.deferred.push_back(Deferred { from, body });
+        }
     }
 
     fn global(&mut self) -> &mut GlobalState {
@@ -538,6 +552,7 @@ impl Server {
             GlobalOutput::Applied { id, effects, .. } => self.on_applied(id, effects),
             GlobalOutput::Jumped => {
                 self.follow_state(None);
+                self.with_data(|data, ctx| data.on_families_ended(ctx));
                 self.data.want_sweep();
                 for id in self.admin.waiting() {
                     self.on_executed(id, true);
@@ -572,7 +587,11 @@ impl Server {
         } else {
             self.follow_state(Some(&effects.slots));
             if !effects.families_ended.is_empty() {
+                self.with_data(|data, ctx| data.on_families_ended(ctx));
                 self.data.want_sweep();
+            }
+            for session in &effects.sessions_ended {
+                self.data.on_session_ended(*session);
             }
         }
         self.on_executed(id, effects.narrows);
@@ -704,6 +723,8 @@ const GROWTH_RETRY: Duration = Duration::from_secs(2);
 const STOP_DEADLINE: Duration = Duration::from_secs(2);
 /// Messages that wait for a newer state: what all peers may have in flight in a moment.
 const DEFERRED_MAX: usize = 65536;
+/// Of these, from clients: 64 KiB each at most.
+const DEFERRED_CLIENTS_MAX: usize = 512;
 
 /// The state index that a message needs its receiver to have applied.
 fn need_of(body: &Body) -> StateIndex {

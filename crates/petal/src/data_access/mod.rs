@@ -38,6 +38,7 @@ use crate::server::{ClientId, Output, Peer};
 use crate::store::{BlockData, BlockSum, Change, Loaded, ReadBlocks, ReadError, ReadId, StageError, Stores, Ticket};
 use bytes::{Bytes, BytesMut};
 use queue::ElementQueue;
+pub(crate) use replica::family_ended;
 use smallvec::{SmallVec, smallvec};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use stdx::checksum::crc32c;
@@ -114,6 +115,9 @@ struct Operation {
     phase: Phase,
     /// It holds its blocks in the element's queue.
     holds: bool,
+    /// What the client asked, where an unaligned write was completed to whole blocks: begun again in a new
+    /// term it must read its neighbours again.
+    original: Option<Box<WriteKind>>,
     /// The same request, sent again while this one is in progress.
     joined: SmallVec<[(ClientId, Tag); 1]>,
 }
@@ -124,6 +128,7 @@ enum Kind {
 }
 
 /// A write or zero, after its checks.
+#[derive(Clone)]
 struct WriteKind {
     id: RequestId,
     finished_below: u64,
@@ -189,6 +194,16 @@ pub(crate) enum ReadOwner {
     Fetch(u64),
 }
 
+/// Somebody asked when an index is settled here.
+struct Settling {
+    from: Peer,
+    index: StateIndex,
+    /// Operations that must end first.
+    operations: BTreeSet<OpNumber>,
+    /// Slots whose term must be settled first.
+    slots: BTreeSet<SlotIndex>,
+}
+
 struct MapRequest {
     client: ClientId,
     tag: Tag,
@@ -223,6 +238,9 @@ pub struct DataAccess {
     pub(crate) connected: BTreeSet<ServerId>,
     session_low: FastMap<SessionId, u64>,
     starved: VecDeque<OpNumber>,
+    /// Operations whose turn has come.
+    startable: VecDeque<OpNumber>,
+    is_starting: bool,
     /// Slots whose stream waits for a disk file to grow.
     blocked_incoming: BTreeSet<SlotIndex>,
     /// Elements whose settlement waits for the same.
@@ -240,8 +258,7 @@ pub struct DataAccess {
     pub(crate) next_job: u64,
     client_requests: FastMap<ClientId, usize>,
     gone_clients: FastSet<ClientId>,
-    /// `(asked by, index, operations that must end first)`.
-    settles: Vec<(Peer, StateIndex, BTreeSet<OpNumber>)>,
+    settles: Vec<Settling>,
     /// Indices that this server itself waited for, and that are settled here.
     settled_here: Vec<StateIndex>,
     /// Elements of families that ended, being dropped.
@@ -291,6 +308,8 @@ impl DataAccess {
             connected: BTreeSet::new(),
             session_low: FastMap::new(),
             starved: VecDeque::new(),
+            startable: VecDeque::new(),
+            is_starting: false,
             blocked_incoming: BTreeSet::new(),
             blocked_settling: BTreeSet::new(),
             acks_due: Vec::new(),
@@ -329,7 +348,24 @@ impl DataAccess {
             Body::Map(m) => (m.access, self.on_map(ctx, client, m).map_err(Answer::Map)),
             _ => return,
         };
-        let Err(answer) = result else { return };
+        if let Err(answer) = result {
+            self.answer_refused(ctx, client, access, answer);
+        }
+    }
+
+    /// A request that is not even looked at: the client comes again.
+    pub fn refuse_unseen(&mut self, ctx: &mut Context, client: ClientId, body: &Body) {
+        let (access, answer) = match body {
+            Body::Read(m) => (m.access, Answer::Read(Refusal::NotReady)),
+            Body::Write(m) => (m.access, Answer::Write(Refusal::NotReady)),
+            Body::Zero(m) => (m.access, Answer::Write(Refusal::NotReady)),
+            Body::Map(m) => (m.access, Answer::Map(Refusal::NotReady)),
+            _ => return,
+        };
+        self.answer_refused(ctx, client, access, answer);
+    }
+
+    fn answer_refused(&mut self, ctx: &mut Context, client: ClientId, access: Access, answer: Answer) {
         self.counters.refused += 1;
         let (tag, need) = (access.tag, access.need);
         let body = match answer {
@@ -462,7 +498,18 @@ impl DataAccess {
             self.in_progress.insert(w.id, number);
         }
         let phase = Phase::Parked;
-        let op = Operation { client, access, element, slot, mask, kind, phase, holds: false, joined: SmallVec::new() };
+        let op = Operation {
+            client,
+            access,
+            element,
+            slot,
+            mask,
+            kind,
+            phase,
+            holds: false,
+            original: None,
+            joined: SmallVec::new(),
+        };
         self.operations.insert(number, op);
         self.admit(ctx, number);
         Ok(())
@@ -557,6 +604,9 @@ impl DataAccess {
         let op = self.operations.get_mut(&number).expect("a reading operation exists");
         let Kind::Read { first_block, blocks } = op.kind else { unreachable!("only reads are captured") };
         let view = view_of(ctx.state, op.access.vdisk);
+        if view.is_empty() {
+            return self.refuse(ctx, number, Refusal::SessionEnded);
+        }
         match ctx.stores.load(op.element) {
             Loaded::Ready => {}
             Loaded::Pending => {
@@ -602,6 +652,7 @@ impl DataAccess {
             }
         };
         let Kind::Write(w) = &mut op.kind else { unreachable!("only writes are modified") };
+        op.original = Some(w.clone());
         let (first, count) = mask_range(op.mask);
         let mut bytes = BytesMut::zeroed(usize::from(count) * BLOCK_SIZE as usize);
         let mut at = old.data.iter().flat_map(|piece| piece.chunks(BLOCK_SIZE as usize));
@@ -655,6 +706,10 @@ impl DataAccess {
         let cost = blocks.iter().filter(|b| matches!(b, BlockData::Data { .. })).count() as u64;
         let (lineage, epoch) = (vdisk.lineage, vdisk.epoch);
         let parents: Vec<_> = vdisk.parent.into_iter().collect();
+        if cost == 0 && ctx.stores.free_blocks() == 0 && ctx.stores.version(op.element) == Version::ZERO {
+            // Zeros in an element that does not exist would need an entry, and there is no room for one.
+            return self.refuse(ctx, number, Refusal::NoSpace);
+        }
         let slot = &mut self.slots[op.slot];
         let acting = slot.acting.as_mut().expect("writes are assigned by an acting primary");
         match room(&self.windows, self.me, &acting.receivers, acting.unfinished.len(), ctx.stores.free_blocks(), cost) {
@@ -669,7 +724,8 @@ impl DataAccess {
         let version = Version { term: slot.term, sequence: acting.sequence + 1 };
         let finished_below = w.finished_below.max(self.session_low.get(&w.id.session).copied().unwrap_or(0));
         let sessions = ctx.stores.ids(op.element).iter().map(|id| id.session);
-        let ended: Vec<SessionId> = sessions.filter(|s| !ctx.state.sessions.contains_key(s)).collect();
+        let ended: BTreeSet<SessionId> = sessions.filter(|s| !ctx.state.sessions.contains_key(s)).collect();
+        let ended: Vec<SessionId> = ended.into_iter().collect();
         let change = Change::Write {
             element: op.element,
             slot: slot.id,
@@ -801,9 +857,17 @@ impl DataAccess {
         if queue.is_idle() {
             self.queues.remove(&element);
         }
-        for operation in next {
-            self.start(ctx, operation);
+        // Whoever is refused starts the next: in a loop, not by recursion.
+        self.startable.extend(next);
+        if std::mem::replace(&mut self.is_starting, true) {
+            return;
         }
+        while let Some(operation) = self.startable.pop_front() {
+            if self.operations.get(&operation).is_some_and(|op| op.phase == Phase::Queued) {
+                self.start(ctx, operation);
+            }
+        }
+        self.is_starting = false;
     }
 
     fn answered(&mut self, client: ClientId) {
@@ -816,8 +880,8 @@ impl DataAccess {
     }
 
     fn operation_ended(&mut self, ctx: &mut Context, number: OpNumber) {
-        for (_, _, waits) in &mut self.settles {
-            waits.remove(&number);
+        for settling in &mut self.settles {
+            settling.operations.remove(&number);
         }
         self.tell_settled(ctx);
     }
@@ -1050,7 +1114,9 @@ impl DataAccess {
     fn note_mapped(&mut self, ctx: &mut Context, job: u64, key: ElementKey) {
         let Some(map) = self.maps.get_mut(&job) else { return };
         map.waiting.remove(&key.element);
-        let mask = ctx.stores.mask(key, &map.view);
+        // A block with an unfinished write counts as data, whatever it will be: a zero that a crash takes
+        // back must not have been told as a hole.
+        let mask = ctx.stores.mask(key, &map.view) | self.queues.get(&key).map_or(0, ElementQueue::held);
         if mask != 0 {
             map.elements.insert(key.element, mask);
         }
@@ -1146,6 +1212,9 @@ impl DataAccess {
             let op = self.operations.get_mut(&number).expect("just listed");
             op.phase = Phase::Parked;
             op.holds = false;
+            if let Some(original) = op.original.take() {
+                op.kind = Kind::Write(original);
+            }
             let element = op.element;
             self.queues.remove(&element);
         }
@@ -1171,13 +1240,33 @@ impl DataAccess {
     /// A room's part of `settle`: everything that it had begun when it learnt the index is finished or
     /// refused. Operations without a version check the state again before they get one.
     pub fn on_settle(&mut self, ctx: &mut Context, from: Peer, index: StateIndex) {
-        let waits = self
-            .operations
-            .iter()
-            .filter(|(_, op)| matches!(op.phase, Phase::Unfinished { .. } | Phase::Reading))
-            .map(|(number, _)| *number)
-            .collect();
-        self.settles.push((from, index, waits));
+        if self.settles.iter().any(|s| s.from == from && s.index == index) {
+            return;
+        }
+        let began = |op: &Operation| matches!(op.phase, Phase::Unfinished { .. } | Phase::Reading);
+        let operations = self.operations.iter().filter(|(_, op)| began(op)).map(|(number, _)| *number).collect();
+        // What an earlier life of some member began is known only when the slot is settled.
+        let slots = (0..self.slots.len()).filter(|s| !self.is_settled(*s)).collect();
+        self.settles.push(Settling { from, index, operations, slots });
+        self.tell_settled(ctx);
+    }
+
+    /// True if this server has nothing to do with the slot, or its present term is settled.
+    fn is_settled(&self, index: SlotIndex) -> bool {
+        let slot = &self.slots[index];
+        !slot.in_sync.contains(&self.me) || slot.watermark.term >= slot.term
+    }
+
+    /// A slot has a new term, or its term is settled now.
+    pub(crate) fn on_slot_settled_or_not(&mut self, ctx: &mut Context, index: SlotIndex) {
+        let is_settled = self.is_settled(index);
+        for settling in &mut self.settles {
+            if is_settled {
+                settling.slots.remove(&index);
+            } else {
+                settling.slots.insert(index);
+            }
+        }
         self.tell_settled(ctx);
     }
 
@@ -1185,10 +1274,10 @@ impl DataAccess {
         if self.settles.is_empty() {
             return;
         }
-        let (done, rest) = std::mem::take(&mut self.settles).into_iter().partition(|(_, _, w)| w.is_empty());
+        let is_done = |s: &Settling| s.operations.is_empty() && s.slots.is_empty();
+        let (done, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.settles).into_iter().partition(is_done);
         self.settles = rest;
-        let done: Vec<(Peer, StateIndex, BTreeSet<OpNumber>)> = done;
-        for (from, index, _) in done {
+        for Settling { from, index, .. } in done {
             if from == Peer::Server(self.me) {
                 self.settled_here.push(index);
             } else {
@@ -1204,7 +1293,19 @@ impl DataAccess {
 
     /// A client's connection is gone: its writes go on (they may be retried elsewhere and must be found
     /// there), its answers are dropped by the driver.
-    pub fn on_client_gone(&mut self, client: ClientId) {
+    pub fn on_client_gone(&mut self, ctx: &mut Context, client: ClientId) {
+        self.verifications.retain(|v| !v.is_for(client));
+        // What has no version yet, and nobody else waits for, ends: the client will ask again elsewhere.
+        let ends = |op: &Operation| {
+            let is_early = matches!(op.phase, Phase::Parked | Phase::Loading | Phase::Queued | Phase::Starved);
+            op.client == client && op.joined.is_empty() && is_early
+        };
+        let ended: Vec<OpNumber> = self.operations.iter().filter(|(_, op)| ends(op)).map(|(n, _)| *n).collect();
+        for number in ended {
+            if self.operations.get(&number).is_some_and(ends) {
+                self.refuse(ctx, number, Refusal::NotReady);
+            }
+        }
         match self.client_requests.get(&client) {
             Some(0) | None => {
                 self.client_requests.remove(&client);
@@ -1233,17 +1334,19 @@ impl DataAccess {
     }
 
     fn retry_starved(&mut self, ctx: &mut Context) {
-        for _ in 0..self.starved.len() {
-            let Some(number) = self.starved.pop_front() else { return };
-            if self.operations.get(&number).is_some_and(|op| op.phase == Phase::Starved) {
-                let before = self.starved.len();
-                self.assign(ctx, number);
-                if self.starved.len() > before {
-                    // Still no room: those behind it wait too, first come, first served.
-                    let back = self.starved.pop_back().expect("just pushed");
-                    self.starved.push_front(back);
-                    return;
-                }
+        // First come, first served within a slot; a slot whose replica has no room holds up no other.
+        let mut blocked = BTreeSet::new();
+        for number in std::mem::take(&mut self.starved) {
+            let Some(op) = self.operations.get(&number).filter(|op| op.phase == Phase::Starved) else { continue };
+            let slot = op.slot;
+            if blocked.contains(&slot) {
+                self.starved.push_back(number);
+                continue;
+            }
+            let before = self.starved.len();
+            self.assign(ctx, number);
+            if self.starved.len() > before {
+                blocked.insert(slot);
             }
         }
     }
@@ -1257,8 +1360,8 @@ impl DataAccess {
                 continue;
             }
             let Some(acting) = slot.acting.as_ref().filter(|a| a.is_serving()) else { continue };
-            let lowest = acting.durable.values().copied().min().unwrap_or(Version::ZERO);
-            let lowest = lowest.min(ctx.stores.durable_watermark(slot.id));
+            let own = ctx.stores.durable_watermark(slot.id);
+            let lowest = acting.durable.values().copied().fold(own, Version::min);
             slot.lowest_durable = slot.lowest_durable.max(lowest);
             ctx.stores.forget_changes(slot.id, slot.lowest_durable);
             for receiver in acting.streams.keys() {
@@ -1278,6 +1381,11 @@ impl DataAccess {
     /// When something is due although nothing else happens.
     pub fn next_timeout(&self) -> Option<Instant> {
         self.watermark_timer
+    }
+
+    /// A session is over: nothing of it will be asked again.
+    pub fn on_session_ended(&mut self, session: SessionId) {
+        self.session_low.remove(&session);
     }
 
     /// Operations in progress.

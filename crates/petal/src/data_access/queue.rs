@@ -21,6 +21,11 @@ impl ElementQueue {
         self.waiting.iter().fold(self.held, |taken, (_, wanted)| taken | wanted) & mask == 0
     }
 
+    /// Blocks of running operations.
+    pub fn held(&self) -> u16 {
+        self.held
+    }
+
     /// Takes the blocks for a running operation.
     pub fn hold(&mut self, mask: u16) {
         debug_assert_eq!(self.held & mask, 0, "blocks are held once");

@@ -135,7 +135,9 @@ impl DataAccess {
             }
             Part::SettlementDone => {
                 slot.watermark = slot.watermark.max(Version { term: m.term, sequence: 0 });
-                Some(Change::Watermark { slot: slot.id, watermark: slot.watermark })
+                let (slot, watermark) = (slot.id, slot.watermark);
+                self.on_slot_settled_or_not(ctx, index);
+                Some(Change::Watermark { slot, watermark })
             }
             Part::Skip { .. } | Part::Mark { .. } => None,
         }
@@ -240,6 +242,7 @@ impl DataAccess {
             for sequence in released.sequences {
                 self.on_write_stable(ctx, index, sequence, from);
             }
+            self.settle_more(ctx, index);
             self.settlement_may_be_done(ctx, index);
         }
         let window = self.windows.entry(from).or_default();
@@ -309,7 +312,7 @@ fn part_element(part: &Part) -> Option<ElementKey> {
 
 /// A family that the state knew and does not know any more. (One that is newer than the state cannot
 /// appear: its writes have a term that this server does not know.)
-pub(super) fn family_ended(state: &State, family: FamilyId) -> bool {
+pub(crate) fn family_ended(state: &State, family: FamilyId) -> bool {
     family.0 <= state.index && !state.families.contains_key(&family)
 }
 

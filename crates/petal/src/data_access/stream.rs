@@ -27,6 +27,8 @@ pub struct Outgoing {
     /// Number of the first message in `unstable`.
     first: u64,
     unstable: VecDeque<Sent>,
+    /// Blocks of all of them.
+    cost: u64,
 }
 
 /// What an acknowledgement released.
@@ -41,7 +43,7 @@ pub struct Released {
 impl Outgoing {
     /// An empty stream.
     pub fn new(stream: u64) -> Self {
-        Outgoing { stream, first: 1, unstable: VecDeque::new() }
+        Outgoing { stream, first: 1, unstable: VecDeque::new(), cost: 0 }
     }
 
     /// Adds a message; the caller sends what comes back, if it is connected.
@@ -56,6 +58,7 @@ impl Outgoing {
     ) -> Replicate {
         let number = self.first + self.unstable.len() as u64;
         let cost = data.len() as u64 / BLOCK_SIZE;
+        self.cost += cost;
         self.unstable.push_back(Sent { part: part.clone(), data: data.clone(), cost, sequence });
         Replicate { slot, term, stream: self.stream, number, watermark, part, data }
     }
@@ -70,6 +73,7 @@ impl Outgoing {
         while self.first <= through {
             let Some(sent) = self.unstable.pop_front() else { break };
             self.first += 1;
+            self.cost -= sent.cost;
             released.cost += sent.cost;
             released.sequences.extend(sent.sequence);
         }
@@ -102,7 +106,7 @@ impl Outgoing {
 
     /// Blocks on their way.
     pub fn cost(&self) -> u64 {
-        self.unstable.iter().map(|s| s.cost).sum()
+        self.cost
     }
 }
 

@@ -19,6 +19,12 @@ pub(super) struct Verification {
     is_scanned: bool,
 }
 
+impl Verification {
+    pub(super) fn is_for(&self, client: ClientId) -> bool {
+        self.client == client
+    }
+}
+
 impl DataAccess {
     /// Verifies the next elements of this server after `after`.
     pub fn on_verify(&mut self, ctx: &mut Context, client: ClientId, tag: Tag, after: Option<ElementKey>) {

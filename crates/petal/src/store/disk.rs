@@ -204,6 +204,8 @@ pub(super) struct Disk {
     extending: bool,
     /// The file could not be grown, when the journal was at this batch.
     pub host_full: Option<u64>,
+    /// Try again to grow it although it is not time yet.
+    pub grow_again: bool,
     pub(super) failed: Option<String>,
     pending: FastMap<OpId, Pending>,
     next_op: OpId,
@@ -256,6 +258,7 @@ impl Disk {
             scans: BTreeMap::new(),
             extending: false,
             host_full: None,
+            grow_again: false,
             failed: None,
             pending: FastMap::new(),
             next_op: 1,
@@ -382,7 +385,9 @@ impl Disk {
 
     /// Forgets clean entries beyond the bound: second chance.
     fn evict(&mut self) {
-        let mut tries = self.clock.len().min(64);
+        // A new entry needs two passes of the hand; the more there are too many, the further it goes.
+        let excess = self.cache.len().saturating_sub(self.cache_max);
+        let mut tries = self.clock.len().min(64 + 4 * excess);
         while self.cache.len() > self.cache_max && tries > 0 {
             tries -= 1;
             let Some(element) = self.clock.pop_front() else { return };
@@ -943,7 +948,8 @@ impl Disk {
     fn grow_ahead(&mut self) {
         let frontier = self.allocator.frontier();
         let enough = self.allocator.free_below_frontier() >= EXTEND_AHEAD_BLOCKS;
-        let waits = self.host_full.is_some_and(|then| self.last_issued.number < then + HOST_FULL_BATCHES);
+        let waits =
+            self.host_full.is_some_and(|then| self.last_issued.number < then + HOST_FULL_BATCHES) && !self.grow_again;
         if self.extending || waits || enough || frontier >= self.allocator.capacity() {
             return;
         }
@@ -957,6 +963,7 @@ impl Disk {
     fn on_extended(&mut self, to: u64, result: Result<(), DiskError>) {
         self.extending = false;
         // What lies below the frontier goes on to be used: full, not failed.
+        self.grow_again = false;
         self.host_full = result.is_err().then_some(self.last_issued.number);
         if result.is_ok() {
             self.allocator.set_frontier((to - self.superblock.layout.data.offset) / BLOCK_SIZE);

@@ -683,7 +683,8 @@ impl Stores {
     /// Somebody may have made room below: files try again to grow.
     pub fn retry_growth(&mut self) {
         for disk in &mut self.disks {
-            disk.host_full = None;
+            // Full it stays until an extension has succeeded: no space is promised on a guess.
+            disk.grow_again = true;
         }
     }
 
