@@ -437,7 +437,12 @@ impl GlobalState {
     fn apply(&mut self, entry: Entry) {
         let (_, effects) = self.state.apply(&entry);
         let id = entry.id;
-        self.proposals.remove(&(id.proposer, id.number));
+        // With this one every older command of the proposer that it called finished is done, too.
+        let state = &self.state;
+        let of_proposer = (id.proposer, 0)..=(id.proposer, u64::MAX);
+        let is_done = |(key, p): (&(u64, u64), &Proposal)| state.is_executed(&p.id).then_some(*key);
+        let done: Vec<(u64, u64)> = self.proposals.range(of_proposer).filter_map(is_done).collect();
+        done.iter().for_each(|key| drop(self.proposals.remove(key)));
         self.appended.remove(&(id.proposer, id.number));
         self.recent.push_back(entry);
         if self.recent.len() > LOG_KEEP {
