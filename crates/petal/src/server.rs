@@ -314,10 +314,10 @@ impl Server {
             return self.admin.on_settled(server, m.index, &mut self.out);
         }
         self.with_data(|data, ctx| match (from, body) {
+            // What was begun is finished; nothing new is.
+            (Peer::Client(_), Body::Read(_) | Body::Write(_) | Body::Zero(_) | Body::Map(_)) if stopping => {}
             (Peer::Client(client), body @ (Body::Read(_) | Body::Write(_) | Body::Zero(_) | Body::Map(_))) => {
-                if !stopping {
-                    data.on_request(ctx, client, body);
-                }
+                data.on_request(ctx, client, body);
             }
             (Peer::Server(s), Body::Replicate(m)) => data.on_replicate(ctx, s, m),
             (Peer::Server(s), Body::StreamAck(m)) => data.on_stream_ack(ctx, s, m),

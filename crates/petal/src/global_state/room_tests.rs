@@ -9,6 +9,7 @@ use stdx::Prng;
 type Write = (Bytes, Option<Bytes>);
 
 /// What is going to happen.
+#[allow(clippy::large_enum_variant, reason = "a test's queue is short")]
 enum Event {
     Deliver { from: ServerId, to: ServerId, connection: u64, index: StateIndex, body: Body },
     Persisted { server: ServerId, life: u64, number: u64 },
