@@ -10,7 +10,8 @@
 //! ```
 //!
 //! When another server begins to act in a slot, or one answers that it does not, the walk begins anew
-//! at the smallest cursor with the servers that act then: what was seen twice is zero or known already.
+//! at the smallest cursor with the servers that act then. What is seen twice is made zero once: a write
+//! that was acknowledged in between must not be lost to the same request.
 //! Costs O(existing elements / answer + servers), whatever the length of the range.
 
 use super::operations::backoff;
@@ -37,6 +38,8 @@ pub(super) struct Walk {
     troubled: bool,
     /// Elements found, with their blocks (for `Extents`).
     found: Vec<(u64, u16)>,
+    /// Elements at and above `at` that have been made zero, or are being (for `Zero`).
+    zeroed: BTreeSet<u64>,
 }
 
 impl Walk {
@@ -50,12 +53,14 @@ impl Walk {
             tries: 0,
             troubled: false,
             found: Vec::new(),
+            zeroed: BTreeSet::new(),
         }
     }
     /// Nothing below the smallest cursor is left to be done.
     fn move_on(&mut self) {
         if let Some(least) = self.parts.iter().map(|(_, cursor)| *cursor).min() {
             self.at = self.at.max(least.min(self.end));
+            self.zeroed = self.zeroed.split_off(&self.at);
         }
     }
     /// So much was found that no more should be remembered.
@@ -215,7 +220,9 @@ impl Client {
         if let Work::Extents { walk, .. } = &mut self.request(request).work {
             walk.found.extend(elements);
         } else {
-            for (element, _) in elements {
+            let walk = self.walk(request).expect("a map is asked for by a walk");
+            let fresh: Vec<u64> = elements.into_iter().map(|e| e.0).filter(|e| walk.zeroed.insert(*e)).collect();
+            for element in fresh {
                 let piece = Piece { element, from: 0, to: ELEMENT_SIZE as u32 };
                 self.start(request, id, Task::Zero { number: 0, piece });
             }
