@@ -57,8 +57,6 @@ pub struct History {
     /// Sessions of the disk that are older than this one are over.
     fences: BTreeMap<VdiskId, SessionId>,
     complaints: Vec<String>,
-    /// When the last write of zeros to a cell ended.
-    zeroed: BTreeMap<Cell, u64>,
     /// Who did it and what it was, for reports.
     origins: BTreeMap<OperationId, (Option<SessionId>, Effect)>,
     cells: BTreeMap<Cell, Vec<Operation>>,
@@ -94,21 +92,6 @@ impl History {
         self.cells.entry((open.vdisk, cell)).or_default().push(read);
     }
 
-    /// Extents said that there is nothing in a cell. A primary tells of writes of zeros that are not finished
-    /// yet: whoever maps what is just being discarded may see it either way, and not for the last time.
-    pub fn saw_hole(&mut self, id: OperationId, cell: u64) {
-        let open = &self.open[&id];
-        let concerned = (open.vdisk, cell);
-        let being_zeroed = self
-            .open
-            .values()
-            .any(|o| o.effect == Effect::Zero && o.vdisk == open.vdisk && o.cells.iter().any(|c| c.0 == cell));
-        let zeroed_since = self.zeroed.get(&concerned).is_some_and(|end| *end >= open.invoked);
-        if !being_zeroed && !zeroed_since {
-            self.saw(id, cell, ZEROS);
-        }
-    }
-
     /// An operation ends.
     pub fn finish(&mut self, id: OperationId, end: End) {
         let now = self.tick();
@@ -119,9 +102,6 @@ impl History {
         }
         let Some(open) = self.open.remove(&id) else { return };
         self.finished += 1;
-        if open.effect == Effect::Zero {
-            self.zeroed.extend(open.cells.iter().map(|c| ((open.vdisk, c.0), now)));
-        }
         self.record(id, open, Some(now));
     }
 

@@ -518,7 +518,7 @@ impl World {
             if !allocated {
                 let cells: Vec<u64> = self.workload.disks[&vdisk].layout.cells(at, next).map(|c| c.0).collect();
                 for cell in cells {
-                    self.history.saw_hole(id, cell);
+                    self.history.saw(id, cell, ZEROS);
                 }
             }
             at = next;
