@@ -10,7 +10,7 @@ use std::time::Instant;
 #[derive(clap::Args)]
 pub struct Arguments {
     /// Seconds for fresh seeds of the simulator
-    #[arg(long, default_value_t = 120)]
+    #[arg(long, default_value_t = 60)]
     sim_seconds: u64,
     /// Leave out the scenarios with real processes
     #[arg(long)]
