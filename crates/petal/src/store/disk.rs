@@ -74,6 +74,9 @@ pub(super) struct Cached {
     clean: Cleanness,
     /// Used since the clock hand last passed.
     used: bool,
+    /// Stays until another disk has said what it knows of the element. Without this, many elements that
+    /// wait for two disks each push one another out for ever.
+    pinned: bool,
     /// Rows in the PMap store that the entry no longer has.
     stale_rows: SmallVec<[(LineageId, Epoch); 1]>,
 }
@@ -317,6 +320,13 @@ impl Disk {
         }
     }
 
+    /// Keeps the entry in memory, or lets it go when it is not used any more.
+    pub fn pin(&mut self, element: ElementKey, pinned: bool) {
+        if let Some(cached) = self.cache.get_mut(&element) {
+            cached.pinned = pinned;
+        }
+    }
+
     /// Every entry in memory whose element exists.
     pub fn each_cached(&self, mut f: impl FnMut(ElementKey, &Entry)) {
         let mut seen = BTreeSet::new();
@@ -366,7 +376,8 @@ impl Disk {
 
     fn loaded(&mut self, element: ElementKey, entry: Entry) {
         self.loading.remove(&element);
-        let cached = Cached { entry, clean: Cleanness::Clean, used: true, stale_rows: SmallVec::new() };
+        let pinned = self.recovery.is_none();
+        let cached = Cached { entry, clean: Cleanness::Clean, used: true, pinned, stale_rows: SmallVec::new() };
         if self.cache.insert(element, cached).is_none() {
             self.clock.push_back(element);
         }
@@ -386,7 +397,7 @@ impl Disk {
             tries -= 1;
             let Some(element) = self.clock.pop_front() else { return };
             let Some(cached) = self.cache.get_mut(&element) else { continue };
-            if cached.clean != Cleanness::Clean || std::mem::take(&mut cached.used) {
+            if cached.pinned || cached.clean != Cleanness::Clean || std::mem::take(&mut cached.used) {
                 self.clock.push_back(element);
             } else {
                 self.cache.remove(&element);

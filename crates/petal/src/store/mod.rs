@@ -455,10 +455,8 @@ impl Stores {
                 *waits -= 1;
                 if *waits == 0 {
                     self.loads.remove(&element);
-                    // One disk may have forgotten it while another was still asked.
-                    if self.load(element) == Loaded::Ready {
-                        self.events.push_back(Event::Loaded(element));
-                    }
+                    self.disks.iter_mut().for_each(|d| d.pin(element, false));
+                    self.events.push_back(Event::Loaded(element));
                 }
             }
             disk::DiskEvent::Stable(ticket) => {
@@ -538,8 +536,12 @@ impl Stores {
         if !self.loads.contains_key(&element) {
             // Every disk is asked that does not know; an element is on one of them or nowhere.
             self.loads.insert(element, missing);
-            for disk in self.disks.iter_mut().filter(|d| !d.knows(element)) {
-                disk.load(element);
+            for disk in &mut self.disks {
+                if disk.knows(element) {
+                    disk.pin(element, true);
+                } else {
+                    disk.load(element);
+                }
             }
         }
         Loaded::Pending
