@@ -140,8 +140,9 @@ where
             self.hand_in();
             self.tick_if_due();
             self.carry_out();
-            self.engine.flush();
+            // Messages first: another server works on them while this one hands its disks their work.
             self.transport.flush();
+            self.engine.flush();
             if let Some(ended) = self.ended.take() {
                 self.transport.drain(LAST_WORDS).await;
                 self.transport.shut_down();
