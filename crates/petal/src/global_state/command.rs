@@ -122,6 +122,52 @@ pub enum Command {
         /// The session.
         session: SessionId,
     },
+    /// A server was not heard from: no ring member grants it a lease from here on (2.5). Who acts in its
+    /// slots does not change.
+    Suspect {
+        /// The server.
+        server: ServerId,
+        /// The life that was not heard from.
+        incarnation: Incarnation,
+    },
+    /// A server is down: nobody holds a lease any more that its life could act by. Proposed when every
+    /// lease that was granted before the `Suspect` has run out.
+    ServerDown {
+        /// The server.
+        server: ServerId,
+        /// Its life.
+        incarnation: Incarnation,
+        /// State index of the `Suspect` that this relies on; a no-op unless the server is still suspected
+        /// by that very command.
+        suspect: StateIndex,
+    },
+    /// A suspected server was heard again and goes on in the same terms.
+    Reinstate {
+        /// The server.
+        server: ServerId,
+        /// Its life.
+        incarnation: Incarnation,
+        /// As in `ServerDown`.
+        suspect: StateIndex,
+    },
+    /// A member has all that the others have, and counts for acknowledgements from here on (I4). Slots
+    /// whose term has changed since are passed over.
+    InSync {
+        /// The member.
+        server: ServerId,
+        /// Its life.
+        incarnation: Incarnation,
+        /// Slots, each with the term in which it caught up.
+        slots: Vec<(SlotId, Term)>,
+    },
+    /// A member does not answer whoever acts in its slots, although it may be alive: it leaves their
+    /// in-sync sets. Slots whose term has changed since, or without another live member, are passed over.
+    TakeOut {
+        /// The member.
+        server: ServerId,
+        /// Slots, each with the term in which it did not answer.
+        slots: Vec<(SlotId, Term)>,
+    },
 }
 
 /// What a command did.
@@ -244,6 +290,9 @@ pub enum CommandError {
     /// A field of the command is longer or has more members than any honest caller sends.
     #[error("the command is malformed: {0}")]
     Malformed(String),
+    /// What the command relied on has changed.
+    #[error("what the command relied on has changed since it was proposed")]
+    Overtaken,
     /// The proposer had declared the command finished: a late copy of it, which changes nothing.
     #[error("the command was executed before, and its result is forgotten")]
     Forgotten,

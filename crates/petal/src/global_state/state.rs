@@ -130,7 +130,7 @@ pub struct ServerState {
     pub token: u128,
     /// Its disks.
     pub disks: BTreeMap<DiskId, DiskState>,
-    /// Declared down (always false until failures are handled).
+    /// Declared down, until its next `ServerUp`.
     pub down: bool,
     /// Suspected, by the command of this index.
     pub suspect: Option<StateIndex>,
@@ -194,6 +194,10 @@ pub struct Effects {
     pub sessions_ended: Vec<SessionId>,
     /// Servers whose addresses or incarnation changed.
     pub servers: Vec<ServerId>,
+    /// Servers that must have applied the command before they get another lease (2.5, "names").
+    pub names: BTreeSet<ServerId>,
+    /// Servers that this command declared down.
+    pub downs: Vec<ServerId>,
     /// The command narrows what data messages may do: its caller waits until it is settled.
     pub narrows: bool,
     /// If it narrows: the servers of the disk's GMap, ascending. It is settled when all of these have
@@ -543,6 +547,15 @@ impl State {
                 self.attach(*vdisk, *mode, holder, *take_over, effects)
             }
             Command::Detach { session } => self.detach(*session, effects),
+            Command::Suspect { server, incarnation } => self.suspect(*server, *incarnation, effects),
+            Command::ServerDown { server, incarnation, suspect } => {
+                self.server_down(*server, *incarnation, *suspect, effects)
+            }
+            Command::Reinstate { server, incarnation, suspect } => {
+                self.reinstate(*server, *incarnation, *suspect, effects)
+            }
+            Command::InSync { server, incarnation, slots } => self.in_sync(*server, *incarnation, slots, effects),
+            Command::TakeOut { server, slots } => self.take_out(*server, slots, effects),
         }
     }
 
@@ -599,12 +612,135 @@ impl State {
         };
         self.servers.insert(id, up);
         effects.servers.push(id);
-        let in_sync = |slot: &SlotState| slot.member(id).is_some_and(|m| m.in_sync);
-        effects.slots = self.all_slots().filter(|(_, slot)| in_sync(slot)).map(|(slot, _)| slot).collect();
-        for slot in self.slots.values_mut().flatten().filter(|slot| in_sync(slot)) {
-            slot.term = self.index;
-        }
+        effects.names.insert(id);
+        self.renew_terms(Some(id), effects);
         Ok(Outcome::Done)
+    }
+
+    /// Suspicion moves neither roles nor terms: it only ends the granting of leases.
+    fn suspect(&mut self, id: ServerId, incarnation: Incarnation, effects: &mut Effects) -> Applied {
+        let index = self.index;
+        let server = self.servers.get_mut(&id).ok_or(CommandError::NoSuchServer(id))?;
+        if server.incarnation != incarnation || server.down || server.suspect.is_some() {
+            return Err(CommandError::Overtaken);
+        }
+        server.suspect = Some(index);
+        effects.names.insert(id);
+        Ok(Outcome::Done)
+    }
+
+    fn server_down(
+        &mut self,
+        id: ServerId,
+        incarnation: Incarnation,
+        suspect: StateIndex,
+        effects: &mut Effects,
+    ) -> Applied {
+        self.suspected(id, incarnation, suspect)?.down = true;
+        effects.names.insert(id);
+        effects.downs.push(id);
+        self.renew_terms(Some(id), effects);
+        Ok(Outcome::Done)
+    }
+
+    fn reinstate(
+        &mut self,
+        id: ServerId,
+        incarnation: Incarnation,
+        suspect: StateIndex,
+        effects: &mut Effects,
+    ) -> Applied {
+        self.suspected(id, incarnation, suspect)?.suspect = None;
+        effects.names.insert(id);
+        self.renew_terms(None, effects);
+        Ok(Outcome::Done)
+    }
+
+    /// The server, if it is suspected by that very command and not down yet.
+    fn suspected(
+        &mut self,
+        id: ServerId,
+        incarnation: Incarnation,
+        suspect: StateIndex,
+    ) -> Result<&mut ServerState, CommandError> {
+        let server = self.servers.get_mut(&id).ok_or(CommandError::NoSuchServer(id))?;
+        if server.incarnation != incarnation || server.down || server.suspect != Some(suspect) {
+            return Err(CommandError::Overtaken);
+        }
+        Ok(server)
+    }
+
+    /// After every command that may have changed who is live: in each slot with a live in-sync member the
+    /// members that are down leave the in-sync set; elsewhere they stay (I3). A slot whose set changed, or
+    /// in which the in-sync member `touched` was started or taken down, has a new term.
+    fn renew_terms(&mut self, touched: Option<ServerId>, effects: &mut Effects) {
+        let (index, servers) = (self.index, &self.servers);
+        let is_down = |s: ServerId| servers.get(&s).is_none_or(|s| s.down);
+        let is_live = |s: ServerId| servers.get(&s).is_some_and(|s| !s.down && s.suspect.is_none());
+        for (gmap, slots) in &mut self.slots {
+            for (number, slot) in (0..).zip(slots) {
+                let mut renewed = slot.in_sync().any(|s| Some(s) == touched);
+                if slot.in_sync().any(is_live) {
+                    for member in slot.tuple.iter_mut().filter(|m| m.in_sync && is_down(m.server)) {
+                        member.in_sync = false;
+                        renewed = true;
+                    }
+                }
+                if renewed {
+                    slot.term = index;
+                    effects.slots.push(SlotId { gmap: *gmap, slot: number });
+                }
+            }
+        }
+    }
+
+    fn in_sync(
+        &mut self,
+        id: ServerId,
+        incarnation: Incarnation,
+        slots: &[(SlotId, Term)],
+        effects: &mut Effects,
+    ) -> Applied {
+        let server = self.servers.get(&id).ok_or(CommandError::NoSuchServer(id))?;
+        if server.incarnation != incarnation || server.down || server.suspect.is_some() {
+            return Err(CommandError::Overtaken);
+        }
+        self.change_members(slots, effects, |slot| {
+            let member = slot.tuple.iter_mut().find(|m| m.server == id && !m.in_sync);
+            member.map(|m| m.in_sync = true).is_some()
+        })
+    }
+
+    fn take_out(&mut self, id: ServerId, slots: &[(SlotId, Term)], effects: &mut Effects) -> Applied {
+        let live: BTreeSet<ServerId> =
+            self.servers.iter().filter(|(_, s)| !s.down && s.suspect.is_none()).map(|(id, _)| *id).collect();
+        self.change_members(slots, effects, |slot| {
+            if !slot.in_sync().any(|s| s != id && live.contains(&s)) {
+                return false;
+            }
+            let member = slot.tuple.iter_mut().find(|m| m.server == id && m.in_sync);
+            member.map(|m| m.in_sync = false).is_some()
+        })
+    }
+
+    /// Changes the in-sync sets of those slots that are still in the given terms.
+    fn change_members(
+        &mut self,
+        slots: &[(SlotId, Term)],
+        effects: &mut Effects,
+        mut change: impl FnMut(&mut SlotState) -> bool,
+    ) -> Applied {
+        let index = self.index;
+        for (id, term) in slots {
+            let slot = self.slots.get_mut(&id.gmap).and_then(|slots| slots.get_mut(id.slot as usize));
+            let Some(slot) = slot.filter(|slot| slot.term == *term) else { continue };
+            if change(slot) {
+                slot.term = index;
+                effects.slots.push(*id);
+                effects.names.extend(slot.tuple.iter().map(|m| m.server));
+            }
+        }
+        if effects.slots.is_empty() { Err(CommandError::Overtaken) } else { Ok(Outcome::Done) }
     }
 
     // -------------------------------------------------------------------------------- disks

@@ -366,12 +366,26 @@ fn a_state_survives_being_bytes_and_hostile_bytes_are_refused() {
     }
 }
 
+fn random_slots(prng: &mut Prng, state: &State) -> Vec<(SlotId, Term)> {
+    let some: Vec<(SlotId, Term)> = state.all_slots().map(|(id, slot)| (id, slot.term)).collect();
+    some.into_iter().filter(|_| prng.chance(1, 4)).collect()
+}
+
 /// A command that may or may not make sense.
 fn random_command(prng: &mut Prng, state: &State) -> Command {
     let vdisk = VdiskId(prng.below(state.index + 2));
     let name = format!("d{}", prng.below(6));
     let server = prng.between(1, 5) as u16;
-    match prng.below(10) {
+    let known = state.servers.get(&ServerId(server));
+    let incarnation = known.map_or(Incarnation(0), |s| s.incarnation);
+    let suspect = known.and_then(|s| s.suspect).unwrap_or(state.index);
+    let server_id = ServerId(server);
+    match prng.below(16) {
+        10 | 11 => Command::Suspect { server: server_id, incarnation },
+        12 => Command::ServerDown { server: server_id, incarnation, suspect },
+        13 => Command::Reinstate { server: server_id, incarnation, suspect },
+        14 => Command::InSync { server: server_id, incarnation, slots: random_slots(prng, state) },
+        15 => Command::TakeOut { server: server_id, slots: random_slots(prng, state) },
         0 => Command::AddServer { addresses: vec!["h:1".into()], token: u128::from(prng.between(1, 3)) },
         1 => {
             let now = state.servers.get(&ServerId(server)).map_or(0, |s| s.incarnation.0);
@@ -435,4 +449,114 @@ proptest! {
         }
         prop_assert_eq!(a, b);
     }
+}
+
+// ------------------------------------------------------------------------------------------------
+// Failures.
+
+fn member_states(f: &Fixture, slot: u32) -> (Vec<u16>, Term) {
+    let slots = f.state.slots.values().next().expect("a disk was made");
+    (slots[slot as usize].in_sync().map(|s| s.0).collect(), slots[slot as usize].term)
+}
+
+fn suspect(f: &mut Fixture, server: u16) -> StateIndex {
+    f.run(Command::Suspect { server: ServerId(server), incarnation: Incarnation(1) }).unwrap();
+    f.state.index
+}
+
+fn down(server: u16, suspect: StateIndex) -> Command {
+    Command::ServerDown { server: ServerId(server), incarnation: Incarnation(1), suspect }
+}
+
+#[test]
+fn suspicion_moves_nothing_and_a_server_down_leaves_the_sets_of_others() {
+    let mut f = Fixture::up(4);
+    f.disk("a");
+    let before = member_states(&f, 0);
+    assert_eq!(before.0, [1, 2]);
+    let index = suspect(&mut f, 1);
+    assert_eq!(member_states(&f, 0), before);
+    assert!(f.effects.names.contains(&ServerId(1)) && f.effects.slots.is_empty());
+    assert_eq!(f.run(down(1, index - 1)), Err(CommandError::Overtaken), "another suspicion");
+    f.run(down(1, index)).unwrap();
+    assert_eq!(member_states(&f, 0), (vec![2], f.state.index));
+    assert_eq!(member_states(&f, 1).0, [2, 3], "not its slot");
+    assert!(member_states(&f, 1).1 < f.state.index);
+    let slot = SlotId { gmap: *f.state.slots.keys().next().unwrap(), slot: 0 };
+    assert_eq!(f.state.acting(slot), Some(ServerId(2)));
+}
+
+#[test]
+fn the_last_in_sync_member_stays_and_leads_when_it_is_back() {
+    let mut f = Fixture::up(4);
+    f.disk("a");
+    let first = suspect(&mut f, 1);
+    f.run(down(1, first)).unwrap();
+    let second = suspect(&mut f, 2);
+    f.run(down(2, second)).unwrap();
+    assert_eq!(member_states(&f, 0), (vec![2], f.state.index), "I3, and a term of its own");
+    f.run(server_up(1, 2, &[(1, 1)])).unwrap();
+    assert_eq!(member_states(&f, 0).0, [2], "what it has may be old");
+    f.run(server_up(2, 2, &[(2, 1)])).unwrap();
+    assert_eq!(member_states(&f, 0), (vec![2], f.state.index));
+}
+
+#[test]
+fn of_two_that_went_down_together_the_first_one_back_leads_alone() {
+    let mut f = Fixture::up(4);
+    f.disk("a");
+    let (first, second) = (suspect(&mut f, 1), suspect(&mut f, 2));
+    f.run(down(1, first)).unwrap();
+    assert_eq!(member_states(&f, 0).0, [1, 2], "nobody is live: everybody stays");
+    f.run(down(2, second)).unwrap();
+    assert_eq!(member_states(&f, 0).0, [1, 2]);
+    f.run(server_up(2, 2, &[(2, 1)])).unwrap();
+    assert_eq!(member_states(&f, 0), (vec![2], f.state.index));
+}
+
+#[test]
+fn a_reinstated_server_goes_on_in_its_terms_and_lets_go_of_those_who_are_down() {
+    let mut f = Fixture::up(4);
+    f.disk("a");
+    let (first, second) = (suspect(&mut f, 1), suspect(&mut f, 2));
+    f.run(down(1, first)).unwrap();
+    let term = member_states(&f, 1).1;
+    f.run(Command::Reinstate { server: ServerId(2), incarnation: Incarnation(1), suspect: second }).unwrap();
+    assert_eq!(member_states(&f, 0), (vec![2], f.state.index));
+    assert_eq!(member_states(&f, 1), (vec![2, 3], term));
+    assert_eq!(f.run(down(2, second)), Err(CommandError::Overtaken));
+}
+
+#[test]
+fn a_member_comes_back_only_in_the_term_and_life_in_which_it_caught_up() {
+    let mut f = Fixture::up(4);
+    f.disk("a");
+    let slot = SlotId { gmap: *f.state.slots.keys().next().unwrap(), slot: 0 };
+    let index = suspect(&mut f, 1);
+    f.run(down(1, index)).unwrap();
+    let term = f.state.index;
+    let back = |incarnation, term| Command::InSync {
+        server: ServerId(1),
+        incarnation: Incarnation(incarnation),
+        slots: vec![(slot, term)],
+    };
+    assert_eq!(f.run(back(1, term)), Err(CommandError::Overtaken), "it is down");
+    f.run(server_up(1, 2, &[(1, 1)])).unwrap();
+    assert_eq!(f.run(back(1, term)), Err(CommandError::Overtaken));
+    assert_eq!(f.run(back(2, term - 1)), Err(CommandError::Overtaken));
+    f.run(back(2, term)).unwrap();
+    assert_eq!(member_states(&f, 0), (vec![1, 2], f.state.index));
+    assert_eq!(f.effects.names, [ServerId(1), ServerId(2)].into());
+}
+
+#[test]
+fn a_member_is_taken_out_only_if_a_live_one_remains() {
+    let mut f = Fixture::up(4);
+    f.disk("a");
+    let slot = SlotId { gmap: *f.state.slots.keys().next().unwrap(), slot: 0 };
+    let take_out = |server, term| Command::TakeOut { server: ServerId(server), slots: vec![(slot, term)] };
+    let term = member_states(&f, 0).1;
+    f.run(take_out(1, term)).unwrap();
+    assert_eq!(member_states(&f, 0), (vec![2], f.state.index));
+    assert_eq!(f.run(take_out(2, f.state.index)), Err(CommandError::Overtaken));
 }
