@@ -113,6 +113,11 @@ pub enum Body {
     Settled(Settled),
     /// Tells the sender's state index to an idle peer.
     Index,
+    // ---- between servers: recovery
+    /// Asks a member that is being brought back what it has.
+    Compare(Compare),
+    /// Answer to `Compare`.
+    Compared(Compared),
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -559,6 +564,9 @@ pub enum Part {
         /// The index.
         state_index: StateIndex,
     },
+    /// To a member that is being brought back: with everything before this in the stream it has all that is
+    /// complete up to this message's watermark.
+    CaughtUp,
 }
 
 /// What a receiver has made stable.
@@ -649,6 +657,28 @@ pub struct Listed {
     pub elements: Vec<(ElementKey, ElementImage)>,
     /// Ask again after this one; `None` = all told.
     pub next: Option<ElementKey>,
+}
+
+/// Asks what a member that is being brought back has of some elements, in a promised term.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Compare {
+    /// The slot.
+    pub slot: SlotId,
+    /// The promised term.
+    pub term: Term,
+    /// The elements.
+    pub elements: Vec<ElementKey>,
+}
+
+/// Answer to `Compare`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Compared {
+    /// The slot.
+    pub slot: SlotId,
+    /// The promised term.
+    pub term: Term,
+    /// What is there of each, whatever its version.
+    pub elements: Vec<(ElementKey, ElementImage)>,
 }
 
 /// Reads an element at a replica. Answered with what is there, never bounced.

@@ -23,6 +23,7 @@ use crate::data_access::{
 use crate::ids::*;
 use crate::limits::LIST_ELEMENTS_MAX;
 use crate::message::*;
+use crate::resync::Joiner;
 use crate::sabotage::Sabotage;
 use crate::server::{Output, Peer};
 use crate::store::{BlockSum, Change, DiskError, ElementImage, Loaded, ReadBlocks, ReadError, ReadId};
@@ -48,6 +49,8 @@ pub(crate) struct Acting {
     pub streams: BTreeMap<ServerId, Outgoing>,
     /// Watermark on the disks of each.
     pub durable: BTreeMap<ServerId, Version>,
+    /// Members that are being brought back (`resync.rs`).
+    pub joiners: BTreeMap<ServerId, Joiner>,
 }
 
 /// A write that has a version and is not complete.
@@ -101,16 +104,44 @@ enum Step {
     Reading { blocks: Vec<(u16, u8)> },
 }
 
+/// What a list is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// This server's own part of a settlement.
+    Own,
+    /// The primary asked what is newer.
+    Answer { to: ServerId },
+    /// The primary asked about single elements.
+    Compare { to: ServerId },
+    /// Keys only: what a member may lack that this primary brings back.
+    Joiner { server: ServerId },
+}
+
 /// A list being put together, for the primary or for oneself.
 pub(crate) struct Listing {
     slot: SlotIndex,
     term: Term,
     above: Version,
-    to: Option<ServerId>,
+    purpose: Purpose,
     keys: VecDeque<ElementKey>,
     images: Vec<(ElementKey, ElementImage)>,
     next: Option<ElementKey>,
     scan: Option<ReadId>,
+}
+
+impl Listing {
+    fn new(slot: SlotIndex, term: Term, above: Version, purpose: Purpose) -> Listing {
+        Listing {
+            slot,
+            term,
+            above,
+            purpose,
+            keys: VecDeque::new(),
+            images: Vec::new(),
+            next: None,
+            scan: None,
+        }
+    }
 }
 
 /// A fetch being answered.
@@ -144,19 +175,28 @@ impl DataAccess {
         let state = &ctx.state.slots[&id.gmap][id.slot as usize];
         let is_down = |s: &ServerId| ctx.state.servers.get(s).is_none_or(|s| s.down);
         let in_sync: SmallVec<[ServerId; 3]> = state.in_sync().collect();
+        let was_out = !self.slots[index].in_sync.contains(&self.me);
         let primary = in_sync.iter().copied().find(|s| !is_down(s));
         self.listings.retain(|_, l| l.slot != index);
         self.park_operations(index);
+        self.forget_copies(index);
         let slot = &mut self.slots[index];
         if let Some(old) = slot.acting.take() {
             // What was on its way in the old term is refused from now on, or stable before the promise.
-            for (receiver, outgoing) in &old.streams {
+            let joiners = old.joiners.iter().map(|(server, joiner)| (server, &joiner.outgoing));
+            for (receiver, outgoing) in old.streams.iter().chain(joiners) {
                 let window = self.windows.entry(*receiver).or_default();
                 window.in_flight = window.in_flight.saturating_sub(outgoing.cost());
             }
         }
         slot.incoming = None;
         slot.promise_due = None;
+        if let Some((term, watermark)) = slot.caught_up.take()
+            && (term == slot.term && was_out && in_sync.contains(&self.me))
+        {
+            // Back in sync, from the term in which everything was copied: it knows what its primary knew.
+            slot.watermark = slot.watermark.max(watermark);
+        }
         slot.term = state.term;
         slot.primary = primary;
         if let Some(member) = state.member(self.me)
@@ -194,6 +234,7 @@ impl DataAccess {
             durable: receivers.iter().map(|r| (*r, Version::ZERO)).collect(),
             receivers,
             streams,
+            joiners: BTreeMap::new(),
         }));
     }
 
@@ -213,7 +254,7 @@ impl DataAccess {
             match known {
                 Some((index, present)) if present == term => {
                     let slot = &mut self.slots[index];
-                    if slot.primary != Some(from) || !slot.in_sync.contains(&self.me) {
+                    if slot.primary != Some(from) {
                         continue;
                     }
                     slot.promised = term;
@@ -245,6 +286,10 @@ impl DataAccess {
             return;
         }
         if let Some(to) = slot.promise_due.take() {
+            if !slot.in_sync.contains(&self.me) {
+                // What came before this promise is known to the primary by the lists that follow it.
+                slot.incoming = Some(Incoming::new(to, slot.term));
+            }
             self.promised_due.entry(to).or_default().push((slot.id, slot.term, slot.watermark));
         }
         let own = (self.me, slot.watermark);
@@ -279,7 +324,9 @@ impl DataAccess {
                 continue;
             }
             let Some(acting) = slot.acting.as_mut() else { continue };
-            if let Phase::Promising { promised } = &mut acting.phase {
+            if acting.joiners.contains_key(&from) {
+                self.on_joiner_promised(ctx, index, from, watermark);
+            } else if let Phase::Promising { promised } = &mut acting.phase {
                 promised.insert(from, watermark);
                 self.list_if_all_promised(ctx, index);
             }
@@ -302,7 +349,7 @@ impl DataAccess {
         for to in acting.receivers.clone() {
             ctx.send(Peer::Server(to), Body::List(List { slot: id, term, above: lowest, after: None }));
         }
-        self.begin_listing(ctx, index, lowest, None, None);
+        self.begin_listing(ctx, index, lowest, None, Purpose::Own);
     }
 
     fn begin_listing(
@@ -311,19 +358,10 @@ impl DataAccess {
         index: SlotIndex,
         above: Version,
         after: Option<ElementKey>,
-        to: Option<ServerId>,
+        purpose: Purpose,
     ) {
         let slot = &self.slots[index];
-        let mut listing = Listing {
-            slot: index,
-            term: slot.term,
-            above,
-            to,
-            keys: VecDeque::new(),
-            images: Vec::new(),
-            next: None,
-            scan: None,
-        };
+        let mut listing = Listing::new(index, slot.term, above, purpose);
         match ctx.stores.newer(slot.id, above) {
             Some(mut keys) => {
                 keys.retain(|k| after.is_none_or(|a| *k > a));
@@ -335,6 +373,10 @@ impl DataAccess {
             }
             None => listing.scan = Some(ctx.stores.scan_all(after, LIST_ELEMENTS_MAX)),
         }
+        self.run_listing(ctx, listing);
+    }
+
+    fn run_listing(&mut self, ctx: &mut Context, listing: Listing) {
         for key in &listing.keys {
             let _ = ctx.stores.load(*key); // Side by side; `advance_listing` waits for each in turn.
         }
@@ -342,6 +384,33 @@ impl DataAccess {
         self.next_job += 1;
         self.listings.insert(job, listing);
         self.advance_listing(ctx, job);
+    }
+
+    /// The primary of the slot asks what is here of these elements.
+    pub(crate) fn begin_comparing(
+        &mut self,
+        ctx: &mut Context,
+        index: SlotIndex,
+        to: ServerId,
+        elements: Vec<ElementKey>,
+    ) {
+        let mut listing = Listing::new(index, self.slots[index].term, Version::ZERO, Purpose::Compare { to });
+        listing.keys = elements.into();
+        self.run_listing(ctx, listing);
+    }
+
+    /// The fall-back for a joiner's list where the change index does not reach back far enough.
+    pub(crate) fn scan_for_joiner(
+        &mut self,
+        ctx: &mut Context,
+        index: SlotIndex,
+        server: ServerId,
+        above: Version,
+        after: Option<ElementKey>,
+    ) {
+        let mut listing = Listing::new(index, self.slots[index].term, above, Purpose::Joiner { server });
+        listing.scan = Some(ctx.stores.scan_all(after, LIST_ELEMENTS_MAX));
+        self.run_listing(ctx, listing);
     }
 
     /// The fall-back where the change index does not reach back far enough.
@@ -370,12 +439,16 @@ impl DataAccess {
         if listing.scan.is_some() {
             return;
         }
+        if let Purpose::Joiner { server } = listing.purpose {
+            let listing = self.listings.remove(&job).expect("just found");
+            return self.on_joiner_mine(ctx, listing.slot, server, listing.keys.into(), listing.next);
+        }
         while let Some(&key) = listing.keys.front() {
             match ctx.stores.load(key) {
                 Loaded::Ready => {
                     listing.keys.pop_front();
                     let image = ctx.stores.image(key);
-                    if image.version > listing.above {
+                    if image.version > listing.above || matches!(listing.purpose, Purpose::Compare { .. }) {
                         listing.images.push((key, image));
                     }
                 }
@@ -385,12 +458,16 @@ impl DataAccess {
         }
         let listing = self.listings.remove(&job).expect("just found");
         let slot = self.slots[listing.slot].id;
-        match listing.to {
-            Some(to) => {
-                let (term, elements, next) = (listing.term, listing.images, listing.next);
+        let (term, elements, next) = (listing.term, listing.images, listing.next);
+        match listing.purpose {
+            Purpose::Answer { to } => {
                 ctx.send(Peer::Server(to), Body::Listed(Listed { slot, term, elements, next }));
             }
-            None => self.on_list_part(ctx, listing.slot, self.me, listing.images, listing.next),
+            Purpose::Compare { to } => {
+                ctx.send(Peer::Server(to), Body::Compared(Compared { slot, term, elements }));
+            }
+            Purpose::Own => self.on_list_part(ctx, listing.slot, self.me, elements, next),
+            Purpose::Joiner { .. } => unreachable!("told above"),
         }
     }
 
@@ -399,14 +476,20 @@ impl DataAccess {
         let Some(&index) = self.by_id.get(&m.slot) else { return };
         let slot = &self.slots[index];
         if slot.promised == m.term && slot.term == m.term && slot.primary == Some(from) {
-            self.begin_listing(ctx, index, m.above, m.after, Some(from));
+            self.begin_listing(ctx, index, m.above, m.after, Purpose::Answer { to: from });
         }
     }
 
     /// A list has come.
     pub fn on_listed(&mut self, ctx: &mut Context, from: ServerId, m: Listed) {
         let Some(&index) = self.by_id.get(&m.slot) else { return };
-        if self.slots[index].term == m.term {
+        let slot = &self.slots[index];
+        if slot.term != m.term {
+            return;
+        }
+        if slot.acting.as_ref().is_some_and(|a| a.joiners.contains_key(&from)) {
+            self.on_joiner_listed(ctx, index, from, m.elements, m.next);
+        } else {
             self.on_list_part(ctx, index, from, m.elements, m.next);
         }
     }
@@ -429,7 +512,7 @@ impl DataAccess {
         lists.entry(from).or_default().extend(elements);
         let above = *lowest;
         match next {
-            Some(after) if from == self.me => self.begin_listing(ctx, index, above, Some(after), None),
+            Some(after) if from == self.me => self.begin_listing(ctx, index, above, Some(after), Purpose::Own),
             Some(after) => {
                 let list = List { slot: id, term, above, after: Some(after) };
                 ctx.send(Peer::Server(from), Body::List(list));
@@ -645,6 +728,7 @@ impl DataAccess {
             slot.outstanding += 1;
             self.tickets.insert(ticket, TicketOwner::Background { slot: index });
         }
+        self.joins_due = true;
         self.on_slot_settled_or_not(ctx, index);
         self.unpark_operations(ctx, index);
     }
@@ -772,7 +856,7 @@ fn differences(lists: &Lists, in_sync: &[ServerId], me: ServerId, sabotage: Sabo
 }
 
 /// The blocks of `image`, as `(row, block)`, that a replica with `present` does not have.
-fn lacking(image: &ElementImage, present: Option<&ElementImage>) -> Vec<(u16, u8)> {
+pub(crate) fn lacking(image: &ElementImage, present: Option<&ElementImage>) -> Vec<(u16, u8)> {
     let mut blocks = Vec::new();
     for (r, row) in image.rows.iter().enumerate() {
         let same = present.and_then(|p| p.rows.iter().find(|o| (o.lineage, o.epoch) == (row.lineage, row.epoch)));

@@ -149,6 +149,8 @@ pub struct Server {
     persist_waits: BTreeMap<u64, usize>,
     /// Writes of the global state that wait for room in the journal.
     unstaged: VecDeque<(u64, Bytes, Option<Bytes>)>,
+    /// Commands of data access that are being decided, with its keys.
+    own_commands: BTreeMap<(u64, u64), u64>,
     deferred: VecDeque<Deferred>,
     connected: BTreeMap<ServerId, Incarnation>,
     /// What came before the disks were open.
@@ -188,6 +190,7 @@ impl Server {
             persists: FastMap::new(),
             persist_waits: BTreeMap::new(),
             unstaged: VecDeque::new(),
+            own_commands: BTreeMap::new(),
             deferred: VecDeque::new(),
             connected: BTreeMap::new(),
             early: VecDeque::new(),
@@ -328,6 +331,8 @@ impl Server {
             (Peer::Server(s), Body::Listed(m)) => data.on_listed(ctx, s, m),
             (Peer::Server(s), Body::Fetch(m)) => data.on_fetch(ctx, s, m),
             (Peer::Server(_), Body::Fetched(m)) => data.on_fetched(ctx, m),
+            (Peer::Server(s), Body::Compare(m)) => data.on_compare(ctx, s, m),
+            (Peer::Server(s), Body::Compared(m)) => data.on_compared(ctx, s, m),
             (Peer::Server(_), Body::Settle(m)) => data.on_settle(ctx, from, m.index),
             _ => {} // A message that this peer has no business to send.
         });
@@ -458,6 +463,10 @@ impl Server {
                 counter("settlements", counters.settlements),
                 counter("settled_elements", counters.settled_elements),
                 counter("bad_blocks", counters.bad_blocks),
+                counter("recovering_slots", self.data.recovery().0 as u64),
+                counter("recovering_elements_left", self.data.recovery().1 as u64),
+                counter("recovered_elements", counters.recovered_elements),
+                counter("recovered_blocks", counters.recovered_blocks),
             ],
         }
     }
@@ -476,6 +485,12 @@ impl Server {
             }
             while let Some(output) = self.global.as_mut().and_then(GlobalState::poll_output) {
                 self.on_global_output(output);
+                moved = true;
+            }
+            for (key, command) in self.data.take_proposals() {
+                let now = self.now;
+                let id = self.global().propose_own(now, command);
+                self.own_commands.insert((id.proposer, id.number), key);
                 moved = true;
             }
             for index in self.data.take_settled_here() {
@@ -554,6 +569,15 @@ impl Server {
                 self.follow_state(None);
                 self.with_data(|data, ctx| data.on_families_ended(ctx));
                 self.data.want_sweep();
+                let state = self.global.as_ref().expect("it told that it jumped").state();
+                let is_done = |(proposer, number): &(u64, u64)| {
+                    state.is_executed(&CommandId { proposer: *proposer, number: *number, finished_below: 0 })
+                };
+                let done: Vec<(u64, u64)> = self.own_commands.keys().filter(|id| is_done(id)).copied().collect();
+                for id in done {
+                    let key = self.own_commands.remove(&id).expect("just listed");
+                    self.with_data(|data, ctx| data.on_proposal_decided(ctx, key));
+                }
                 for id in self.admin.waiting() {
                     self.on_executed(id, true);
                 }
@@ -586,6 +610,9 @@ impl Server {
             }
         } else {
             self.follow_state(Some(&effects.slots));
+            if !effects.servers.is_empty() || !effects.names.is_empty() {
+                self.data.want_review();
+            }
             if !effects.families_ended.is_empty() {
                 self.with_data(|data, ctx| data.on_families_ended(ctx));
                 self.data.want_sweep();
@@ -593,6 +620,9 @@ impl Server {
             for session in &effects.sessions_ended {
                 self.data.on_session_ended(*session);
             }
+        }
+        if let Some(key) = self.own_commands.remove(&(id.proposer, id.number)) {
+            self.with_data(|data, ctx| data.on_proposal_decided(ctx, key));
         }
         self.on_executed(id, effects.narrows);
         self.retry_deferred();

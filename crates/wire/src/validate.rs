@@ -50,6 +50,8 @@ pub fn name(body: &Body) -> &'static str {
         Body::Settle(_) => "Settle",
         Body::Settled(_) => "Settled",
         Body::Index => "Index",
+        Body::Compare(_) => "Compare",
+        Body::Compared(_) => "Compared",
     }
 }
 
@@ -86,7 +88,14 @@ fn check(body: &Body) -> Check {
             version(m.above)?;
             m.after.map_or(Ok(()), |after| element(after.element))
         }
-        Body::Listed(m) => listed(m),
+        Body::Listed(m) => images(m.term, &m.elements),
+        Body::Compared(m) => images(m.term, &m.elements),
+        Body::Compare(m) => {
+            counters(&[m.term])?;
+            require(m.elements.len() <= LIST_ELEMENTS_MAX, "too many elements")?;
+            require(m.elements.is_sorted_by(|a, b| a < b), "its elements do not ascend")?;
+            m.elements.iter().try_for_each(|key| element(key.element))
+        }
         Body::Fetch(m) => {
             counters(&[m.term])?;
             element(m.element.element)?;
@@ -235,7 +244,7 @@ fn replicate(m: &Replicate) -> Check {
         }
         Part::Skip { version: v } => version(*v).and_then(|()| no_data(&m.data)),
         Part::Mark { state_index } => counters(&[*state_index]).and_then(|()| no_data(&m.data)),
-        Part::SettlementDone => no_data(&m.data),
+        Part::SettlementDone | Part::CaughtUp => no_data(&m.data),
     }
 }
 
@@ -254,11 +263,11 @@ fn row_blocks(blocks: &[(u16, u8)], rows: usize) -> Check {
     require(blocks.iter().all(inside), "a block outside of the element")
 }
 
-fn listed(m: &Listed) -> Check {
-    counters(&[m.term])?;
-    require(m.elements.len() <= LIST_ELEMENTS_MAX, "too many elements")?;
-    require(m.elements.is_sorted_by(|a, b| a.0 < b.0), "its elements do not ascend")?;
-    m.elements.iter().try_for_each(|(key, image)| element(key.element).and_then(|()| element_image(image)))
+fn images(term: u64, elements: &[(ElementKey, ElementImage)]) -> Check {
+    counters(&[term])?;
+    require(elements.len() <= LIST_ELEMENTS_MAX, "too many elements")?;
+    require(elements.is_sorted_by(|a, b| a.0 < b.0), "its elements do not ascend")?;
+    elements.iter().try_for_each(|(key, image)| element(key.element).and_then(|()| element_image(image)))
 }
 
 fn fetched(m: &Fetched) -> Check {

@@ -34,6 +34,7 @@ use crate::limits::*;
 use crate::liveness::Liveness;
 use crate::message::*;
 use crate::promise::Acting;
+use crate::resync::{Share, WHOLE};
 use crate::sabotage::Sabotage;
 use crate::server::{ClientId, Output, Peer};
 use crate::store::{BlockData, BlockSum, Change, Loaded, ReadBlocks, ReadError, ReadId, StageError, Stores, Ticket};
@@ -102,6 +103,8 @@ pub(crate) struct Slot {
     pub watermark_due: bool,
     /// The primary asked for a promise that waits until everything older is stable.
     pub promise_due: Option<ServerId>,
+    /// As a member that is not in sync: everything up to this watermark has come, in this term.
+    pub caught_up: Option<(Term, Version)>,
 }
 
 /// One operation of a client.
@@ -175,6 +178,7 @@ pub(crate) enum LoadWaiter {
     Map(u64),
     Settling(SlotIndex, ElementKey),
     Fetch(u64),
+    Copy(OpNumber),
     Drop,
     Verify,
 }
@@ -193,6 +197,7 @@ pub(crate) enum ReadOwner {
     Modify(OpNumber),
     Settling { slot: SlotIndex, term: Term, element: ElementKey },
     Fetch(u64),
+    Copy(OpNumber),
 }
 
 /// Somebody asked when an index is settled here.
@@ -217,6 +222,14 @@ pub struct DataAccess {
     operations: BTreeMap<OpNumber, Operation>,
     next_operation: OpNumber,
     queues: FastMap<ElementKey, ElementQueue>,
+    /// Elements being copied to members that are brought back; numbered like operations.
+    pub(crate) copies: BTreeMap<OpNumber, crate::resync::Copy>,
+    /// Slots and members in which that goes on.
+    pub(crate) joining: BTreeSet<(SlotIndex, ServerId)>,
+    /// Somebody came, went, or was brought back: look through all slots.
+    pub(crate) joins_due: bool,
+    /// Commands to be decided, with their keys.
+    pub(crate) proposals: Vec<(u64, crate::global_state::Command)>,
     in_progress: FastMap<RequestId, OpNumber>,
     loading: FastMap<ElementKey, SmallVec<[LoadWaiter; 2]>>,
     pub(crate) tickets: FastMap<Ticket, TicketOwner>,
@@ -274,6 +287,10 @@ pub struct Counters {
     pub settled_elements: u64,
     /// Blocks whose checksum did not match, or that could not be read.
     pub bad_blocks: u64,
+    /// Elements copied to members that were brought back.
+    pub recovered_elements: u64,
+    /// Blocks that travelled for that.
+    pub recovered_blocks: u64,
 }
 
 impl DataAccess {
@@ -287,6 +304,10 @@ impl DataAccess {
             operations: BTreeMap::new(),
             next_operation: 1,
             queues: FastMap::new(),
+            copies: BTreeMap::new(),
+            joining: BTreeSet::new(),
+            joins_due: false,
+            proposals: Vec::new(),
             in_progress: FastMap::new(),
             loading: FastMap::new(),
             tickets: FastMap::new(),
@@ -702,7 +723,9 @@ impl DataAccess {
         }
         let slot = &mut self.slots[op.slot];
         let acting = slot.acting.as_mut().expect("writes are assigned by an acting primary");
-        match room(&self.windows, self.me, &acting.receivers, acting.unfinished.len(), ctx.stores.free_blocks(), cost) {
+        let mut receivers = acting.receivers.clone();
+        receivers.extend(acting.joiners.iter().filter(|(_, j)| j.counts()).map(|(s, _)| *s));
+        match room(&self.windows, self.me, &receivers, acting.unfinished.len(), ctx.stores.free_blocks(), cost) {
             Room::Yes if ctx.stores.is_ready_for(cost) => {}
             Room::Yes | Room::Later => {
                 op.phase = Phase::Starved;
@@ -770,6 +793,24 @@ impl DataAccess {
                 ctx.out.push_back(Output::Send { to: Peer::Server(*receiver), message });
             }
         }
+        for (member, joiner) in &mut acting.joiners {
+            let window = self.windows.entry(*member).or_default();
+            let counts = match joiner.share(op.element, window.admits(cost)) {
+                Share::Nothing => continue,
+                Share::Sent => false,
+                Share::Counts => true,
+            };
+            if counts {
+                waits.push(*member);
+            }
+            window.in_flight += cost;
+            let (part, payload) = (part.clone(), payload.clone());
+            let m = joiner.outgoing.push(slot.id, slot.term, slot.watermark, part, payload, Some(version.sequence));
+            if self.connected.contains(member) {
+                let message = Message { state_index: ctx.state.index, body: Body::Replicate(m) };
+                ctx.out.push_back(Output::Send { to: Peer::Server(*member), message });
+            }
+        }
         if self.sabotage == Sabotage::AckBeforeSecondary {
             waits.truncate(1);
         }
@@ -828,7 +869,7 @@ impl DataAccess {
         self.operation_ended(ctx, number);
     }
 
-    fn leave_queue(&mut self, ctx: &mut Context, number: OpNumber, element: ElementKey, mask: u16, holds: bool) {
+    pub(crate) fn leave_queue(&mut self, ctx: &mut Context, number: OpNumber, element: ElementKey, mask: u16, holds: bool) {
         let Some(queue) = self.queues.get_mut(&element) else { return };
         if holds {
             queue.release(mask);
@@ -836,8 +877,15 @@ impl DataAccess {
             queue.forget(number);
         }
         let operations = &mut self.operations;
-        let next = queue.take_startable(|op| matches!(operations[&op].kind, Kind::Write(_)));
+        let copies = &self.copies;
+        let next = queue.take_startable(|op| {
+            copies.contains_key(&op) || operations.get(&op).is_some_and(|op| matches!(op.kind, Kind::Write(_)))
+        });
         for number in &next {
+            if copies.contains_key(number) {
+                queue.hold(WHOLE);
+                continue;
+            }
             let op = operations.get_mut(number).expect("waiting operations exist");
             if matches!(op.kind, Kind::Write(_)) {
                 queue.hold(op.mask);
@@ -855,9 +903,34 @@ impl DataAccess {
         while let Some(operation) = self.startable.pop_front() {
             if self.operations.get(&operation).is_some_and(|op| op.phase == Phase::Queued) {
                 self.start(ctx, operation);
+            } else if self.copies.contains_key(&operation) {
+                self.start_copy(ctx, operation);
             }
         }
         self.is_starting = false;
+    }
+
+    /// A number in the order of operations.
+    pub(crate) fn take_number(&mut self) -> OpNumber {
+        self.next_operation += 1;
+        self.next_operation - 1
+    }
+
+    /// Enters an element's queue for all of its blocks; true if they are held at once.
+    pub(crate) fn enter_queue(&mut self, number: OpNumber, element: ElementKey) -> bool {
+        let queue = self.queues.get_or_insert_with(element, ElementQueue::default);
+        let is_free = queue.is_free(WHOLE);
+        if is_free {
+            queue.hold(WHOLE);
+        } else {
+            queue.wait(number, WHOLE);
+        }
+        is_free
+    }
+
+    /// A new term begins: nobody waits in this element's queue any more.
+    pub(crate) fn remove_queue(&mut self, element: ElementKey) {
+        self.queues.remove(&element);
     }
 
     fn answered(&mut self, client: ClientId) {
@@ -923,6 +996,7 @@ impl DataAccess {
                 LoadWaiter::Map(map) => self.on_map_loaded(ctx, map, element),
                 LoadWaiter::Settling(slot, element) => self.advance_settling(ctx, slot, element),
                 LoadWaiter::Fetch(job) => self.advance_fetch(ctx, job),
+                LoadWaiter::Copy(number) => self.start_copy(ctx, number),
                 LoadWaiter::Drop => self.drop_element(ctx, element),
                 LoadWaiter::Verify => self.verify_element(ctx, element),
             }
@@ -992,6 +1066,7 @@ impl DataAccess {
                 }
             }
             Some(ReadOwner::Fetch(job)) => self.on_fetch_read(ctx, job, result),
+            Some(ReadOwner::Copy(number)) => self.on_copy_read(ctx, number, result),
             None => {
                 self.on_verify_read(ctx, read, &result);
             }
@@ -1030,6 +1105,7 @@ impl DataAccess {
             }
         }
         self.send_promises(ctx, asks);
+        self.joins_due = true;
     }
 
     fn slot_index(&mut self, ctx: &mut Context, id: SlotId) -> SlotIndex {
@@ -1051,6 +1127,7 @@ impl DataAccess {
             ack_due: false,
             watermark_due: false,
             promise_due: None,
+            caught_up: None,
         });
         self.by_id.insert(id, self.slots.len() - 1);
         self.slots.len() - 1
@@ -1182,6 +1259,8 @@ impl DataAccess {
         for (index, element) in std::mem::take(&mut self.blocked_settling) {
             self.advance_settling(ctx, index, element);
         }
+        self.review_joiners(ctx);
+        self.advance_copies(ctx);
         self.send_promised(ctx);
         self.send_acks(ctx);
         if self.watermark_timer.is_some_and(|at| at <= ctx.now) {
@@ -1219,7 +1298,10 @@ impl DataAccess {
             let Some(acting) = slot.acting.as_ref().filter(|a| a.is_serving()) else { continue };
             let own = ctx.stores.durable_watermark(slot.id);
             let lowest = acting.durable.values().copied().fold(own, Version::min);
-            slot.lowest_durable = slot.lowest_durable.max(lowest);
+            // A member that is away will ask for what it missed.
+            if ctx.state.slot(slot.id).is_some_and(|s| s.tuple.iter().all(|m| m.in_sync)) {
+                slot.lowest_durable = slot.lowest_durable.max(lowest);
+            }
             ctx.stores.forget_changes(slot.id, slot.lowest_durable);
             for receiver in acting.streams.keys() {
                 told.entry(*receiver).or_default().push(SlotWatermark {

@@ -123,6 +123,10 @@ impl DataAccess {
                     watermark: slot.watermark,
                 })
             }
+            Part::Copy { element, image, .. } if image.version == Version::ZERO => {
+                // The primary has no such element: what was here was never complete.
+                (!family_ended(ctx.state, element.family)).then_some(Change::Drop { element })
+            }
             Part::Copy { element, mut image, blocks: places, settles: _ } => {
                 if self.sabotage == Sabotage::IdsNotCopied {
                     image.ids = ctx.stores.ids(element).to_vec();
@@ -138,6 +142,10 @@ impl DataAccess {
                 let (slot, watermark) = (slot.id, slot.watermark);
                 self.on_slot_settled_or_not(ctx, index);
                 Some(Change::Watermark { slot, watermark })
+            }
+            Part::CaughtUp => {
+                slot.caught_up = Some((m.term, m.watermark));
+                None
             }
             Part::Skip { .. } | Part::Mark { .. } => None,
         }
@@ -231,16 +239,27 @@ impl DataAccess {
                 continue;
             }
             let Some(acting) = slot.acting.as_mut() else { continue };
-            let Some(outgoing) = acting.streams.get_mut(&from) else { continue };
+            let joiner = acting.joiners.get_mut(&from);
+            let is_joiner = joiner.is_some();
+            let outgoing = match joiner {
+                Some(joiner) => &mut joiner.outgoing,
+                None => match acting.streams.get_mut(&from) {
+                    Some(outgoing) => outgoing,
+                    None => continue,
+                },
+            };
             let released = outgoing.on_stable(ack.stream, ack.through);
-            let durable = acting.durable.entry(from).or_default();
-            if ack.durable_watermark > *durable {
-                *durable = ack.durable_watermark;
+            if !is_joiner {
+                let durable = acting.durable.entry(from).or_default();
+                *durable = ack.durable_watermark.max(*durable);
             }
             let window = self.windows.entry(from).or_default();
             window.in_flight = window.in_flight.saturating_sub(released.cost);
             for sequence in released.sequences {
                 self.on_write_stable(ctx, index, sequence, from);
+            }
+            if is_joiner {
+                self.on_joiner_stable(index, from, ack.through);
             }
             self.settle_more(ctx, index);
             self.settlement_may_be_done(ctx, index);
@@ -288,7 +307,9 @@ impl DataAccess {
                 }
             }
             self.ask_again(ctx, index, server);
+            self.on_joiner_connected(ctx, index, server);
         }
+        self.joins_due = true;
         if !promises.is_empty() {
             ctx.send(Peer::Server(server), Body::Promise(Promise { slots: promises }));
         }
@@ -306,7 +327,7 @@ const WINDOW_USEFUL: u64 = 64;
 fn part_element(part: &Part) -> Option<ElementKey> {
     match part {
         Part::Write { element, .. } | Part::Copy { element, .. } => Some(*element),
-        Part::SettlementDone | Part::Skip { .. } | Part::Mark { .. } => None,
+        Part::SettlementDone | Part::CaughtUp | Part::Skip { .. } | Part::Mark { .. } => None,
     }
 }
 
