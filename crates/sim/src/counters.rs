@@ -26,6 +26,12 @@ macro_rules! kinds {
 }
 
 kinds! {
+    /// A server was declared down.
+    Down => "a server was declared down",
+    /// A member that was being brought back got an element.
+    CopiedBack => "an element was copied to a member that came back",
+    /// A member had everything again.
+    CaughtUp => "a member caught up",
     /// One server was killed.
     CrashOne => "one server crashed",
     /// Several servers, but not all, were killed at one moment.

@@ -147,7 +147,15 @@ impl World {
         }
         let not = |h: &usize| !self.servers[*h].life.as_ref().is_some_and(|l| l.ready);
         let unready: Vec<usize> = (0..self.servers.len()).filter(not).collect();
-        (!unready.is_empty()).then(|| format!("hosts {unready:?} are not ready"))
+        if !unready.is_empty() {
+            return Some(format!("hosts {unready:?} are not ready"));
+        }
+        let state = self.newest_state()?;
+        let out = state.all_slots().flat_map(|(id, slot)| {
+            slot.tuple.iter().filter(|m| !m.in_sync).map(move |m| (id, m.server))
+        });
+        let out: Vec<_> = out.take(3).collect();
+        (!out.is_empty()).then(|| format!("{out:?} are not in sync again"))
     }
 
     fn unfinished(&self) -> Option<String> {

@@ -90,6 +90,13 @@ pub enum Event {
         /// In which of its lives.
         life: u64,
     },
+    /// A dead host is declared down, if it is still dead.
+    Bury {
+        /// Host.
+        host: usize,
+        /// The life that ended.
+        life: u64,
+    },
     /// The world looks whether the next phase begins.
     Phase,
 }

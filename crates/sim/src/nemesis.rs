@@ -6,10 +6,11 @@ use crate::net::{Node, Side};
 use crate::workload::draw_weighted;
 use crate::world::World;
 use petal::ids::ServerId;
-use petal::message::{Body, Message};
-use petal::server::Peer;
+use petal::global_state::Command;
+use petal::message::{Admin, AdminRequest, Body, CommandId, Message};
+use petal::server::{self, Peer};
 use petal::store::DiskCommand;
-use stdx::Duration;
+use stdx::{Duration, Machine};
 
 /// A moment at which somebody is killed: while the command is in flight, or about when the message
 /// leaves or arrives.
@@ -128,6 +129,46 @@ impl World {
                 self.plan_start(Node::Server(host), at);
             }
         }
+    }
+
+    /// Declares a dead server down, as its ring would when its leases have run out: here it is known that
+    /// it is dead.
+    pub(crate) fn on_bury(&mut self, host: usize, life: u64) {
+        let machine = &self.servers[host];
+        let (Some(server), None) = (machine.id, &machine.life) else { return };
+        if machine.lives != life {
+            return;
+        }
+        let running = self.running();
+        let newest = running.iter().filter_map(|h| self.servers[*h].life.as_ref()?.server.state());
+        let Some(state) = newest.max_by_key(|s| s.index).and_then(|s| s.servers.get(&server)) else {
+            return self.queue.plan(self.now + Duration::from_millis(50), Event::Bury { host, life });
+        };
+        if state.down {
+            self.counters.count(Kind::Down);
+            return;
+        }
+        if state.incarnation.0 == 0 {
+            return;
+        }
+        let incarnation = state.incarnation;
+        let command = match state.suspect {
+            None => Command::Suspect { server, incarnation },
+            Some(suspect) => Command::ServerDown { server, incarnation, suspect },
+        };
+        let number = self.chaos.below(1 << 40) + 1;
+        let id = CommandId { proposer: self.chaos.next_u64(), number, finished_below: 0 };
+        let request = AdminRequest::Execute { id, command, deadline_millis: 1000 };
+        let message = Message { state_index: 0, body: Body::Admin(Admin { tag: number, request }) };
+        let at = *self.chaos.pick(&running);
+        let machine = &mut self.servers[at];
+        let Some(alive) = &mut machine.life else { return };
+        if alive.ready {
+            let from = Peer::Client(u64::MAX);
+            alive.server.handle(machine.clock.local(self.now), server::Input::Message { from, message });
+            self.plan_run(Node::Server(at));
+        }
+        self.queue.plan(self.now + Duration::from_millis(20), Event::Bury { host, life });
     }
 
     fn running(&self) -> Vec<usize> {

@@ -56,6 +56,8 @@ pub struct Options {
     pub fault_interval: Option<Duration>,
     /// A dead server or client starts again after at most so long.
     pub restart_delay: Duration,
+    /// A dead server is declared down after at most so long, if it is still dead.
+    pub bury_after: Option<Duration>,
     /// How likely each fault is, relative to the others.
     pub faults: FaultWeights,
     /// How likely each operation is, relative to the others.
@@ -168,7 +170,8 @@ impl Options {
             run_delay: Duration::from_micros(*prng.pick(&[1, 20, 200, 2000])),
             drift: *prng.pick(&[0, 100, 10_000]),
             fault_interval: prng.chance(9, 10).then(|| Duration::from_millis(*prng.pick(&[25, 100, 300, 1000]))),
-            restart_delay: Duration::from_millis(*prng.pick(&[2, 20, 100, 1500])),
+            restart_delay: Duration::from_millis(*prng.pick(&[2, 20, 300, 1500, 4000])),
+            bury_after: prng.chance(5, 6).then(|| Duration::from_millis(*prng.pick(&[1, 20, 300]))),
             faults: FaultWeights::draw(prng),
             mix: Mix::draw(prng),
             crowded: false,

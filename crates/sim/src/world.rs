@@ -23,7 +23,7 @@ use bytes::Bytes;
 use petal::client::{self, Client, ClientConfig};
 use petal::global_state::{Genesis, GenesisServer};
 use petal::ids::{ClusterId, DiskId, Incarnation, ServerId};
-use petal::message::Message;
+use petal::message::{Body, Message, Part, Replicate};
 use petal::server::{self, Peer, Server};
 use petal::store::{DiskCommand, OpId};
 use stdx::{Duration, Instant, Machine, Prng};
@@ -161,6 +161,7 @@ impl World {
             Event::Start { node } => self.on_start(node),
             Event::Fault => self.on_fault(),
             Event::Ambush { host } => self.on_ambush(host),
+            Event::Bury { host, life } => self.on_bury(host, life),
             Event::Think { client, life } => self.on_think(client, life),
             Event::Phase => self.on_phase(),
         }
@@ -255,6 +256,10 @@ impl World {
         }
         self.checkers.primaries.forget(host);
         self.cut_connections(end);
+        if let Some(after) = self.options.bury_after {
+            let (life, at) = (self.servers[host].lives, self.now + self.draw(after));
+            self.queue.plan(at, Event::Bury { host, life });
+        }
     }
 
     /// Kills a client; nobody will ever know what became of its requests.
@@ -595,6 +600,13 @@ impl World {
         match output {
             server::Output::Send { to, message } => match life.driver.connections.get(&to).copied() {
                 Some((connection, side)) => {
+                    match &message.body {
+                        Body::Replicate(Replicate { part: Part::CaughtUp, .. }) => self.counters.count(Kind::CaughtUp),
+                        Body::Replicate(Replicate { part: Part::Copy { settles: false, .. }, .. }) => {
+                            self.counters.count(Kind::CopiedBack);
+                        }
+                        _ => {}
+                    }
                     self.spring_at_message(host, to, &message);
                     self.send(connection, side, &message);
                 }
