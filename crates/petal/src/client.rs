@@ -348,14 +348,21 @@ pub struct Client {
     timers: BTreeSet<(Instant, Timer)>,
     /// Next look at deadlines and at who waits for long.
     next_scan: Option<Instant>,
+    /// Next look at who waits for very long.
+    next_warning: Instant,
     /// Grows with each choice between copies.
     turn: u64,
     prng: Prng,
     outputs: VecDeque<Output>,
 }
 
-/// Time between two looks at what waits for long.
-const SCAN_EVERY: Duration = Duration::from_secs(1);
+/// Time between two looks at what is not answered, while anything is asked.
+const SCAN_EVERY: Duration = Duration::from_millis(50);
+/// Time between two looks at what waits so long that people should know.
+const WARN_EVERY: Duration = Duration::from_secs(1);
+/// A server that has not answered for so long may be away: reads go to another copy, and somebody else is
+/// asked who acts now. A few times what a slow disk takes, a fraction of a lease.
+const IMPATIENCE: Duration = Duration::from_millis(150);
 /// What a request costs besides its bytes.
 const REQUEST_COST: u64 = 4096;
 /// What a walk costs: lists of elements of some servers.
@@ -382,6 +389,7 @@ impl Client {
             management: None,
             timers: BTreeSet::new(),
             next_scan: None,
+            next_warning: now,
             turn: 0,
             prng: Prng::new(config.proposer),
             outputs: VecDeque::new(),
@@ -639,6 +647,9 @@ impl Client {
 
     fn on_message(&mut self, from: ServerId, message: Message) {
         self.state_index = self.state_index.max(message.state_index);
+        if let Some(link) = self.links.get_mut(&from) {
+            link.silent = false;
+        }
         match message.body {
             Body::ReadReply(reply) => self.on_read_reply(from, reply),
             Body::WriteReply(reply) => self.on_write_reply(from, reply),
@@ -688,8 +699,12 @@ impl Client {
                 deadline => self.schedule_scan(deadline.map(|d| d.since(self.now))),
             }
         }
-        self.warn_about_operations();
-        self.warn_about_calls();
+        self.hurry();
+        if self.next_warning <= self.now {
+            self.next_warning = self.now + WARN_EVERY;
+            self.warn_about_operations();
+            self.warn_about_calls();
+        }
     }
 
     fn end_waiting_requests(&mut self) {

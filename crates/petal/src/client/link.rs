@@ -19,13 +19,15 @@ pub(super) struct Link {
     pub in_flight: usize,
     /// Operations that wait for the window or the connection, in order.
     pub queue: VecDeque<u32>,
+    /// It has not answered for a while, although the connection is up.
+    pub silent: bool,
     /// Smoothed time of a read, in nanoseconds; zero = none yet.
     latency: u64,
 }
 
 impl Link {
     pub fn new(addresses: Vec<String>) -> Link {
-        Link { addresses, dialed: false, connected: None, in_flight: 0, queue: VecDeque::new(), latency: 0 }
+        Link { addresses, dialed: false, connected: None, in_flight: 0, queue: VecDeque::new(), silent: false, latency: 0 }
     }
     /// True if an operation may be sent now.
     pub fn has_room(&self) -> bool {
@@ -42,6 +44,7 @@ impl Link {
     }
     pub fn disconnected(&mut self) {
         self.connected = None;
+        self.silent = false;
         self.in_flight = 0;
         self.latency = 0;
     }
@@ -54,7 +57,7 @@ const LATENCY_SLACK: u64 = 100_000;
 /// One in so many choices goes to the copy that seems slower, so that it is seen when it is not any more.
 const PROBE_EVERY: u64 = 64;
 
-/// Where a read goes: a connected server before others, then the fewest operations outstanding, then
+/// Where a read goes: a connected server that answers before others, then the fewest operations outstanding, then
 /// the clearly lower latency, then turns (2.6). `turn` grows by one with each choice.
 pub(super) fn choose_copy<'a>(copies: impl Iterator<Item = (ServerId, &'a Link)>, turn: u64) -> Option<ServerId> {
     let mut best: Option<(ServerId, &Link)> = None;
@@ -71,7 +74,7 @@ pub(super) fn choose_copy<'a>(copies: impl Iterator<Item = (ServerId, &'a Link)>
 }
 
 fn is_better(new: &Link, old: &Link, turn: u64) -> bool {
-    let rank = |l: &Link| (l.connected.is_none(), l.outstanding());
+    let rank = |l: &Link| (l.connected.is_none(), l.silent, l.outstanding());
     if rank(new) != rank(old) {
         return rank(new) < rank(old);
     }

@@ -315,15 +315,16 @@ impl Client {
         if to.is_some() {
             return to.filter(is_connected);
         }
-        if let Some(last) = self.management.filter(is_connected)
+        let answers = |server: &ServerId| self.links.get(server).is_some_and(|l| l.connected.is_some() && !l.silent);
+        if let Some(last) = self.management.filter(answers)
             && Some(last) != before
             && before.is_none()
         {
             return Some(last);
         }
         let after = before.or(self.management);
-        let next = self.connected().find(|server| after.is_none_or(|a| *server > a));
-        next.or_else(|| self.connected().next())
+        let next = self.connected().filter(answers).find(|server| after.is_none_or(|a| *server > a));
+        next.or_else(|| self.connected().find(answers)).or_else(|| self.connected().next())
     }
 
     /// A connection is up: calls that wait for one go out.

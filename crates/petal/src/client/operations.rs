@@ -98,6 +98,15 @@ impl Operation {
             Task::Read { .. } | Task::Map { .. } => None,
         }
     }
+    /// True if this server may answer it, by what is known now.
+    fn may_ask(&self, server: ServerId, session: &Session) -> bool {
+        let slot = session.slot(self.element());
+        match &self.task {
+            Task::Read { .. } if !self.primary_only => slot.in_sync.contains(&server),
+            Task::Read { .. } | Task::Write { .. } | Task::Zero { .. } => slot.in_sync.first() == Some(&server),
+            Task::Map { map_changes, .. } => *map_changes == session.map_changes,
+        }
+    }
     pub fn sent_to(&self) -> Option<ServerId> {
         match self.state {
             State::Sent { server, .. } => Some(server),
@@ -498,14 +507,68 @@ impl Client {
         for (index, entry) in self.operations.entries.iter_mut().enumerate() {
             if let Some(operation) = entry.1.as_mut()
                 && operation.session == session
-                && operation.state == State::Waiting
             {
+                match operation.state {
+                    State::Waiting => {}
+                    // It asks a server that is not the right one any more. Should that one have done it
+                    // all the same, the next finds the request's number in the element (I6).
+                    State::Sent { server, .. } if !operation.may_ask(server, &self.sessions[&session]) => {
+                        self.links.get_mut(&server).expect("it was sent there").in_flight -= 1;
+                    }
+                    _ => continue,
+                }
                 operation.state = State::Ready;
                 operation.tries = 0;
                 self.ready.push_back(index as u32);
             }
         }
         self.route_again(|_| true);
+    }
+
+    /// Looks after operations that nobody answers: reads go to another copy; for all of them somebody is
+    /// asked who acts by now.
+    pub(super) fn hurry(&mut self) {
+        let mut waiting: BTreeSet<SessionId> = BTreeSet::new();
+        let mut silent: BTreeSet<ServerId> = BTreeSet::new();
+        let mut reads: Vec<(u32, ServerId)> = Vec::new();
+        for (index, operation) in self.operations.iter() {
+            match operation.state {
+                State::Sent { server, at } if self.now.since(at) >= IMPATIENCE => {
+                    silent.insert(server);
+                    waiting.insert(operation.session);
+                    if matches!(operation.task, Task::Read { .. }) {
+                        reads.push((index, server));
+                    }
+                }
+                State::Queued(server) if self.links.get(&server).is_none_or(|l| l.connected.is_none()) => {
+                    waiting.insert(operation.session);
+                }
+                _ => {}
+            }
+        }
+        for server in silent {
+            let link = self.links.get_mut(&server).expect("something was sent there");
+            if !std::mem::replace(&mut link.silent, true) {
+                self.take_back_calls(server);
+            }
+        }
+        for (index, server) in reads {
+            let operation = self.operations.get_mut(index).expect("just seen");
+            let slot = self.sessions[&operation.session].slot(operation.element());
+            let links = &self.links;
+            let answers = |s: &ServerId| links.get(s).is_some_and(|l| l.connected.is_some() && !l.silent);
+            if slot.in_sync.iter().any(|s| *s != server && !operation.bad.contains(s) && answers(s)) {
+                operation.state = State::Ready;
+                operation.primary_only = false;
+                self.links.get_mut(&server).expect("it was sent there").in_flight -= 1;
+                self.ready.push_back(index);
+            }
+        }
+        for id in waiting {
+            let session = self.sessions.get_mut(&id).expect("a session outlives its operations");
+            session.refresh.pause = session.refresh.pause.min(SCAN_EVERY);
+            self.refresh(id);
+        }
     }
 
     /// Drops a request's operations; for whom they waited.
@@ -547,7 +610,7 @@ impl Client {
         let old: Vec<(u32, SessionId, Instant)> = self
             .operations
             .iter()
-            .filter(|(_, o)| self.now.since(o.since) >= SCAN_EVERY)
+            .filter(|(_, o)| self.now.since(o.since) >= WARN_EVERY)
             .map(|(index, o)| (index, o.session, o.since))
             .collect();
         for (index, session, since) in old {
