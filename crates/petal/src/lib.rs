@@ -18,6 +18,7 @@ pub mod message;
 pub mod placement;
 pub mod promise;
 mod resync;
+mod silence;
 pub mod sabotage;
 pub mod server;
 pub mod store;

@@ -63,6 +63,14 @@ pub const DISK_SIZE_MAX: u64 = (1 << 63) - crate::ids::BLOCK_SIZE;
 pub const STRIPE_UNIT_DEFAULT: u64 = 1 << 20;
 /// Lease of a server (granted always until failures are handled).
 pub const LEASE: Duration = Duration::from_secs(1);
+/// After so long nobody holds a lease any more that was granted before: the lease, with clocks that run up
+/// to 1 % too fast here and too slow there.
+pub const LEASE_OVER: Duration = Duration::from_millis(1021);
+/// A replica that has not answered for so long is taken out of its slots: while it is not connected, and
+/// while it is but stays silent.
+pub const SILENCE_DISCONNECTED: Duration = Duration::from_millis(500);
+/// The second of these.
+pub const SILENCE_CONNECTED: Duration = Duration::from_millis(1500);
 /// First delay before something unanswered is sent again.
 pub const RETRY_MIN: Duration = Duration::from_millis(20);
 /// Longest delay between two tries.

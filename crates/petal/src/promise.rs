@@ -21,7 +21,7 @@ use crate::data_access::{
     Context, DataAccess, Incoming, LoadWaiter, OpNumber, Outgoing, ReadOwner, SlotIndex, TicketOwner, family_ended,
 };
 use crate::ids::*;
-use crate::limits::LIST_ELEMENTS_MAX;
+use crate::limits::{LEASE_OVER, LIST_ELEMENTS_MAX};
 use crate::message::*;
 use crate::resync::Joiner;
 use crate::sabotage::Sabotage;
@@ -30,6 +30,7 @@ use crate::store::{BlockSum, Change, DiskError, ElementImage, Loaded, ReadBlocks
 use bytes::Bytes;
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use stdx::Instant;
 
 /// Elements of a slot that are settled side by side.
 const SETTLING_MAX: usize = 8;
@@ -51,6 +52,8 @@ pub(crate) struct Acting {
     pub durable: BTreeMap<ServerId, Version>,
     /// Members that are being brought back (`resync.rs`).
     pub joiners: BTreeMap<ServerId, Joiner>,
+    /// Nothing is served before: a member that was taken out may still have a lease.
+    pub not_before: Option<Instant>,
 }
 
 /// A write that has a version and is not complete.
@@ -156,6 +159,17 @@ impl Acting {
         matches!(self.phase, Phase::Serving)
     }
 
+    /// True if something of the slot waits for an answer of this member.
+    pub fn waits_for(&self, server: ServerId) -> bool {
+        match &self.phase {
+            Phase::Promising { promised } if !promised.contains_key(&server) => return true,
+            Phase::Listing { done, .. } if !done.contains(&server) => return true,
+            Phase::Settling { active, .. } if active.values().any(|s| s.difference.winner == server) => return true,
+            _ => {}
+        }
+        self.streams.get(&server).is_some_and(|s| !s.is_empty())
+    }
+
     /// True if this server's promise is asked for and has not come.
     pub fn waits_for_promise_of(&self, server: ServerId) -> bool {
         let Phase::Promising { promised } = &self.phase else { return false };
@@ -206,7 +220,8 @@ impl DataAccess {
         }
         slot.in_sync = in_sync;
         if primary == Some(self.me) {
-            self.begin_to_act(index, asks);
+            let unaware = ctx.state.slots[&id.gmap][id.slot as usize].has_unaware(&ctx.state.servers);
+            self.begin_to_act(index, unaware.then(|| ctx.now + LEASE_OVER), asks);
             self.on_outstanding_changed(ctx, index);
         } else {
             self.unpark_operations(ctx, index);
@@ -215,7 +230,12 @@ impl DataAccess {
         self.answer_early_promise(ctx, id);
     }
 
-    fn begin_to_act(&mut self, index: SlotIndex, asks: &mut BTreeMap<ServerId, Vec<(SlotId, Term)>>) {
+    fn begin_to_act(
+        &mut self,
+        index: SlotIndex,
+        not_before: Option<Instant>,
+        asks: &mut BTreeMap<ServerId, Vec<(SlotId, Term)>>,
+    ) {
         let slot = &mut self.slots[index];
         slot.promised = slot.term;
         let receivers: SmallVec<[ServerId; 3]> = slot.in_sync.iter().copied().filter(|s| *s != self.me).collect();
@@ -235,6 +255,7 @@ impl DataAccess {
             receivers,
             streams,
             joiners: BTreeMap::new(),
+            not_before,
         }));
     }
 
@@ -312,6 +333,7 @@ impl DataAccess {
 
     /// Promises have come.
     pub fn on_promised(&mut self, ctx: &mut Context, from: ServerId, m: Promised) {
+        self.silence.heard(from);
         let window = self.windows.entry(from).or_default();
         window.limit = m.window;
         window.full = m.full;
@@ -482,6 +504,7 @@ impl DataAccess {
 
     /// A list has come.
     pub fn on_listed(&mut self, ctx: &mut Context, from: ServerId, m: Listed) {
+        self.silence.heard(from);
         let Some(&index) = self.by_id.get(&m.slot) else { return };
         let slot = &self.slots[index];
         if slot.term != m.term {
@@ -630,7 +653,8 @@ impl DataAccess {
     }
 
     /// Blocks that this server lacked have come.
-    pub fn on_fetched(&mut self, ctx: &mut Context, m: Fetched) {
+    pub fn on_fetched(&mut self, ctx: &mut Context, from: ServerId, m: Fetched) {
+        self.silence.heard(from);
         let Some(&index) = self.by_id.get(&m.slot) else { return };
         let slot = &mut self.slots[index];
         if slot.term != m.term {
@@ -713,6 +737,10 @@ impl DataAccess {
         if !equal || slot.outstanding > 0 {
             return;
         }
+        if let Some(at) = acting.not_before.filter(|at| *at > ctx.now) {
+            self.wake_at = Some(self.wake_at.map_or(at, |other| other.min(at)));
+            return;
+        }
         acting.phase = Phase::Serving;
         slot.watermark = slot.watermark.max(Version { term: slot.term, sequence: 0 });
         self.counters.settlements += 1;
@@ -731,6 +759,17 @@ impl DataAccess {
         self.joins_due = true;
         self.on_slot_settled_or_not(ctx, index);
         self.unpark_operations(ctx, index);
+    }
+
+    /// The time has come that some settlement waited for.
+    pub(crate) fn serve_what_waited(&mut self, ctx: &mut Context) {
+        if self.wake_at.is_none_or(|at| at > ctx.now) {
+            return;
+        }
+        self.wake_at = None;
+        for index in 0..self.slots.len() {
+            self.settlement_may_be_done(ctx, index);
+        }
     }
 
     /// Some family ended: its elements need not be made equal any more, and replicas that have dropped

@@ -603,6 +603,7 @@ impl DataAccess {
                 *key = None;
             }
         }
+        self.silence.decided(decided);
         self.joins_due = true;
         self.review_joiners(ctx);
     }

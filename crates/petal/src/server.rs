@@ -330,7 +330,7 @@ impl Server {
             (Peer::Server(s), Body::List(m)) => data.on_list(ctx, s, m),
             (Peer::Server(s), Body::Listed(m)) => data.on_listed(ctx, s, m),
             (Peer::Server(s), Body::Fetch(m)) => data.on_fetch(ctx, s, m),
-            (Peer::Server(_), Body::Fetched(m)) => data.on_fetched(ctx, m),
+            (Peer::Server(s), Body::Fetched(m)) => data.on_fetched(ctx, s, m),
             (Peer::Server(s), Body::Compare(m)) => data.on_compare(ctx, s, m),
             (Peer::Server(s), Body::Compared(m)) => data.on_compared(ctx, s, m),
             (Peer::Server(_), Body::Settle(m)) => data.on_settle(ctx, from, m.index),

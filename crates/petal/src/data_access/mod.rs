@@ -228,6 +228,10 @@ pub struct DataAccess {
     pub(crate) joining: BTreeSet<(SlotIndex, ServerId)>,
     /// Somebody came, went, or was brought back: look through all slots.
     pub(crate) joins_due: bool,
+    /// Some settlement waits for this moment.
+    pub(crate) wake_at: Option<Instant>,
+    /// Who has not answered for how long (`silence.rs`).
+    pub(crate) silence: crate::silence::Silence,
     /// Commands to be decided, with their keys.
     pub(crate) proposals: Vec<(u64, crate::global_state::Command)>,
     in_progress: FastMap<RequestId, OpNumber>,
@@ -307,6 +311,8 @@ impl DataAccess {
             copies: BTreeMap::new(),
             joining: BTreeSet::new(),
             joins_due: false,
+            wake_at: None,
+            silence: crate::silence::Silence::default(),
             proposals: Vec::new(),
             in_progress: FastMap::new(),
             loading: FastMap::new(),
@@ -1259,6 +1265,8 @@ impl DataAccess {
         for (index, element) in std::mem::take(&mut self.blocked_settling) {
             self.advance_settling(ctx, index, element);
         }
+        self.serve_what_waited(ctx);
+        self.watch_silence(ctx);
         self.review_joiners(ctx);
         self.advance_copies(ctx);
         self.send_promised(ctx);
@@ -1319,7 +1327,7 @@ impl DataAccess {
 
     /// When something is due although nothing else happens.
     pub fn next_timeout(&self) -> Option<Instant> {
-        self.watermark_timer
+        [self.watermark_timer, self.wake_at, self.silence.next_look()].into_iter().flatten().min()
     }
 
     /// A session is over: nothing of it will be asked again.

@@ -232,6 +232,7 @@ impl DataAccess {
 
     /// What a receiver has made stable.
     pub fn on_stream_ack(&mut self, ctx: &mut Context, from: ServerId, m: StreamAck) {
+        self.silence.heard(from);
         for ack in m.slots {
             let Some(&index) = self.by_id.get(&ack.slot) else { continue };
             let slot = &mut self.slots[index];

@@ -132,6 +132,8 @@ pub struct ServerState {
     pub disks: BTreeMap<DiskId, DiskState>,
     /// Declared down, until its next `ServerUp`.
     pub down: bool,
+    /// State index of the `ServerUp` of its life.
+    pub up: StateIndex,
     /// Suspected, by the command of this index.
     pub suspect: Option<StateIndex>,
     /// Capacity weight for the planner: bytes of its disks.
@@ -168,6 +170,8 @@ pub struct Member {
     pub since: StateIndex,
     /// It is the last in-sync member and lacks a disk: "not found" is an error there.
     pub incomplete: bool,
+    /// State index of the command that took it out of the in-sync set last; zero if none did.
+    pub out: StateIndex,
 }
 
 /// A session.
@@ -214,6 +218,13 @@ impl SlotState {
     /// sync and not down. `None` while all of them are down.
     pub fn acting(&self, servers: &BTreeMap<ServerId, ServerState>) -> Option<ServerId> {
         self.in_sync().find(|s| servers.get(s).is_some_and(|s| !s.down))
+    }
+    /// Whether some member that was taken out may not know it, and serve reads for as long as a lease that
+    /// it has from before (2.1, "complete"). One that is down has no lease, and one that was started since
+    /// got none before it knew.
+    pub fn has_unaware(&self, servers: &BTreeMap<ServerId, ServerState>) -> bool {
+        let may_be = |m: &Member| servers.get(&m.server).is_some_and(|s| !s.down && m.out > s.up);
+        self.tuple.iter().any(|m| !m.in_sync && may_be(m))
     }
     /// The member entry of a server.
     pub fn member(&self, server: ServerId) -> Option<&Member> {
@@ -607,6 +618,7 @@ impl State {
                 .map(|(d, (_, capacity))| (*d, DiskState { incarnation, capacity: *capacity }))
                 .collect(),
             down: false,
+            up: self.index,
             suspect: None,
             weight: found.values().fold(0, |sum: u64, (_, capacity)| sum.saturating_add(*capacity)),
         };
@@ -683,6 +695,7 @@ impl State {
                 if slot.in_sync().any(is_live) {
                     for member in slot.tuple.iter_mut().filter(|m| m.in_sync && is_down(m.server)) {
                         member.in_sync = false;
+                        member.out = index;
                         renewed = true;
                     }
                 }
@@ -712,6 +725,7 @@ impl State {
     }
 
     fn take_out(&mut self, id: ServerId, slots: &[(SlotId, Term)], effects: &mut Effects) -> Applied {
+        let index = self.index;
         let live: BTreeSet<ServerId> =
             self.servers.iter().filter(|(_, s)| !s.down && s.suspect.is_none()).map(|(id, _)| *id).collect();
         self.change_members(slots, effects, |slot| {
@@ -719,7 +733,7 @@ impl State {
                 return false;
             }
             let member = slot.tuple.iter_mut().find(|m| m.server == id && m.in_sync);
-            member.map(|m| m.in_sync = false).is_some()
+            member.map(|m| (m.in_sync, m.out) = (false, index)).is_some()
         })
     }
 
@@ -805,7 +819,7 @@ impl State {
             PlanError::TooManyServers(_) => CommandError::TooMany { limit: SERVERS_MAX, what: "servers".into() },
         })?;
         let member =
-            |server: &ServerId| Member { server: *server, in_sync: true, since: self.index, incomplete: false };
+            |server: &ServerId| Member { server: *server, in_sync: true, since: self.index, incomplete: false, out: 0 };
         let slot = |tuple: &Vec<ServerId>| SlotState { tuple: tuple.iter().map(member).collect(), term: self.index };
         self.slots.insert(id, gmap.slots.iter().map(slot).collect());
         effects.slots.extend((0..gmap.slots.len() as u32).map(|slot| SlotId { gmap: id, slot }));
@@ -947,6 +961,7 @@ impl ServerState {
             token,
             disks: BTreeMap::new(),
             down: false,
+            up: 0,
             suspect: None,
             weight: 0,
         }

@@ -1,0 +1,110 @@
+//! Members that do not answer who acts in their slots (2.5, `TakeOut`).
+//!
+//! The ring may well hear a server whose link to one other server is broken, or whose disk hangs: it
+//! keeps its lease, and every write of the slots that it shares with that other one waits for it. So
+//! who acts there, and has waited too long, proposes to take it out. Its own silence is not held
+//! against others: time counts only while this server ran, and held a lease all along.
+//!
+//! What was taken out may not know it for as long as a lease: until then nothing new is served
+//! (`Acting::not_before`).
+
+use crate::data_access::{Context, DataAccess};
+use crate::global_state::Command;
+use crate::ids::*;
+use crate::limits::{SILENCE_CONNECTED, SILENCE_DISCONNECTED};
+use std::collections::{BTreeMap, BTreeSet};
+use stdx::{Duration, Instant};
+
+/// Time between two looks.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// A look that comes so late shows that this server itself did not run.
+const LATE: Duration = Duration::from_millis(250);
+/// Slots in one `TakeOut`.
+const SLOTS_MAX: usize = 1024;
+
+/// Who has not answered since when.
+#[derive(Debug, Default)]
+pub(crate) struct Silence {
+    next_look: Option<Instant>,
+    /// Members that something waits for, and since when they have been silent.
+    since: BTreeMap<ServerId, Instant>,
+    /// Those of whom there was an answer since the last look.
+    heard: BTreeSet<ServerId>,
+    /// A `TakeOut` of these is being decided.
+    proposed: BTreeMap<ServerId, u64>,
+}
+
+impl Silence {
+    /// An answer has come.
+    pub fn heard(&mut self, server: ServerId) {
+        self.heard.insert(server);
+    }
+
+    /// When to look next.
+    pub fn next_look(&self) -> Option<Instant> {
+        self.next_look
+    }
+
+    /// A proposal was decided.
+    pub fn decided(&mut self, key: u64) {
+        self.proposed.retain(|_, k| *k != key);
+    }
+}
+
+impl DataAccess {
+    /// Looks now and then who is silent, while anything is waited for.
+    pub(crate) fn watch_silence(&mut self, ctx: &mut Context) {
+        // Something happens, so something may be waited for: look in a while.
+        let look = *self.silence.next_look.get_or_insert(ctx.now + LOOK_EVERY);
+        if look > ctx.now {
+            return;
+        }
+        let is_late = ctx.now.since(look) > LATE;
+        let waited_for = self.waited_for();
+        let heard = std::mem::take(&mut self.silence.heard);
+        let lease = ctx.liveness.lease(ctx.now).is_some();
+        self.silence.since.retain(|server, _| waited_for.contains(server) && !heard.contains(server));
+        for server in &waited_for {
+            let since = self.silence.since.entry(*server).or_insert(ctx.now);
+            if is_late || !lease {
+                *since = ctx.now;
+            }
+        }
+        self.silence.next_look = (!waited_for.is_empty()).then(|| ctx.now + LOOK_EVERY);
+        for server in waited_for {
+            let silent = ctx.now.since(self.silence.since[&server]);
+            let patience = if self.connected.contains(&server) { SILENCE_CONNECTED } else { SILENCE_DISCONNECTED };
+            if silent >= patience && !self.silence.proposed.contains_key(&server) {
+                self.propose_take_out(ctx, server);
+            }
+        }
+    }
+
+    fn waited_for(&self) -> BTreeSet<ServerId> {
+        let acting = self.slots.iter().filter_map(|s| s.acting.as_ref());
+        acting.flat_map(|a| a.receivers.iter().filter(|r| a.waits_for(**r)).copied()).collect()
+    }
+
+    /// The slots in which it holds something up, where another live member remains.
+    fn propose_take_out(&mut self, ctx: &mut Context, server: ServerId) {
+        let is_live = |s: ServerId| ctx.state.servers.get(&s).is_some_and(|s| !s.down && s.suspect.is_none());
+        if ctx.state.servers.get(&server).is_none_or(|s| s.down || s.suspect.is_some()) {
+            return; // The ring knows already.
+        }
+        let slots: Vec<(SlotId, Term)> = self
+            .slots
+            .iter()
+            .filter(|slot| slot.acting.as_ref().is_some_and(|a| a.waits_for(server)))
+            .filter(|slot| slot.in_sync.iter().any(|s| *s != server && is_live(*s)))
+            .map(|slot| (slot.id, slot.term))
+            .take(SLOTS_MAX)
+            .collect();
+        if slots.is_empty() {
+            return;
+        }
+        let key = self.next_job;
+        self.next_job += 1;
+        self.silence.proposed.insert(server, key);
+        self.proposals.push((key, Command::TakeOut { server, slots }));
+    }
+}
