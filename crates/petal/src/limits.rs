@@ -61,8 +61,18 @@ pub const DISK_SIZE_MAX: u64 = (1 << 63) - crate::ids::BLOCK_SIZE;
 /// Default stripe unit: 1 MiB. Large requests go to one server in one send, and a disk of a few
 /// hundred MiB still spreads over all slots of a small cluster.
 pub const STRIPE_UNIT_DEFAULT: u64 = 1 << 20;
-/// Lease of a server (granted always until failures are handled).
+/// Lease of a server: how long a majority's grants last, from when they were asked for.
 pub const LEASE: Duration = Duration::from_secs(1);
+/// Nobody holds a lease any more that was granted before a moment this long ago: the holder's clock may
+/// be slow by 1 % and that of who waits fast by 1 %, `LEASE * (1 + 0.01) / (1 - 0.01)`, rounded up.
+pub const LEASE_SURELY_OVER: Duration = Duration::from_nanos(LEASE.as_nanos() as u64 * 101 / 99 + 1);
+/// Silence after which a server is suspected, and the lag behind the log after which it gets no grant.
+pub const HALF_LEASE: Duration = Duration::from_millis(LEASE.as_millis() as u64 / 2);
+/// Time between two heartbeats: three may be lost within half a lease.
+pub const HEARTBEAT: Duration = Duration::from_millis(150);
+/// A server that runs this much later than it wanted to has not been listening: it may not judge who was
+/// silent meanwhile.
+pub const STALL: Duration = Duration::from_millis(100);
 /// First delay before something unanswered is sent again.
 pub const RETRY_MIN: Duration = Duration::from_millis(20);
 /// Longest delay between two tries.
