@@ -77,6 +77,8 @@ pub enum Ended {
     Stopped,
     /// The core cannot go on.
     Fatal(String),
+    /// The core must begin a new life: open its disks again and start it.
+    Restart(String),
     /// The process was told to end.
     Signalled,
 }
@@ -92,6 +94,8 @@ pub struct ServerShell<M, E> {
     open: bool,
     on_ready: Option<Box<dyn FnOnce()>>,
     servers: BTreeMap<ServerId, ConnectionId>,
+    /// Where the others are, as the core told.
+    addresses: BTreeMap<ServerId, Vec<String>>,
     ended: Option<Ended>,
     // Kept from round to round for their memory.
     events: VecDeque<Event>,
@@ -121,6 +125,7 @@ where
             open: false,
             on_ready: Some(config.on_ready),
             servers: BTreeMap::new(),
+            addresses: BTreeMap::new(),
             ended: None,
             events: VecDeque::new(),
             completions: Vec::new(),
@@ -201,6 +206,7 @@ where
                     tracing::info!(server = %id, %reason, "disconnected");
                     if self.servers.get(&id) == Some(&connection) {
                         self.servers.remove(&id);
+                        self.look_for(id);
                     }
                 } else {
                     tracing::debug!(client = connection.0, address = %info.address, %reason, "disconnected");
@@ -208,9 +214,21 @@ where
                 let peer = peer(connection, info.hello.role);
                 self.machine.handle(now, Input::Disconnected { peer });
             }
+            Event::NobodyThere { server } => {
+                if !self.servers.contains_key(&server) {
+                    self.machine.handle(now, Input::Refused { server });
+                }
+            }
             Event::DialFailed { server, address, error, failures } => {
                 tell_of_failure(server, &address, &error, failures)
             }
+        }
+    }
+
+    /// Servers with larger ids dial this one: nothing would tell that they are gone.
+    fn look_for(&self, server: ServerId) {
+        if let Some(addresses) = self.addresses.get(&server).filter(|_| server > self.own_id) {
+            self.transport.look_for(server, addresses);
         }
     }
 
@@ -242,12 +260,16 @@ where
                     if server < self.own_id {
                         self.transport.dial(server, &addresses, true);
                     }
+                    self.addresses.insert(server, addresses);
                 }
                 Output::Ready => {
                     self.open_doors();
                     if let Some(on_ready) = self.on_ready.take() {
                         on_ready();
                     }
+                }
+                Output::Restart(why) => {
+                    self.ended.get_or_insert(Ended::Restart(why));
                 }
                 Output::Fatal(why) => self.ended = Some(Ended::Fatal(why)),
                 Output::Stopped => {

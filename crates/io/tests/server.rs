@@ -37,6 +37,7 @@ impl Machine for Echo {
             Input::Connected { peer, incarnation } => format!("{peer:?} connected {incarnation}"),
             Input::Disconnected { peer: Peer::Client(_) } => "client disconnected".to_string(),
             Input::Disconnected { peer } => format!("{peer:?} disconnected"),
+            Input::Refused { server } => format!("{server} refuses"),
             Input::Message { from, message } => self.on_message(from, message),
             Input::Disk { op, result, .. } => {
                 let (to, message) = self.asked.pop_front().expect("an answer for each question");

@@ -2,7 +2,8 @@
 //!
 //! A call is answered when its command is applied here (then a majority of the ring has it on stable
 //! storage), and, where it narrows what data messages may do, when every server has *settled* it (2.1):
-//! has applied it, and has finished or refused what it had begun before. At the deadline the answer says
+//! has applied it, and has finished or refused what it had begun before. A server that is declared down
+//! meanwhile is not waited for; then every server that is left must have settled *that* command. At the deadline the answer says
 //! what is known: not decided, or accepted but not settled, and for whom it waits.
 
 use crate::global_state::{CommandError, Outcome};
@@ -31,7 +32,8 @@ struct Call {
 #[derive(Debug)]
 enum Stage {
     Deciding,
-    Settling { index: StateIndex, outcome: Outcome, waits: BTreeSet<ServerId> },
+    /// `index`: of the command; `settles`: what these servers must have settled.
+    Settling { index: StateIndex, outcome: Outcome, settles: StateIndex, waits: BTreeSet<ServerId> },
 }
 
 impl Desk {
@@ -63,7 +65,7 @@ impl Desk {
         }
         match (result, settle_at) {
             (Ok(outcome), Some(servers)) if !servers.is_empty() => {
-                call.stage = Stage::Settling { index, outcome, waits: servers.into_iter().collect() };
+                call.stage = Stage::Settling { index, outcome, settles: index, waits: servers.into_iter().collect() };
                 true
             }
             (result, _) => {
@@ -80,8 +82,8 @@ impl Desk {
     /// A server has settled an index.
     pub fn on_settled(&mut self, server: ServerId, settled: StateIndex, out: &mut VecDeque<Output>) {
         for call in self.calls.values_mut() {
-            if let Stage::Settling { index, waits, .. } = &mut call.stage
-                && *index == settled
+            if let Stage::Settling { settles, waits, .. } = &mut call.stage
+                && *settles == settled
             {
                 waits.remove(&server);
             }
@@ -89,10 +91,26 @@ impl Desk {
         self.answer(|call| matches!(&call.stage, Stage::Settling { waits, .. } if waits.is_empty()), &[], out);
     }
 
+    /// These servers are down by the command `index`, and these are left. Returns whom to ask to settle that
+    /// command.
+    pub fn on_downs(&mut self, index: StateIndex, downs: &[ServerId], left: &[ServerId]) -> Vec<ServerId> {
+        let mut asks = false;
+        for call in self.calls.values_mut() {
+            if let Stage::Settling { settles, waits, .. } = &mut call.stage
+                && downs.iter().any(|down| waits.contains(down))
+            {
+                *settles = index;
+                *waits = left.iter().copied().collect();
+                asks = true;
+            }
+        }
+        if asks { left.to_vec() } else { Vec::new() }
+    }
+
     /// Indices that a server has still to settle: asked for again when its connection is new.
     pub fn unsettled_at(&self, server: ServerId) -> Vec<StateIndex> {
         let waits = |call: &Call| match &call.stage {
-            Stage::Settling { index, waits, .. } if waits.contains(&server) => Some(*index),
+            Stage::Settling { settles, waits, .. } if waits.contains(&server) => Some(*settles),
             _ => None,
         };
         self.calls.values().filter_map(waits).collect()
@@ -109,7 +127,7 @@ impl Desk {
             let call = self.calls.remove(&key).expect("just listed");
             let (answer, at) = match call.stage {
                 Stage::Deciding => (Err(AdminError::NotDecided { ring: ring.to_vec() }), 0),
-                Stage::Settling { index, outcome, waits } => {
+                Stage::Settling { index, outcome, waits, .. } => {
                     let unsettled = waits.into_iter().collect();
                     (Ok(AdminResponse::Executed { index, outcome, unsettled }), index)
                 }

@@ -61,11 +61,18 @@ pub const DISK_SIZE_MAX: u64 = (1 << 63) - crate::ids::BLOCK_SIZE;
 /// Default stripe unit: 1 MiB. Large requests go to one server in one send, and a disk of a few
 /// hundred MiB still spreads over all slots of a small cluster.
 pub const STRIPE_UNIT_DEFAULT: u64 = 1 << 20;
-/// Lease of a server (granted always until failures are handled).
+/// Lease of a server: how long a majority's grants last, from when they were asked for.
 pub const LEASE: Duration = Duration::from_secs(1);
-/// After so long nobody holds a lease any more that was granted before: the lease, with clocks that run up
-/// to 1 % too fast here and too slow there.
-pub const LEASE_OVER: Duration = Duration::from_millis(1021);
+/// Nobody holds a lease any more that was granted before a moment this long ago: the holder's clock may
+/// be slow by 1 % and that of who waits fast by 1 %, `LEASE * (1 + 0.01) / (1 - 0.01)`, rounded up.
+pub const LEASE_SURELY_OVER: Duration = Duration::from_nanos(LEASE.as_nanos() as u64 * 101 / 99 + 1);
+/// Silence after which a server is suspected, and the lag behind the log after which it gets no grant.
+pub const HALF_LEASE: Duration = Duration::from_millis(LEASE.as_millis() as u64 / 2);
+/// Time between two heartbeats: three may be lost within half a lease.
+pub const HEARTBEAT: Duration = Duration::from_millis(150);
+/// A server that runs this much later than it wanted to has not been listening: it may not judge who was
+/// silent meanwhile.
+pub const STALL: Duration = Duration::from_millis(100);
 /// A replica that has not answered for so long is taken out of its slots: while it is not connected, and
 /// while it is but stays silent.
 pub const SILENCE_DISCONNECTED: Duration = Duration::from_millis(500);

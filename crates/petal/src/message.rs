@@ -113,6 +113,11 @@ pub enum Body {
     Settled(Settled),
     /// Tells the sender's state index to an idle peer.
     Index,
+    // ---- between servers: liveness
+    /// Asks a ring member for a lease, and shows that the sender is there.
+    Heartbeat(Heartbeat),
+    /// Answer to `Heartbeat`.
+    Grant(Grant),
     // ---- between servers: recovery
     /// Asks a member that is being brought back what it has.
     Compare(Compare),
@@ -445,6 +450,8 @@ pub struct ServerStatus {
     pub state_index: StateIndex,
     /// Who leads the ring, as far as it knows.
     pub ring_leader: Option<ServerId>,
+    /// Whether it holds a lease: whether it may serve.
+    pub lease: bool,
     /// Servers that it is connected to.
     pub connected: Vec<ServerId>,
     /// Slots in which it acts as primary, and how many of these are served.
@@ -767,6 +774,36 @@ pub struct Settle {
 pub struct Settled {
     /// The index.
     pub index: StateIndex,
+}
+
+// ------------------------------------------------------------------------------------------------
+// Liveness.
+
+/// Asks a ring member for a lease (2.5), and shows that the sender is there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heartbeat {
+    /// The sender's life.
+    pub incarnation: Incarnation,
+    /// Number of the request, from 1, growing within the life.
+    pub sequence: u64,
+    /// Log entries that the sender had applied when it sent this.
+    pub applied: StateIndex,
+    /// The newest request that the receiver has answered, as far as the sender knows; 0: none. A sender
+    /// that does not hear the answers is as good as silent.
+    pub answered: u64,
+    /// From a ring member: servers that it has not heard for half a lease, ascending.
+    pub silent: Vec<ServerId>,
+}
+
+/// Answer to `Heartbeat`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grant {
+    /// The request.
+    pub sequence: u64,
+    /// Ring configuration in which it is granted: a majority is one of the members of one configuration.
+    pub configuration: u32,
+    /// Granted for a lease time from when the request was sent, or not.
+    pub granted: bool,
 }
 
 impl Body {

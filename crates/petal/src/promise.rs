@@ -21,7 +21,7 @@ use crate::data_access::{
     Context, DataAccess, Incoming, LoadWaiter, OpNumber, Outgoing, ReadOwner, SlotIndex, TicketOwner, family_ended,
 };
 use crate::ids::*;
-use crate::limits::{LEASE_OVER, LIST_ELEMENTS_MAX};
+use crate::limits::{LEASE_SURELY_OVER, LIST_ELEMENTS_MAX};
 use crate::message::*;
 use crate::resync::Joiner;
 use crate::sabotage::Sabotage;
@@ -221,7 +221,7 @@ impl DataAccess {
         slot.in_sync = in_sync;
         if primary == Some(self.me) {
             let unaware = ctx.state.slots[&id.gmap][id.slot as usize].has_unaware(&ctx.state.servers);
-            self.begin_to_act(index, unaware.then(|| ctx.now + LEASE_OVER), asks);
+            self.begin_to_act(index, unaware.then(|| ctx.now + LEASE_SURELY_OVER), asks);
             self.on_outstanding_changed(ctx, index);
         } else {
             self.unpark_operations(ctx, index);

@@ -43,6 +43,16 @@ pub enum Sabotage {
     /// An element of nothing but zeros loses its version and its ids at once.
     DeletionWithoutVersion,
 
+    // ---- liveness
+    /// Reads are served without a lease.
+    ReadWithoutLease,
+    /// `ServerDown` is not tied to the suspicion that was waited for: who was suspected once, and heard
+    /// again, is declared down as soon as it is suspected the next time (counterexample F3).
+    DownWithoutSuspectIndex,
+    /// A ring member grants by what it has applied: an accepted `Suspect` that it does not know to be decided
+    /// forbids nothing (counterexample F2).
+    GrantByAppliedLog,
+
     // ---- the store
     /// Replay drops single records whose data does not match its CRC, wherever they are, and goes on
     /// behind them.
@@ -61,7 +71,7 @@ pub enum Sabotage {
 
 impl Sabotage {
     /// Every rule that can be left out.
-    pub const ALL: [Sabotage; 15] = [
+    pub const ALL: [Sabotage; 18] = [
         Sabotage::AckBeforeSecondary,
         Sabotage::NoSettlement,
         Sabotage::SettleByVersion,
@@ -72,6 +82,9 @@ impl Sabotage {
         Sabotage::WatermarkSkipsUnfinished,
         Sabotage::ForgetIds,
         Sabotage::DeletionWithoutVersion,
+        Sabotage::ReadWithoutLease,
+        Sabotage::DownWithoutSuspectIndex,
+        Sabotage::GrantByAppliedLog,
         Sabotage::ReplayDropsRecords,
         Sabotage::AckBatchesOutOfOrder,
         Sabotage::NoChain,
@@ -93,6 +106,9 @@ impl Sabotage {
             Sabotage::WatermarkSkipsUnfinished => "watermark-skips-unfinished",
             Sabotage::ForgetIds => "forget-ids",
             Sabotage::DeletionWithoutVersion => "deletion-without-version",
+            Sabotage::ReadWithoutLease => "read-without-lease",
+            Sabotage::DownWithoutSuspectIndex => "down-without-suspect-index",
+            Sabotage::GrantByAppliedLog => "grant-by-applied-log",
             Sabotage::ReplayDropsRecords => "replay-drops-records",
             Sabotage::AckBatchesOutOfOrder => "ack-batches-out-of-order",
             Sabotage::NoChain => "no-chain",

@@ -4,7 +4,7 @@ use crate::data_access::{Context, DataAccess};
 use crate::desk::Desk;
 use crate::global_state::{Command, Effects, Genesis, GlobalOutput, GlobalState, State};
 use crate::ids::*;
-use crate::liveness::Liveness;
+use crate::liveness::{Liveness, LivenessOutput};
 use crate::message::*;
 use crate::sabotage::Sabotage;
 use crate::store::{Change, DiskCommand, DiskResult, Event, OpId, OpenDisk, StageError, StoreConfig, Stores, Ticket};
@@ -40,6 +40,12 @@ pub enum Input {
     Disconnected {
         /// Who.
         peer: Peer,
+    },
+    /// A server that was connected, and is not, refuses connections: nobody listens at any of its addresses.
+    /// (No answer is not a refusal.)
+    Refused {
+        /// The server.
+        server: ServerId,
     },
     /// A message. Messages of one connection arrive in order.
     Message {
@@ -89,6 +95,9 @@ pub enum Output {
     },
     /// The server has begun to serve: its `ServerUp` is applied.
     Ready,
+    /// The server must begin a new life, and says why: stop it, and start it again on the same disks when
+    /// nothing is in flight there any more.
+    Restart(String),
     /// The server cannot go on, and says why; the process ends.
     Fatal(String),
     /// The server was asked to stop and has stopped.
@@ -153,6 +162,11 @@ pub struct Server {
     own_commands: BTreeMap<(u64, u64), u64>,
     deferred: VecDeque<Deferred>,
     connected: BTreeMap<ServerId, Incarnation>,
+    sabotage: Sabotage,
+    /// Whether this server led the ring when it last looked.
+    leads: bool,
+    /// A restart was asked for.
+    ended: bool,
     /// What came before the disks were open.
     early: VecDeque<Input>,
     now: Instant,
@@ -184,7 +198,7 @@ impl Server {
             stage: Stage::Opening,
             stores: Stores::open(disks, incarnation, store),
             global: None,
-            liveness: Liveness::default(),
+            liveness: Liveness::new(now, me, incarnation, config.sabotage),
             data: DataAccess::new(me, incarnation, config.sabotage),
             admin: Desk::default(),
             persists: FastMap::new(),
@@ -193,6 +207,9 @@ impl Server {
             own_commands: BTreeMap::new(),
             deferred: VecDeque::new(),
             connected: BTreeMap::new(),
+            sabotage: config.sabotage,
+            leads: false,
+            ended: false,
             early: VecDeque::new(),
             now,
             growth_retry: None,
@@ -261,6 +278,7 @@ impl Server {
                 self.with_data(|data, ctx| data.on_client_gone(ctx, client));
                 self.admin.on_client_gone(client);
             }
+            Input::Refused { server } => self.on_refused(server),
             Input::Message { from, message } => self.on_message(from, message),
             Input::Disk { .. } | Input::Tick => unreachable!("handled before routing"),
         }
@@ -270,6 +288,7 @@ impl Server {
         self.connected.insert(server, incarnation);
         let now = self.now;
         self.global().on_connected(now, server);
+        self.with_liveness(|liveness, global| liveness.on_connected(now, global, server));
         self.with_data(|data, ctx| data.on_connected(ctx, server, incarnation));
         for index in self.admin.unsettled_at(server) {
             self.send(server, Body::Settle(Settle { index }));
@@ -280,8 +299,16 @@ impl Server {
         self.connected.remove(&server);
         let now = self.now;
         self.global().on_disconnected(now, server);
+        self.liveness.on_disconnected(server);
         self.data.on_disconnected(server);
         self.deferred.retain(|d| d.from != Peer::Server(server));
+    }
+
+    fn on_refused(&mut self, server: ServerId) {
+        let now = self.now;
+        if !self.connected.contains_key(&server) {
+            self.with_liveness(|liveness, global| liveness.on_refused(now, global, server));
+        }
     }
 
     fn on_message(&mut self, from: Peer, message: Message) {
@@ -299,6 +326,10 @@ impl Server {
             (Peer::Server(server), body @ (Body::Entries(_) | Body::Snapshot(_))) => {
                 self.global().on_message(now, server, body);
             }
+            (Peer::Server(server), Body::Heartbeat(m)) => {
+                self.with_liveness(|liveness, global| liveness.on_heartbeat(now, global, server, m));
+            }
+            (Peer::Server(server), Body::Grant(m)) => self.liveness.on_grant(now, server, m),
             (_, Body::Index) => {}
             (Peer::Client(client), Body::Admin(admin)) => self.on_admin(client, admin),
             (from, body) => self.on_data_message(from, body),
@@ -357,6 +388,10 @@ impl Server {
 
     fn global(&mut self) -> &mut GlobalState {
         self.global.as_mut().expect("messages are handled when the disks are open")
+    }
+
+    fn with_liveness(&mut self, f: impl FnOnce(&mut Liveness, &mut GlobalState)) {
+        f(&mut self.liveness, self.global.as_mut().expect("messages are handled when the disks are open"));
     }
 
     fn with_data<R>(&mut self, f: impl FnOnce(&mut DataAccess, &mut Context) -> R) -> R {
@@ -424,18 +459,14 @@ impl Server {
         let global = self.global.as_ref().expect("commands are applied when the disks are open");
         let state = global.state();
         let Some(&(index, ref result)) = state.result(&id) else { return };
-        let servers: Vec<ServerId> = state.servers_with_slots();
+        let servers = settlers(state);
         let settles = narrows && result.is_ok();
         let result = result.clone();
         if !self.admin.on_executed(id, index, result, settles.then(|| servers.clone()), &mut self.out) {
             return;
         }
         for server in servers {
-            if server == self.me {
-                self.with_data(|data, ctx| data.on_settle(ctx, Peer::Server(server), index));
-            } else {
-                self.send(server, Body::Settle(Settle { index }));
-            }
+            self.ask_to_settle(server, index);
         }
     }
 
@@ -452,6 +483,7 @@ impl Server {
             incarnation: self.incarnation,
             state_index: self.state().map_or(0, |s| s.index),
             ring_leader: self.global.as_ref().and_then(GlobalState::leader),
+            lease: self.liveness.lease(self.now).is_some(),
             connected: self.connected.keys().copied().collect(),
             slots_acting: self.data.acting(),
             disks: self.stores.status(),
@@ -493,6 +525,11 @@ impl Server {
                 self.own_commands.insert((id.proposer, id.number), key);
                 moved = true;
             }
+            self.follow_leadership();
+            while let Some(output) = self.liveness.poll_output() {
+                self.on_liveness_output(output);
+                moved = true;
+            }
             for index in self.data.take_settled_here() {
                 self.admin.on_settled(self.me, index, &mut self.out);
                 moved = true;
@@ -501,6 +538,26 @@ impl Server {
                 return moved_ever;
             }
             moved_ever = true;
+        }
+    }
+
+    /// Who begins to lead looks at once who is gone.
+    fn follow_leadership(&mut self) {
+        let leads = self.global.as_ref().is_some_and(GlobalState::leads);
+        if std::mem::replace(&mut self.leads, leads) != leads {
+            self.liveness_follows(false);
+        }
+    }
+
+    fn liveness_follows(&mut self, named: bool) {
+        let now = self.now;
+        self.with_liveness(|liveness, global| liveness.on_state(now, global, named));
+    }
+
+    fn on_liveness_output(&mut self, output: LivenessOutput) {
+        match output {
+            LivenessOutput::Send { to, body } => self.send(to, body),
+            LivenessOutput::LeaseGained => self.with_data(|data, ctx| data.on_lease_back(ctx)),
         }
     }
 
@@ -547,6 +604,8 @@ impl Server {
         let server_up = global.propose_own(self.now, command);
         self.stage = Stage::Joining { server_up };
         self.global = Some(global);
+        self.liveness = Liveness::new(self.now, self.me, self.incarnation, self.sabotage);
+        self.liveness_follows(false);
         for input in std::mem::take(&mut self.early) {
             self.route(input);
         }
@@ -564,8 +623,9 @@ impl Server {
                 self.unstaged.extend(writes.into_iter().map(|(key, value)| (number, key, value)));
                 self.stage_persists();
             }
-            GlobalOutput::Applied { id, effects, .. } => self.on_applied(id, effects),
+            GlobalOutput::Applied { id, effects, index } => self.on_applied(id, index, effects),
             GlobalOutput::Jumped => {
+                self.liveness_follows(true);
                 self.follow_state(None);
                 self.with_data(|data, ctx| data.on_families_ended(ctx));
                 self.data.want_sweep();
@@ -581,6 +641,9 @@ impl Server {
                 for id in self.admin.waiting() {
                     self.on_executed(id, true);
                 }
+                let down = self.global().state().servers.iter().filter(|(_, s)| s.down).map(|(s, _)| *s).collect();
+                let index = self.global().state().index;
+                self.on_downs(index, down);
                 self.retry_deferred();
             }
             GlobalOutput::Dial { server, addresses } => self.out.push_back(Output::Dial { server, addresses }),
@@ -603,7 +666,34 @@ impl Server {
         }
     }
 
-    fn on_applied(&mut self, id: CommandId, effects: Effects) {
+    /// These servers are down by the command `index`: nobody waits for them. What waited is settled when every
+    /// server that is left has settled that command (2.1).
+    fn on_downs(&mut self, index: StateIndex, downs: Vec<ServerId>) {
+        let (me, incarnation) = (self.me, self.incarnation);
+        let state = self.global().state();
+        let left = settlers(state);
+        let is_own_end = state.servers.get(&me).is_some_and(|s| s.down && s.incarnation == incarnation);
+        for server in self.admin.on_downs(index, &downs, &left) {
+            self.ask_to_settle(server, index);
+        }
+        if is_own_end && !std::mem::replace(&mut self.ended, true) {
+            let why = format!("{me} was not heard from and is declared down; it starts again as a new life");
+            self.out.push_back(Output::Restart(why));
+        }
+    }
+
+    fn ask_to_settle(&mut self, server: ServerId, index: StateIndex) {
+        if server == self.me {
+            self.with_data(|data, ctx| data.on_settle(ctx, Peer::Server(server), index));
+        } else {
+            self.send(server, Body::Settle(Settle { index }));
+        }
+    }
+
+    fn on_applied(&mut self, id: CommandId, index: StateIndex, effects: Effects) {
+        if !effects.names.is_empty() {
+            self.liveness_follows(effects.names.contains(&self.me));
+        }
         if let Stage::Joining { server_up } = self.stage {
             if (server_up.proposer, server_up.number) == (id.proposer, id.number) {
                 self.on_own_server_up(id);
@@ -625,6 +715,9 @@ impl Server {
             self.with_data(|data, ctx| data.on_proposal_decided(ctx, key));
         }
         self.on_executed(id, effects.narrows);
+        if !effects.downs.is_empty() {
+            self.on_downs(index, effects.downs);
+        }
         self.retry_deferred();
     }
 
@@ -699,6 +792,7 @@ impl Machine for Server {
             Input::Tick => {
                 if let Some(global) = &mut self.global {
                     global.tick(now);
+                    self.liveness.tick(now, global);
                 }
                 let ring: Vec<ServerId> =
                     self.state().map_or_else(Vec::new, |s| s.ring.members.iter().map(|m| m.server).collect());
@@ -733,7 +827,8 @@ impl Machine for Server {
             _ => None,
         };
         let global = self.global.as_ref().and_then(GlobalState::next_timeout);
-        let rooms = [global, self.data.next_timeout(), self.admin.next_timeout()];
+        let liveness = self.global.as_ref().map(|_| self.liveness.next_timeout());
+        let rooms = [global, liveness, self.data.next_timeout(), self.admin.next_timeout()];
         rooms.into_iter().chain([stopping, self.growth_retry]).flatten().min()
     }
 
@@ -743,6 +838,7 @@ impl Machine for Server {
         if let Some(global) = &self.global {
             global.check_invariants();
         }
+        self.liveness.check_invariants();
         assert!(self.deferred.len() <= DEFERRED_MAX);
     }
 }
@@ -755,6 +851,14 @@ const STOP_DEADLINE: Duration = Duration::from_secs(2);
 const DEFERRED_MAX: usize = 65536;
 /// Of these, from clients: 64 KiB each at most.
 const DEFERRED_CLIENTS_MAX: usize = 512;
+
+/// Who must settle a command: every member of a slot, but nobody who is down, whose next life begins with a
+/// state that has it.
+fn settlers(state: &State) -> Vec<ServerId> {
+    let mut servers = state.servers_with_slots();
+    servers.retain(|s| state.servers.get(s).is_some_and(|s| !s.down));
+    servers
+}
 
 /// The state index that a message needs its receiver to have applied.
 fn need_of(body: &Body) -> StateIndex {

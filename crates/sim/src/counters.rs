@@ -46,6 +46,10 @@ kinds! {
     Ambush => "a crash was timed to a moment that matters",
     /// A killed server started again.
     Restart => "a server started again",
+    /// A server that had been declared down began a new life.
+    NewLife => "a server declared down began a new life",
+    /// A server found that nobody listens where another one was.
+    Refused => "a server refused connections",
     /// A disk write in flight at a crash is there afterwards.
     WriteKept => "an unanswered disk write was kept by a crash",
     /// A disk write in flight at a crash is gone.

@@ -19,6 +19,15 @@ pub enum Event {
         /// To which host.
         host: usize,
     },
+    /// A server looks whether anybody is there on a host whose connection broke.
+    Probe {
+        /// Who.
+        node: Node,
+        /// In which of its lives.
+        life: u64,
+        /// Which host.
+        host: usize,
+    },
     /// An end learns that its connection is up.
     Up {
         /// Which.

@@ -171,7 +171,7 @@ impl Options {
             drift: *prng.pick(&[0, 100, 10_000]),
             fault_interval: prng.chance(9, 10).then(|| Duration::from_millis(*prng.pick(&[25, 100, 300, 1000]))),
             restart_delay: Duration::from_millis(*prng.pick(&[2, 20, 300, 1500, 4000])),
-            bury_after: prng.chance(5, 6).then(|| Duration::from_millis(*prng.pick(&[1, 20, 300]))),
+            bury_after: prng.chance(1, 2).then(|| Duration::from_millis(*prng.pick(&[1, 20, 300]))),
             faults: FaultWeights::draw(prng),
             mix: Mix::draw(prng),
             crowded: false,

@@ -28,6 +28,8 @@ use petal::server::{self, Peer, Server};
 use petal::store::{DiskCommand, OpId};
 use stdx::{Duration, Instant, Machine, Prng};
 
+/// When a server whose connection broke looks whether the other end is there, as the real driver does.
+const PROBES: [Duration; 3] = [Duration::from_millis(20), Duration::from_millis(60), Duration::from_millis(200)];
 /// Complaints after which a run is stopped.
 const COMPLAINTS_MAX: usize = 20;
 /// Events after which a run is stopped as endless.
@@ -152,6 +154,7 @@ impl World {
     fn step(&mut self, event: Event) {
         match event {
             Event::Dial { node, life, host } => self.on_dial(node, life, host),
+            Event::Probe { node, life, host } => self.on_probe(node, life, host),
             Event::Up { connection, side } => self.on_up(connection, side),
             Event::Closed { connection, side } => self.on_closed(connection, side),
             Event::Deliver { connection, side, frame, sent } => self.on_deliver(connection, side, frame, sent),
@@ -305,7 +308,30 @@ impl World {
                 self.queue.plan(at_acceptor, Event::Up { connection, side: Side::Acceptor });
                 self.queue.plan(at_dialler, Event::Up { connection, side: Side::Dialler });
             }
-            None => self.plan_dial(dialler, host),
+            None => {
+                self.tell_refused(node, host);
+                self.plan_dial(dialler, host);
+            }
+        }
+    }
+
+    /// Nobody listens on the host; a server that looked hears so.
+    fn tell_refused(&mut self, node: Node, host: usize) {
+        let (Node::Server(looker), Some(server)) = (node, self.servers[host].id) else { return };
+        let Some(life) = &mut self.servers[looker].life else { return };
+        if life.driver.connections.contains_key(&Peer::Server(server)) {
+            return;
+        }
+        life.driver.inbox.push_back(Arrival::Input(server::Input::Refused { server }));
+        self.counters.count(Kind::Refused);
+        self.plan_run(node);
+    }
+
+    /// A server whose connection from a larger id broke looks whether anybody is there.
+    fn on_probe(&mut self, node: Node, life: u64, host: usize) {
+        let open = self.servers[host].life.as_ref().is_some_and(|l| l.open);
+        if self.end_point(node) == Some(EndPoint { node, life }) && !open {
+            self.tell_refused(node, host);
         }
     }
 
@@ -381,6 +407,11 @@ impl World {
         self.plan_run(us.node);
         if let (Side::Dialler, Node::Server(host)) = (side, ends[1].node) {
             self.plan_dial(us, host);
+        }
+        if let (Side::Acceptor, Node::Server(_), Node::Server(host)) = (side, us.node, ends[0].node) {
+            for wait in PROBES {
+                self.queue.plan(self.now + wait, Event::Probe { node: us.node, life: us.life, host });
+            }
         }
     }
 
@@ -620,6 +651,12 @@ impl World {
             server::Output::Ready => {
                 life.ready = true;
                 self.trace.words(self.now, || format!("host {host} is ready"));
+            }
+            server::Output::Restart(why) => {
+                self.trace.words(self.now, || format!("host {host}: {why}"));
+                self.counters.count(Kind::NewLife);
+                self.crash_server(host);
+                self.plan_start(Node::Server(host), self.now);
             }
             server::Output::Fatal(why) => {
                 self.complain(format!("the server on host {host} gives up: {why}"));

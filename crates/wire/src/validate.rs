@@ -8,7 +8,7 @@
 
 use crate::WireError;
 use petal::ids::*;
-use petal::limits::{FRAME_PAYLOAD_MAX, LIST_ELEMENTS_MAX, SLOTS_MAX};
+use petal::limits::{FRAME_PAYLOAD_MAX, LIST_ELEMENTS_MAX, SERVERS_MAX, SLOTS_MAX};
 use petal::message::*;
 use petal::store::{BlockSum, ElementImage};
 
@@ -50,6 +50,8 @@ pub fn name(body: &Body) -> &'static str {
         Body::Settle(_) => "Settle",
         Body::Settled(_) => "Settled",
         Body::Index => "Index",
+        Body::Heartbeat(_) => "Heartbeat",
+        Body::Grant(_) => "Grant",
         Body::Compare(_) => "Compare",
         Body::Compared(_) => "Compared",
     }
@@ -115,6 +117,13 @@ fn check(body: &Body) -> Check {
             AdminRequest::Verify { after: Some(after) } => element(after.element),
             _ => Ok(()),
         },
+        Body::Heartbeat(m) => {
+            counters(&[m.incarnation.0, m.sequence, m.applied, m.answered])?;
+            require(m.sequence > 0, "heartbeats begin with 1")?;
+            require(m.silent.len() <= SERVERS_MAX, "too many servers")?;
+            require(m.silent.is_sorted_by(|a, b| a < b), "its servers do not ascend")
+        }
+        Body::Grant(m) => counters(&[m.sequence]),
         Body::AdminReply(_) | Body::Ring(_) | Body::Snapshot(_) | Body::Index => Ok(()),
     }
 }

@@ -10,6 +10,8 @@ use petal::server::{Server, ServerConfig as CoreConfig};
 use petal::store::StoreConfig;
 use petal_io::server::{Ended, ServerShell, ShellConfig};
 use std::path::PathBuf;
+use std::pin::pin;
+use stdx::Duration;
 
 /// `petal server`
 #[derive(clap::Args)]
@@ -67,8 +69,41 @@ pub fn run(arguments: Arguments) -> Result<()> {
     result
 }
 
+/// Longest wait before a new life: a server that is declared down again and again leaves the others in peace.
+const NEW_LIFE_WAIT_MAX: Duration = Duration::from_secs(5);
+/// A life of this length was a good one: after it the next begins at once.
+const GOOD_LIFE: Duration = Duration::from_secs(30);
+
+/// One life after the other, until it is told to stop.
 async fn serve(config: ServerConfig, on_ready: Box<dyn FnOnce()>) -> Result<()> {
     petal_io::raise_file_limit();
+    let mut on_ready = Some(on_ready);
+    let mut wait = Duration::ZERO;
+    let mut told_to_stop = pin!(petal_io::server::terminated());
+    loop {
+        let began = petal_io::clock::now();
+        let ready = on_ready.take().unwrap_or_else(|| Box::new(|| {}));
+        let (server, why) = match live(&config, ready, told_to_stop.as_mut()).await? {
+            (_, Ended::Stopped | Ended::Signalled) => return Ok(()),
+            (server, Ended::Fatal(why)) => bail!("server {server} cannot go on: {why}"),
+            (server, Ended::Restart(why)) => (server, why),
+        };
+        let good = petal_io::clock::now().since(began) >= GOOD_LIFE;
+        tracing::warn!(%server, ?wait, "{why}");
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = told_to_stop.as_mut() => return Ok(()),
+        }
+        wait = if good { Duration::ZERO } else { (wait * 2).clamp(Duration::from_millis(50), NEW_LIFE_WAIT_MAX) };
+    }
+}
+
+/// One life of the server. Its disks are closed, with nothing in flight there, when this returns.
+async fn live(
+    config: &ServerConfig,
+    on_ready: Box<dyn FnOnce()>,
+    told_to_stop: impl Future<Output = ()>,
+) -> Result<(ServerId, Ended)> {
     let (open, engine) = disk_files::open(&config.disks, config.server.map(ServerId))?;
     let core = CoreConfig {
         addresses: config.addresses().to_vec(),
@@ -85,7 +120,7 @@ async fn serve(config: ServerConfig, on_ready: Box<dyn FnOnce()>) -> Result<()> 
         cluster: server.cluster(),
         server: id,
         incarnation: server.incarnation(),
-        listen: config.listen,
+        listen: config.listen.clone(),
         bounds: Default::default(),
         on_ready: Box::new(move || {
             tracing::info!(server = %id, "ready");
@@ -93,11 +128,7 @@ async fn serve(config: ServerConfig, on_ready: Box<dyn FnOnce()>) -> Result<()> 
         }),
     };
     let shell = ServerShell::start(server, engine, shell).await?;
-    match shell.run(petal_io::server::terminated()).await {
-        Ended::Fatal(why) => bail!("server {id} cannot go on: {why}"),
-        ended => {
-            tracing::info!(server = %id, ?ended, "stopped");
-            Ok(())
-        }
-    }
+    let ended = shell.run(told_to_stop).await;
+    tracing::info!(server = %id, ?ended, "stopped");
+    Ok((id, ended))
 }

@@ -25,8 +25,10 @@ Examples:
   petal status
   petal status --json | jq '.servers[] | select(.state != \"up\")'
 
-States of a server: up, starting (it runs and does not serve all of its slots yet), unreachable (it does
-not answer), down (its process does not run; only known for a cluster of `petal up`).")]
+States of a server: up, starting (it runs and does not serve all of its slots yet), suspected (the ring has
+not heard it and grants it no lease), down (the ring declared it down, and others act in its place; or its
+process does not run, only known for a cluster of `petal up`), unreachable (it does not answer).
+A server without a lease serves nothing until a majority of the ring hears it again.")]
 pub struct Arguments {
     /// Print JSON
     #[arg(long)]
@@ -56,6 +58,9 @@ struct ServerReport {
     addresses: Vec<String>,
     pid: Option<u32>,
     state: &'static str,
+    /// State index of the command that suspects it, which its being down relies on.
+    suspected_since: Option<u64>,
+    down: bool,
     ring: bool,
     leads: bool,
     status: Option<ServerStatus>,
@@ -94,7 +99,9 @@ async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report>
             id: *id,
             addresses: known.addresses.clone(),
             pid,
-            state: state_word(folder.is_some(), pid, status.as_ref()),
+            state: state_word(folder.is_some(), pid, status.as_ref(), known),
+            suspected_since: known.suspect,
+            down: known.down,
             ring: state.ring.members.iter().any(|m| m.server == *id),
             leads: leader == Some(*id),
             status,
@@ -104,11 +111,18 @@ async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report>
     Ok(Report { servers, nbd: nbd(folder), state })
 }
 
-fn state_word(local: bool, pid: Option<u32>, status: Option<&ServerStatus>) -> &'static str {
+fn state_word(
+    local: bool,
+    pid: Option<u32>,
+    status: Option<&ServerStatus>,
+    known: &petal::global_state::ServerState,
+) -> &'static str {
     match status {
+        None if local && pid.is_none() => "down",
+        _ if known.down => "down",
+        _ if known.suspect.is_some() => "suspected",
         Some(status) if status.slots_acting.0 == status.slots_acting.1 => "up",
         Some(_) => "starting",
-        None if local && pid.is_none() => "down",
         None => "unreachable",
     }
 }
@@ -143,16 +157,17 @@ impl Report {
         let State { name, index, .. } = &self.state;
         println!("Cluster {name}: {up} of {} servers are up, state index {index}.", self.servers.len());
         for server in self.servers.iter().filter(|s| s.state != "up") {
-            println!("  {} is {}: I/O that needs it waits until it is back.", server.id, server.state);
+            println!("  {}", server.sentence());
         }
         println!();
-        let mut table = output::table(&["server", "state", "pid", "ring", "used", "of", "slots", "address"]);
+        let mut table = output::table(&["server", "state", "lease", "pid", "ring", "used", "of", "slots", "address"]);
         for server in &self.servers {
             let (used, capacity) = server.space();
             let acting = server.status.as_ref().map_or("-".into(), |s| s.slots_acting.0.to_string());
             table.add_row([
                 server.id.to_string(),
                 server.state.into(),
+                server.status.as_ref().map_or("-", |s| if s.lease { "held" } else { "none" }).into(),
                 server.pid.map_or("-".into(), |p| p.to_string()),
                 if server.leads {
                     "leads"
@@ -168,7 +183,7 @@ impl Report {
                 server.addresses.last().cloned().unwrap_or_default(),
             ]);
         }
-        output::right(&mut table, &[2, 4, 5, 6]);
+        output::right(&mut table, &[3, 5, 6, 7]);
         output::print_table(&table);
         for server in &self.servers {
             let disks = server.status.iter().flat_map(|s| &s.disks);
@@ -187,6 +202,20 @@ impl Report {
 }
 
 impl ServerReport {
+    /// What it means that it is not up.
+    fn sentence(&self) -> String {
+        let id = self.id;
+        match (self.state, self.suspected_since) {
+            ("down", Some(since)) if self.down => {
+                format!("{id} is down since state index {since}: others act in its place where they have the data.")
+            }
+            ("suspected", Some(since)) => {
+                format!("{id} is suspected since state index {since}: it is about to be declared down, or to be heard again.")
+            }
+            (state, _) => format!("{id} is {state}: I/O that needs it waits until it is back."),
+        }
+    }
+
     /// Bytes in use and bytes for data, over all disks.
     fn space(&self) -> (u64, u64) {
         let disks = self.status.iter().flat_map(|s| &s.disks);
@@ -210,6 +239,9 @@ impl ServerReport {
             "addresses": self.addresses,
             "pid": self.pid,
             "state": self.state,
+            "down": self.down,
+            "suspected_since": self.suspected_since,
+            "lease": status.map(|s| s.lease),
             "ring": self.ring,
             "leads": self.leads,
             "incarnation": status.map(|s| s.incarnation.0),

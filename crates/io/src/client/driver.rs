@@ -170,6 +170,7 @@ impl Driver {
                     self.transport.dial(id, addresses, true);
                 }
             }
+            Event::NobodyThere { .. } => {}
             Event::DialFailed { server, address, error, .. } => {
                 tracing::debug!(%server, %address, %error, "not connected");
                 inner.failures.insert(of_guess(server).unwrap_or(server), (address, error));

@@ -60,11 +60,16 @@ impl From<GreetError> for DialError {
 impl From<io::Error> for DialError {
     fn from(e: io::Error) -> Self {
         match e.kind() {
-            io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => DialError::NobodyThere,
+            _ if is_nobody(&e) => DialError::NobodyThere,
             io::ErrorKind::TimedOut => DialError::Timeout,
             _ => DialError::Io(e.to_string()),
         }
     }
+}
+
+/// The address refuses: the host is there, and nobody listens.
+fn is_nobody(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound)
 }
 
 /// A server that is dialled. Dropping it ends the dialling, not the connection.
@@ -110,6 +115,37 @@ pub(super) fn stop(shared: &Rc<Shared>, server: ServerId) {
     }
 }
 
+/// Waits before each look.
+const LOOKS: [Duration; 3] = [Duration::from_millis(20), Duration::from_millis(40), Duration::from_millis(140)];
+/// How long one look may take: what does not answer is not refused.
+const LOOK_TIMEOUT: Duration = Duration::from_millis(200);
+
+pub(super) fn look_for(shared: &Rc<Shared>, server: ServerId, addresses: &[String]) {
+    let (shared, addresses) = (Rc::downgrade(shared), addresses.to_vec());
+    tokio::task::spawn_local(async move {
+        for wait in LOOKS {
+            tokio::time::sleep(wait).await;
+            let nobody = nobody_listens(&addresses).await;
+            let Some(shared) = shared.upgrade() else { return };
+            if nobody {
+                shared.push(Event::NobodyThere { server }, 0);
+            }
+        }
+    });
+}
+
+/// True only if every address refuses.
+async fn nobody_listens(addresses: &[String]) -> bool {
+    for text in addresses {
+        let Ok(address) = text.parse::<Address>() else { return false };
+        match tokio::time::timeout(LOOK_TIMEOUT, Socket::connect(&address)).await {
+            Ok(Err(error)) if is_nobody(&error) => {}
+            _ => return false,
+        }
+    }
+    !addresses.is_empty()
+}
+
 struct Task {
     shared: Weak<Shared>,
     server: ServerId,
@@ -137,6 +173,7 @@ impl Task {
     async fn try_each(&self, shared: Rc<Shared>, failures: &mut u32) -> Option<Duration> {
         *failures = failures.saturating_add(1);
         let addresses = self.target.borrow().clone();
+        let mut nobody = !addresses.is_empty();
         for text in &addresses {
             match self.try_one(&shared, text).await {
                 Ok(greeted) => {
@@ -153,11 +190,15 @@ impl Task {
                     return Some(life);
                 }
                 Err(error) => {
+                    nobody &= matches!(error, DialError::NobodyThere);
                     let event =
                         Event::DialFailed { server: self.server, address: text.clone(), error, failures: *failures };
                     shared.push(event, 0);
                 }
             }
+        }
+        if nobody {
+            shared.push(Event::NobodyThere { server: self.server }, 0);
         }
         None
     }

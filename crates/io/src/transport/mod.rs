@@ -136,6 +136,11 @@ pub enum Event {
         /// Why.
         reason: Closed,
     },
+    /// Nobody listens at any address of a server (that is dialled, or was looked for).
+    NobodyThere {
+        /// The server.
+        server: ServerId,
+    },
     /// A dialled server was not reached; it is dialled again.
     DialFailed {
         /// The key under which it is dialled.
@@ -253,6 +258,12 @@ impl Transport {
     /// without, whoever answers is taken (who knows addresses only guesses the key).
     pub fn dial(&self, server: ServerId, addresses: &[String], strict: bool) {
         dial::dial(&self.shared, server, addresses, strict);
+    }
+
+    /// Looks a few times, soon, whether anybody listens at one of a server's addresses, and tells if nobody
+    /// does: for a server that dials us and whose connection broke.
+    pub fn look_for(&self, server: ServerId, addresses: &[String]) {
+        dial::look_for(&self.shared, server, addresses);
     }
 
     /// Dials a server no more, and closes the connection that came of it.

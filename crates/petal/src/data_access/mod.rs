@@ -615,9 +615,9 @@ impl DataAccess {
 
     /// Lease check and capture of addresses are one step: what is captured now is what is served.
     fn capture(&mut self, ctx: &mut Context, number: OpNumber) {
-        let Some(_lease) = ctx.liveness.lease(ctx.now) else {
+        if ctx.liveness.lease(ctx.now).is_none() && !self.is_sabotaged(Sabotage::ReadWithoutLease) {
             return self.refuse(ctx, number, Refusal::NotReady);
-        };
+        }
         let op = self.operations.get_mut(&number).expect("a reading operation exists");
         let Kind::Read { first_block, blocks } = op.kind else { unreachable!("only reads are captured") };
         let view = view_of(ctx.state, op.access.vdisk);
@@ -828,11 +828,30 @@ impl DataAccess {
 
     /// A receiver (or this server) has made a write stable.
     pub(crate) fn on_write_stable(&mut self, ctx: &mut Context, index: SlotIndex, sequence: u64, at: ServerId) {
-        let slot = &mut self.slots[index];
-        let Some(acting) = slot.acting.as_mut() else { return };
+        let Some(acting) = self.slots[index].acting.as_mut() else { return };
         let Some(unfinished) = acting.unfinished.get_mut(&sequence) else { return };
         unfinished.waits.retain(|s| *s != at);
-        if !unfinished.waits.is_empty() || ctx.liveness.lease(ctx.now).is_none() {
+        if unfinished.waits.is_empty() && ctx.liveness.lease(ctx.now).is_some() {
+            self.complete_write(ctx, index, sequence);
+        }
+    }
+
+    /// There is a lease again: what became stable meanwhile is complete now.
+    pub fn on_lease_back(&mut self, ctx: &mut Context) {
+        for index in 0..self.slots.len() {
+            let Some(acting) = self.slots[index].acting.as_ref() else { continue };
+            let stable = acting.unfinished.iter().filter(|(_, u)| u.waits.is_empty()).map(|(sequence, _)| *sequence);
+            for sequence in stable.collect::<Vec<_>>() {
+                self.complete_write(ctx, index, sequence);
+            }
+        }
+    }
+
+    /// Every in-sync replica has the write, and this server has a lease.
+    fn complete_write(&mut self, ctx: &mut Context, index: SlotIndex, sequence: u64) {
+        let slot = &mut self.slots[index];
+        let Some(acting) = slot.acting.as_mut() else { return };
+        if !acting.unfinished.contains_key(&sequence) {
             return;
         }
         // I5: complete. The watermark is a prefix.

@@ -11,7 +11,7 @@ mod state;
 
 pub use command::{Attachment, Command, CommandError, Entry, Genesis, GenesisServer, Outcome};
 pub use ring::RingDamaged;
-pub use room::{GlobalOutput, GlobalState};
+pub use room::{Accepted, GlobalOutput, GlobalState};
 pub use state::{
     DiskState, Effects, Executed, Member, RingConfiguration, RingMember, ServerState, Session, SlotState, State,
     StateError,

@@ -38,6 +38,8 @@ use stdx::{Duration, Instant};
 /// How often a leader tells its index to learners when nothing happens: what a push lost without a
 /// broken connection would be missed for at most this long.
 const ANNOUNCE: Duration = Duration::from_secs(1);
+/// Between two elections for which this member stands by itself.
+const STAND_AGAIN: Duration = Duration::from_millis(300);
 /// Bytes of an encoded command at most. Names, holders and addresses are bounded one by one when the
 /// command is applied; this keeps monsters out of the log.
 const COMMAND_MAX: usize = 64 << 10;
@@ -80,6 +82,20 @@ pub enum GlobalOutput {
     },
 }
 
+/// What a ring member has accepted beyond what it applied, decided or not: what it must heed when it grants
+/// leases (2.5).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Accepted {
+    /// State index of the last entry.
+    pub end: StateIndex,
+    /// Servers that an entry suspects or takes down: no grants.
+    pub forbidden: BTreeSet<ServerId>,
+    /// Servers that an entry names, and the last that does.
+    pub names: BTreeMap<ServerId, StateIndex>,
+    /// Some entries cannot be looked at for a moment: no grants to anybody.
+    pub unknown: bool,
+}
+
 /// A command that this server wants decided.
 #[derive(Clone, Debug)]
 struct Proposal {
@@ -116,6 +132,12 @@ pub struct GlobalState {
     appended: BTreeMap<(u64, u64), Instant>,
     /// Who led when last looked; for a learner, who pushed last.
     led_by: Option<ServerId>,
+    /// The last applied command that names each server (2.5), and the index below which that is not known
+    /// any more: it holds for all.
+    named: BTreeMap<ServerId, StateIndex>,
+    named_floor: StateIndex,
+    /// When this member stood for election by itself.
+    stood_at: Option<Instant>,
     asked: Option<Asked>,
     /// When a lag was seen first; ring members give the ring a moment to close it.
     behind_since: Option<Instant>,
@@ -155,6 +177,9 @@ impl GlobalState {
             proposals: BTreeMap::new(),
             appended: BTreeMap::new(),
             led_by: None,
+            named: BTreeMap::new(),
+            named_floor: 0,
+            stood_at: None,
             asked: None,
             behind_since: None,
             announce_at: Instant::ZERO,
@@ -180,6 +205,59 @@ impl GlobalState {
         match &self.ring {
             Some(ring) => ring.leader().and_then(|node| self.state.ring.server_of(node)),
             None => self.led_by,
+        }
+    }
+
+    /// True if this server is a member of the ring.
+    pub fn is_member(&self) -> bool {
+        self.ring.is_some()
+    }
+
+    /// True if this server leads the ring, as far as it knows.
+    pub fn leads(&self) -> bool {
+        self.ring.as_ref().is_some_and(Ring::leads)
+    }
+
+    /// State index of the last applied command that names a server, or of one not before it.
+    pub fn named(&self, server: ServerId) -> StateIndex {
+        self.named.get(&server).copied().unwrap_or(0).max(self.named_floor)
+    }
+
+    /// State index of the last accepted entry; of a learner, which accepts nothing, of the last applied.
+    pub fn accepted_end(&self) -> StateIndex {
+        self.ring.as_ref().map_or(self.state.index, |ring| ring.accepted_end().max(self.state.index))
+    }
+
+    /// What this member has accepted and not applied.
+    pub fn accepted(&self) -> Accepted {
+        let mut accepted = Accepted { end: self.accepted_end(), ..Accepted::default() };
+        let Some(ring) = &self.ring else { return accepted };
+        let (state, mut forbidden, mut names) = (&self.state, BTreeSet::new(), BTreeMap::new());
+        let known = ring.each_accepted_after(state.index, |index, entry| match &entry.command {
+            Command::Suspect { server, .. } | Command::ServerDown { server, .. } => {
+                forbidden.insert(*server);
+                names.insert(*server, index);
+            }
+            Command::Reinstate { server, .. } | Command::ServerUp { server, .. } => {
+                names.insert(*server, index);
+            }
+            Command::InSync { slots, .. } | Command::TakeOut { slots, .. } => {
+                let members = slots.iter().filter_map(|(slot, _)| state.slot(*slot)).flat_map(|slot| &slot.tuple);
+                names.extend(members.map(|member| (member.server, index)));
+            }
+            _ => {}
+        });
+        (accepted.forbidden, accepted.names, accepted.unknown) = (forbidden, names, !known);
+        accepted
+    }
+
+    /// The leader is known to be gone: stand for election, unless this member did so a moment ago.
+    pub fn on_leader_gone(&mut self, now: Instant) {
+        self.note(now);
+        let may = self.stood_at.is_none_or(|at| at + STAND_AGAIN <= self.now);
+        if let (Some(ring), true) = (&mut self.ring, may) {
+            self.stood_at = Some(self.now);
+            ring.stand();
         }
     }
 
@@ -300,6 +378,7 @@ impl GlobalState {
         }
         assert!(self.recent.len() as u64 <= self.state.index, "more entries than were applied");
         assert!(self.recent.len() <= LOG_KEEP && self.proposals.len() <= PROPOSALS_MAX, "bounds");
+        assert!(self.named.values().all(|at| *at <= self.state.index), "named by what is not applied");
         assert!(self.proposals.values().all(|p| !self.state.is_executed(&p.id)), "proposes what is executed");
     }
 
@@ -449,6 +528,7 @@ impl GlobalState {
             self.recent.pop_front();
         }
         let servers_changed = !effects.servers.is_empty();
+        self.named.extend(effects.names.iter().map(|server| (*server, self.state.index)));
         self.outputs.push_back(GlobalOutput::Applied { index: self.state.index, id, effects });
         if servers_changed {
             self.dial();
@@ -457,6 +537,8 @@ impl GlobalState {
 
     fn jump(&mut self, state: State) {
         self.state = state;
+        self.named.clear();
+        self.named_floor = self.state.index;
         self.recent.clear();
         let state = &self.state;
         self.proposals.retain(|_, p| !state.is_executed(&p.id));
@@ -487,10 +569,6 @@ impl GlobalState {
             self.announce_at = self.now;
             self.retry_proposals();
         }
-    }
-
-    fn leads(&self) -> bool {
-        self.ring.as_ref().is_some_and(Ring::leads)
     }
 
     // -------------------------------------------------------------------------------- learners

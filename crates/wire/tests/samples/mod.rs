@@ -130,6 +130,14 @@ pub fn samples() -> Vec<Message> {
         Body::Settle(Settle { index: 13 }),
         Body::Settled(Settled { index: 13 }),
         Body::Index,
+        Body::Heartbeat(Heartbeat {
+            incarnation: Incarnation(7),
+            sequence: 40,
+            applied: 13,
+            answered: 39,
+            silent: vec![ServerId(2), ServerId(5)],
+        }),
+        Body::Grant(Grant { sequence: 40, configuration: 1, granted: true }),
     ];
     bodies.into_iter().map(|body| Message { state_index: 13, body }).collect()
 }

@@ -436,6 +436,17 @@ impl Log {
         })
     }
 
+    /// What follows a state index in the accepted log, decided or not; `None`: some of it is compacted.
+    pub(super) fn accepted_after(&self, index: StateIndex) -> Option<impl Iterator<Item = (StateIndex, &Entry)>> {
+        let skip = usize::try_from(index.checked_sub(self.base + self.compacted as u64)?).ok()?;
+        Some((index + 1..).zip(self.entries.iter().skip(skip)))
+    }
+
+    /// State index of the last entry in the accepted log.
+    pub(super) fn accepted_end(&self) -> StateIndex {
+        self.base + self.end() as u64
+    }
+
     /// The write after which the entries below `index` are stable here; zero if they are.
     pub(super) fn write_of(&self, index: LogIndex) -> u64 {
         if index <= self.stable.max(self.compacted) {

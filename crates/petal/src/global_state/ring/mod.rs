@@ -268,6 +268,31 @@ impl Ring {
         self.log.get().decided_after(index)
     }
 
+    /// Looks at every entry of the accepted log behind a state index, decided or not, stable or not; false
+    /// if some of them are compacted.
+    pub fn each_accepted_after(&self, index: u64, mut look: impl FnMut(u64, &Entry)) -> bool {
+        match self.log.get().accepted_after(index) {
+            Some(entries) => {
+                entries.for_each(|(index, entry)| look(index, entry));
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// State index of the last entry in the accepted log.
+    pub fn accepted_end(&self) -> u64 {
+        self.log.get().accepted_end()
+    }
+
+    /// Stands for election now: the leader is known to be gone. The others promise the highest ballot; two
+    /// that stand at one time settle it by their node numbers.
+    pub fn stand(&mut self) {
+        if let Core::Many(paxos) = &mut self.core {
+            paxos.try_become_leader();
+        }
+    }
+
     /// The library makes messages and counts on its writes being done; here each waits for those that it
     /// tells of.
     fn hold_messages(&mut self) {
