@@ -163,6 +163,14 @@ impl Liveness {
         (valid > 0 && valid >= self.majority()).then_some(Lease { at: now })
     }
 
+    /// When the present lease ends (for checkers); `None` if there never was one.
+    pub fn lease_until(&self) -> Option<Instant> {
+        let mut sent: Vec<Instant> = self.granted.values().copied().collect();
+        sent.sort_unstable();
+        let last = sent.len().checked_sub(self.majority())?;
+        Some(sent[last] + LEASE)
+    }
+
     fn majority(&self) -> usize {
         self.members.len() / 2 + 1
     }

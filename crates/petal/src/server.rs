@@ -253,6 +253,11 @@ impl Server {
         &mut self.stores
     }
 
+    /// When its lease ends unless it is renewed, for checkers.
+    pub fn lease_until(&self) -> Option<Instant> {
+        self.liveness.lease_until()
+    }
+
     /// Data access, for checkers.
     pub fn data(&self) -> &DataAccess {
         &self.data

@@ -32,6 +32,10 @@ kinds! {
     CopiedBack => "an element was copied to a member that came back",
     /// A member had everything again.
     CaughtUp => "a member caught up",
+    /// A server was cut off, from one other node or from all, in one direction or both.
+    Partition => "a server was partitioned from others",
+    /// A server was stopped and went on later, as by SIGSTOP.
+    Freeze => "a server was frozen",
     /// One server was killed.
     CrashOne => "one server crashed",
     /// Several servers, but not all, were killed at one moment.

@@ -129,6 +129,7 @@ impl World {
         self.net.heal();
         for host in 0..self.servers.len() {
             self.servers[host].slow_until = Instant::ZERO;
+            self.servers[host].frozen_until = Instant::ZERO;
             for disk in &mut self.servers[host].disks {
                 disk.slow_down(1, Instant::ZERO);
             }

@@ -138,6 +138,8 @@ pub struct ServerHost {
     pub start_planned: bool,
     /// Its thread is slow until then.
     pub slow_until: Instant,
+    /// It does not run at all before.
+    pub frozen_until: Instant,
     /// What a joining server draws once.
     pub token: u128,
     /// The cluster that it was formatted for.

@@ -66,6 +66,8 @@ impl World {
             6 => self.slow_disk(),
             7 => self.slow_server(),
             8 => self.crash_one_client(),
+            10 => self.partition(),
+            11 => self.freeze_one(),
             _ => self.trap = Some(*self.chaos.pick(&Trap::ALL)),
         }
     }
@@ -230,6 +232,40 @@ impl World {
             for side in sides {
                 self.net.stall(connection, *side, until);
             }
+        }
+    }
+
+    /// Nothing gets through for a while: between a server and one other node, or all of them.
+    fn partition(&mut self) {
+        let running = self.running();
+        if running.is_empty() {
+            return;
+        }
+        self.counters.count(Kind::Partition);
+        let host = *self.chaos.pick(&running);
+        let Some(at) = self.servers[host].end_point(host) else { return };
+        let mut cut = self.net.of(at);
+        if self.chaos.chance(1, 2) && !cut.is_empty() {
+            cut = vec![*self.chaos.pick(&cut)];
+        }
+        let until = self.now + Duration::from_millis(self.chaos.between(100, 4000));
+        let (inwards, outwards) = *self.chaos.pick(&[(true, true), (true, true), (true, false), (false, true)]);
+        for (connection, side) in cut {
+            if inwards {
+                self.net.stall(connection, side, until);
+            }
+            if outwards {
+                self.net.stall(connection, side.other(), until);
+            }
+        }
+    }
+
+    fn freeze_one(&mut self) {
+        let running = self.running();
+        if !running.is_empty() {
+            self.counters.count(Kind::Freeze);
+            let host = *self.chaos.pick(&running);
+            self.servers[host].frozen_until = self.now + Duration::from_millis(self.chaos.between(100, 4000));
         }
     }
 

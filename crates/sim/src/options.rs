@@ -93,6 +93,10 @@ pub struct FaultWeights {
     pub crash_client: u64,
     /// Lie in wait for a moment that matters, and kill somebody then.
     pub ambush: u64,
+    /// Cut a server off for longer than a lease, or a bit less.
+    pub partition: u64,
+    /// Stop a server for as long, and let it go on.
+    pub freeze: u64,
 }
 
 /// How likely each operation is, relative to the others.
@@ -225,6 +229,8 @@ impl FaultWeights {
         slow_server: 0,
         crash_client: 0,
         ambush: 0,
+        partition: 0,
+        freeze: 0,
     };
 
     fn draw(prng: &mut Prng) -> FaultWeights {
@@ -240,11 +246,13 @@ impl FaultWeights {
             slow_server: some(2),
             crash_client: some(2),
             ambush: some(8),
+            partition: some(3),
+            freeze: some(3),
         }
     }
 
     /// The weights in the order of the fields.
-    pub fn list(&self) -> [u64; 10] {
+    pub fn list(&self) -> [u64; 12] {
         [
             self.crash_one,
             self.crash_several,
@@ -256,6 +264,8 @@ impl FaultWeights {
             self.slow_server,
             self.crash_client,
             self.ambush,
+            self.partition,
+            self.freeze,
         ]
     }
 }

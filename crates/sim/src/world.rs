@@ -519,6 +519,12 @@ impl World {
         if self.end_point(node) != Some(EndPoint { node, life }) {
             return;
         }
+        if let Node::Server(host) = node
+            && self.now < self.servers[host].frozen_until
+        {
+            let at = self.servers[host].frozen_until;
+            return self.queue.plan(at, Event::Run { node, life });
+        }
         self.trace.event(self.now, &[6, number(node)], || format!("{node:?} runs"));
         match node {
             Node::Server(host) => self.run_server(host),
@@ -574,7 +580,8 @@ impl World {
         let Some(life) = &mut machine.life else { return };
         life.server.check_invariants();
         let wanted = life.server.next_timeout().map(|at| machine.clock.world(at));
-        let complaint = self.checkers.see_server(host, &life.server);
+        let lease = life.server.lease_until().map_or(Instant::ZERO, |at| machine.clock.world(at));
+        let complaint = self.checkers.see_server(host, &life.server, self.now, lease);
         if let Some(complaint) = complaint {
             self.complain(complaint);
         }
@@ -846,6 +853,7 @@ fn draw_server(prng: &mut Prng, options: &Options, genesis: &Genesis, _host: usi
         lives: 0,
         start_planned: false,
         slow_until: Instant::ZERO,
+        frozen_until: Instant::ZERO,
         token: id(prng),
         genesis: genesis.clone(),
     }

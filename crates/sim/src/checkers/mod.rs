@@ -12,6 +12,7 @@ pub mod primaries;
 pub mod progress;
 
 use petal::server::Server;
+use stdx::Instant;
 
 /// The checkers that look at every step of a server.
 #[derive(Default)]
@@ -24,8 +25,9 @@ pub struct Checkers {
 
 impl Checkers {
     /// Looks at a server that has just been stepped.
-    pub fn see_server(&mut self, host: usize, server: &Server) -> Option<String> {
+    /// `now` and `lease` (the end of the server's lease) are times of the world.
+    pub fn see_server(&mut self, host: usize, server: &Server, now: Instant, lease: Instant) -> Option<String> {
         let differs = server.state().and_then(|state| self.states.see(host, state));
-        differs.or_else(|| self.primaries.see(host, server.data().serving()))
+        differs.or_else(|| self.primaries.see(host, now, lease, server.data().serving()))
     }
 }

@@ -2,25 +2,37 @@
 
 use petal::ids::{SlotId, Term};
 use std::collections::BTreeMap;
+use stdx::Instant;
 
 /// Who acts where.
 #[derive(Default)]
 pub struct Primaries {
-    /// Now: by slot, host and term.
-    acting: BTreeMap<SlotId, (usize, Term)>,
+    /// By slot: host, term, and until when its lease lets it act.
+    acting: BTreeMap<SlotId, Vec<(usize, Term, Instant)>>,
     /// Ever: by slot and term.
     ever: BTreeMap<(SlotId, Term), usize>,
 }
 
 impl Primaries {
-    /// Looks at the slots in which a host acts now.
-    pub fn see(&mut self, host: usize, slots: impl Iterator<Item = (SlotId, Term)>) -> Option<String> {
+    /// Looks at the slots in which a host acts now, if it has a lease: without one it does nothing (2.5).
+    pub fn see(
+        &mut self,
+        host: usize,
+        now: Instant,
+        lease: Instant,
+        slots: impl Iterator<Item = (SlotId, Term)>,
+    ) -> Option<String> {
         self.forget(host);
         let mut complaint = None;
         for (slot, term) in slots {
-            if let Some((other, its_term)) = self.acting.insert(slot, (host, term)) {
-                complaint =
-                    Some(format!("hosts {other} (term {its_term}) and {host} (term {term}) both act in {slot:?}"));
+            let acting = self.acting.entry(slot).or_default();
+            acting.retain(|(_, _, until)| *until > now);
+            if lease > now {
+                if let Some((other, its_term, _)) = acting.first() {
+                    complaint =
+                        Some(format!("hosts {other} (term {its_term}) and {host} (term {term}) both act in {slot:?}"));
+                }
+                acting.push((host, term, lease));
             }
             let first = *self.ever.entry((slot, term)).or_insert(host);
             if first != host {
@@ -32,7 +44,9 @@ impl Primaries {
 
     /// A host is dead.
     pub fn forget(&mut self, host: usize) {
-        self.acting.retain(|_, (who, _)| *who != host);
+        for acting in self.acting.values_mut() {
+            acting.retain(|(who, ..)| *who != host);
+        }
     }
 }
 
@@ -45,13 +59,15 @@ mod tests {
 
     #[test]
     fn two_primaries_at_once_or_in_one_term_are_seen() {
+        let at = Instant::from_nanos;
         let mut p = Primaries::default();
-        assert_eq!(p.see(0, [(SLOT, 5)].into_iter()), None);
-        assert_eq!(p.see(0, [(SLOT, 6)].into_iter()), None);
-        assert!(p.see(1, [(SLOT, 7)].into_iter()).is_some());
+        assert_eq!(p.see(0, at(1), at(10), [(SLOT, 5)].into_iter()), None);
+        assert_eq!(p.see(0, at(1), at(10), [(SLOT, 6)].into_iter()), None);
+        assert!(p.see(1, at(2), at(20), [(SLOT, 7)].into_iter()).is_some());
         p.forget(0);
-        assert_eq!(p.see(1, [(SLOT, 7)].into_iter()), None);
+        assert_eq!(p.see(1, at(3), at(20), [(SLOT, 7)].into_iter()), None);
+        assert_eq!(p.see(2, at(20), at(30), [(SLOT, 8)].into_iter()), None, "the lease is over");
         p.forget(1);
-        assert!(p.see(0, [(SLOT, 7)].into_iter()).is_some());
+        assert!(p.see(0, at(40), at(50), [(SLOT, 7)].into_iter()).is_some());
     }
 }
