@@ -516,7 +516,10 @@ impl DataAccess {
                     self.blocked_settling.insert((index, element));
                     return;
                 }
-                let image = settling.difference.image.clone();
+                let mut image = settling.difference.image.clone();
+                if self.sabotage == Sabotage::IdsNotCopied {
+                    image.ids = ctx.stores.ids(element).to_vec();
+                }
                 let change = Change::Replace { element, slot: slot.id, image, data, watermark: slot.watermark };
                 // Space was reserved by the write that made the difference; the reserve pays otherwise.
                 let ticket = match ctx.stores.stage(change) {

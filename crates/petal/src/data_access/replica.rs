@@ -227,7 +227,9 @@ impl DataAccess {
         for ack in m.slots {
             let Some(&index) = self.by_id.get(&ack.slot) else { continue };
             let slot = &mut self.slots[index];
-            if slot.term != ack.term {
+            // An older term's numbers count other messages: taken for this term's they would release writes that
+            // the receiver never saw.
+            if slot.term != ack.term && self.sabotage != Sabotage::NoPromise {
                 continue;
             }
             let Some(acting) = slot.acting.as_mut() else { continue };
