@@ -91,6 +91,16 @@ pub struct FaultWeights {
     pub crash_client: u64,
     /// Lie in wait for a moment that matters, and kill somebody then.
     pub ambush: u64,
+    /// Lie in wait for a stream's message or acknowledgement, and reset its connection then.
+    pub cut: u64,
+    /// Lie in wait for a stream's message, and kill its sender at once.
+    pub strand: u64,
+    /// What a write carries to a replica is altered on the way, checksums too, and the replica dies before
+    /// it is acknowledged. Never drawn: no disk and no network does that; only settlement must survive it.
+    pub differ: u64,
+    /// A stream's message comes again long after. Never drawn: connections do not do that, and before there
+    /// is failover there is nobody else from whom a message of an older term could come.
+    pub ghost: u64,
 }
 
 /// How likely each operation is, relative to the others.
@@ -139,6 +149,11 @@ pub struct Overrides {
     pub crowded: bool,
     /// Disks never shrink.
     pub no_shrink: bool,
+    /// Operations in quick succession, on elements of one slot: whoever dies or is cut off leaves many unfinished,
+    /// and is back before they are asked again.
+    pub busy: bool,
+    /// These faults only.
+    pub faults: Option<FaultWeights>,
 }
 
 impl Options {
@@ -194,6 +209,9 @@ impl Options {
                 FaultWeights { crash_one: 4, crash_several: 2, crash_all: 3, ambush: 9, ..FaultWeights::NONE };
             self.faults = crashes;
         }
+        if let Some(faults) = overrides.faults {
+            self.faults = faults;
+        }
         if overrides.no_faults {
             self.fault_interval = None;
             self.power_loss_at_end = false;
@@ -207,11 +225,23 @@ impl Options {
             self.depth = self.depth.clamp(2, 4);
             self.mix = Mix { zero_all: 0, extents: 0, detach: 0, admin_percent: 0, ..self.mix };
         }
+        if overrides.busy {
+            self.clients = 4;
+            self.depth = 4;
+            self.client_deadline = None;
+            self.stripe_unit = 1 << 20;
+            self.faulty = self.faulty.clamp(Duration::from_millis(1000), Duration::from_millis(2500));
+            self.operations = self.faulty.as_millis() as u64;
+            self.fault_interval = overrides.fault_interval.or(Some(Duration::from_millis(50)));
+            self.restart_delay = self.restart_delay.min(Duration::from_millis(20));
+            self.mix = Mix { read: 30, write: 30, zero: 0, discard: 0, ..self.mix };
+        }
     }
 }
 
 impl FaultWeights {
-    const NONE: FaultWeights = FaultWeights {
+    /// No faults.
+    pub const NONE: FaultWeights = FaultWeights {
         crash_one: 0,
         crash_several: 0,
         crash_all: 0,
@@ -222,6 +252,10 @@ impl FaultWeights {
         slow_server: 0,
         crash_client: 0,
         ambush: 0,
+        cut: 0,
+        strand: 0,
+        differ: 0,
+        ghost: 0,
     };
 
     fn draw(prng: &mut Prng) -> FaultWeights {
@@ -237,11 +271,15 @@ impl FaultWeights {
             slow_server: some(2),
             crash_client: some(2),
             ambush: some(8),
+            cut: some(6),
+            strand: some(4),
+            differ: 0,
+            ghost: 0,
         }
     }
 
     /// The weights in the order of the fields.
-    pub fn list(&self) -> [u64; 10] {
+    pub fn list(&self) -> [u64; 14] {
         [
             self.crash_one,
             self.crash_several,
@@ -253,6 +291,10 @@ impl FaultWeights {
             self.slow_server,
             self.crash_client,
             self.ambush,
+            self.cut,
+            self.strand,
+            self.differ,
+            self.ghost,
         ]
     }
 }

@@ -161,6 +161,8 @@ impl World {
             Event::Start { node } => self.on_start(node),
             Event::Fault => self.on_fault(),
             Event::Ambush { host } => self.on_ambush(host),
+            Event::Cut { connection } => self.on_cut(connection),
+            Event::Ghost { from, to, frame } => self.on_ghost(from, to, frame),
             Event::Think { client, life } => self.on_think(client, life),
             Event::Phase => self.on_phase(),
         }
@@ -402,7 +404,7 @@ impl World {
         }
     }
 
-    fn on_deliver(&mut self, connection: ConnectionId, side: Side, frame: Bytes, sent: u64) {
+    pub(crate) fn on_deliver(&mut self, connection: ConnectionId, side: Side, frame: Bytes, sent: u64) {
         let Some(us) = self.net.receiver(connection, side).filter(|us| self.end_point(us.node) == Some(*us)) else {
             self.counters.count(Kind::MessageLost);
             return;
@@ -593,9 +595,10 @@ impl World {
             life.open = true;
         }
         match output {
-            server::Output::Send { to, message } => match life.driver.connections.get(&to).copied() {
+            server::Output::Send { to, mut message } => match life.driver.connections.get(&to).copied() {
                 Some((connection, side)) => {
                     self.spring_at_message(host, to, &message);
+                    self.meddle(host, to, connection, side, &mut message);
                     self.send(connection, side, &message);
                 }
                 None => self.counters.count(Kind::MessageLost),
