@@ -28,8 +28,7 @@ pub enum Sabotage {
     /// Settlement copies blocks, but leaves at each replica the request ids that it had (without the
     /// second half of I6).
     IdsNotCopied,
-    /// A member that has promised a term goes on to accept messages of older terms: writes as a replica,
-    /// acknowledgements as the primary.
+    /// A replica that has promised a term goes on to take in the streams of older terms, from whomever.
     NoPromise,
     /// A replica stores what arrives, whatever its number, and acknowledges by counting: what comes twice,
     /// a gap in a stream and an older stream are not noticed.

@@ -21,7 +21,7 @@ petal-sim: whole clusters in one thread, in virtual time, decided by a seed
   --servers N  --disks N  --copies N  --operations N   instead of what the seed draws
   --no-faults  --only-crashes  --crowded  --busy  --no-shrink  likewise
   --only-fault KIND      this kind of fault only (again for more): crash-one, crash-all, reset, stall, ambush,
-                         cut, strand, differ, ghost
+                         cut, hold, strand, differ, ghost
   --options              print what is drawn for each seed
 
 Ends with 0 if no checker complained, else with 1 and how to see it again. See docs/testing.md.
@@ -125,6 +125,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Arguments>, S
                     "stall" => &mut faults.stall,
                     "ambush" => &mut faults.ambush,
                     "cut" => &mut faults.cut,
+                    "hold" => &mut faults.hold,
                     "strand" => &mut faults.strand,
                     "differ" => &mut faults.differ,
                     "ghost" => &mut faults.ghost,

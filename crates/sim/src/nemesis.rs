@@ -33,6 +33,8 @@ pub enum Trap {
     Answer,
     /// A stream's message or acknowledgement: its connection is reset about when it arrives.
     Cut,
+    /// A write goes to a secondary: it is held up.
+    Hold,
     /// A write goes to a secondary: its sender is killed at once, so that often only the secondary has it.
     Strand,
     /// A write goes to a secondary: it is altered, and the secondary killed before it is acknowledged.
@@ -77,8 +79,9 @@ impl World {
             8 => self.crash_one_client(),
             9 => self.trap = Some(*self.chaos.pick(&Trap::ALL)),
             10 => self.trap = Some(Trap::Cut),
-            11 => self.trap = Some(Trap::Strand),
-            12 => self.trap = Some(Trap::Differ),
+            11 => self.trap = Some(Trap::Hold),
+            12 => self.trap = Some(Trap::Strand),
+            13 => self.trap = Some(Trap::Differ),
             _ => self.trap = Some(Trap::Ghost),
         }
     }
@@ -139,6 +142,12 @@ impl World {
                 self.trap = None;
                 let at = self.now + Duration::from_nanos(self.chaos.below(most.as_nanos() as u64 + 1));
                 self.queue.plan(at, Event::Cut { connection });
+            }
+            Trap::Hold if is_write => {
+                self.trap = None;
+                self.counters.count(Kind::Stall);
+                let until = self.now + Duration::from_micros(self.chaos.between(1_000, 200_000));
+                self.net.stall(connection, side.other(), until);
             }
             Trap::Strand if is_write && self.chaos.chance(1, 3) => {
                 self.trap = None;

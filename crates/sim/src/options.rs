@@ -93,6 +93,8 @@ pub struct FaultWeights {
     pub ambush: u64,
     /// Lie in wait for a stream's message or acknowledgement, and reset its connection then.
     pub cut: u64,
+    /// Lie in wait for a stream's message, and hold it up with all behind it.
+    pub hold: u64,
     /// Lie in wait for a stream's message, and kill its sender at once.
     pub strand: u64,
     /// What a write carries to a replica is altered on the way, checksums too, and the replica dies before
@@ -234,7 +236,7 @@ impl Options {
             self.operations = self.faulty.as_millis() as u64;
             self.fault_interval = overrides.fault_interval.or(Some(Duration::from_millis(50)));
             self.restart_delay = self.restart_delay.min(Duration::from_millis(20));
-            self.mix = Mix { read: 30, write: 30, zero: 0, discard: 0, ..self.mix };
+            self.mix = Mix { read: 40, write: 20, zero: 0, discard: 0, ..self.mix };
         }
     }
 }
@@ -253,6 +255,7 @@ impl FaultWeights {
         crash_client: 0,
         ambush: 0,
         cut: 0,
+        hold: 0,
         strand: 0,
         differ: 0,
         ghost: 0,
@@ -272,6 +275,7 @@ impl FaultWeights {
             crash_client: some(2),
             ambush: some(8),
             cut: some(6),
+            hold: some(4),
             strand: some(4),
             differ: 0,
             ghost: 0,
@@ -279,7 +283,7 @@ impl FaultWeights {
     }
 
     /// The weights in the order of the fields.
-    pub fn list(&self) -> [u64; 14] {
+    pub fn list(&self) -> [u64; 15] {
         [
             self.crash_one,
             self.crash_several,
@@ -292,6 +296,7 @@ impl FaultWeights {
             self.crash_client,
             self.ambush,
             self.cut,
+            self.hold,
             self.strand,
             self.differ,
             self.ghost,

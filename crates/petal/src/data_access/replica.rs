@@ -234,7 +234,7 @@ impl DataAccess {
             let slot = &mut self.slots[index];
             // An older term's numbers count other messages: taken for this term's they would release writes that
             // the receiver never saw.
-            if slot.term != ack.term && self.sabotage != Sabotage::NoPromise {
+            if slot.term != ack.term {
                 continue;
             }
             let Some(acting) = slot.acting.as_mut() else { continue };
