@@ -19,7 +19,7 @@ petal-sim: whole clusters in one thread, in virtual time, decided by a seed
   --coverage             fail if a kind of fault never happened
   --sabotage NAME        leave out a rule, to see that it is caught (list: --sabotage help)
   --servers N  --disks N  --copies N  --operations N   instead of what the seed draws
-  --no-faults  --only-crashes  --crowded  --busy  --no-shrink  likewise
+  --no-faults  --only-crashes  --crowded  --busy  --full  --no-shrink  likewise
   --only-fault KIND      this kind of fault only (again for more): crash-one, crash-all, reset, stall, ambush,
                          cut, hold, strand, differ, ghost
   --options              print what is drawn for each seed
@@ -114,6 +114,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Arguments>, S
             "--no-faults" => a.overrides.no_faults = true,
             "--only-crashes" => a.overrides.only_crashes = true,
             "--crowded" => a.overrides.crowded = true,
+            "--full" => a.overrides.full = true,
             "--busy" => a.overrides.busy = true,
             "--only-fault" => {
                 let mut faults = a.overrides.faults.unwrap_or(FaultWeights::NONE);

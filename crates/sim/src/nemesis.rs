@@ -1,13 +1,13 @@
 //! Faults: what goes wrong, drawn one after the other while the faulty phase lasts.
 
+use crate::codec;
 use crate::counters::Kind;
 use crate::event::Event;
-use crate::codec;
 use crate::net::{ConnectionId, Node, Side};
 use crate::workload::draw_weighted;
 use crate::world::World;
-use petal::ids::ServerId;
 use bytes::Bytes;
+use petal::ids::ServerId;
 use petal::message::{Body, Message, Part, Payload};
 use petal::server::Peer;
 use petal::store::{BlockSum, DiskCommand};

@@ -62,6 +62,8 @@ pub struct Options {
     pub mix: Mix,
     /// One disk, that everybody shares, with few hot blocks.
     pub crowded: bool,
+    /// The hot blocks take nearly all of the space.
+    pub full: bool,
     /// Whether the end of the run is a loss of power before everything is read again.
     pub power_loss_at_end: bool,
     /// A rule that is left out on purpose.
@@ -154,6 +156,9 @@ pub struct Overrides {
     /// Operations in quick succession, on elements of one slot: whoever dies or is cut off leaves many unfinished,
     /// and is back before they are asked again.
     pub busy: bool,
+    /// With `crowded`: one small disk, of which the hot blocks take nearly all, so that what one write frees is
+    /// soon used by another.
+    pub full: bool,
     /// These faults only.
     pub faults: Option<FaultWeights>,
 }
@@ -189,6 +194,7 @@ impl Options {
             faults: FaultWeights::draw(prng),
             mix: Mix::draw(prng),
             crowded: false,
+            full: false,
             power_loss_at_end: prng.chance(1, 2),
             sabotage: overrides.sabotage,
         };
@@ -210,6 +216,11 @@ impl Options {
             let crashes =
                 FaultWeights { crash_one: 4, crash_several: 2, crash_all: 3, ambush: 9, ..FaultWeights::NONE };
             self.faults = crashes;
+        }
+        if overrides.full {
+            self.full = true;
+            self.disks = 1;
+            self.data = Some(1 << 20);
         }
         if let Some(faults) = overrides.faults {
             self.faults = faults;
