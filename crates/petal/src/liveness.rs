@@ -83,14 +83,7 @@ struct Heard {
 
 impl Heard {
     fn new(now: Instant, incarnation: Incarnation) -> Heard {
-        Heard {
-            incarnation,
-            at: now,
-            refuses: false,
-            applied: 0,
-            silent: Vec::new(),
-            unanswered: VecDeque::new(),
-        }
+        Heard { incarnation, at: now, refuses: false, applied: 0, silent: Vec::new(), unanswered: VecDeque::new() }
     }
 
     fn is_silent(&self, now: Instant) -> bool {
@@ -190,10 +183,9 @@ impl Liveness {
 
     /// Of a leader: when the leases of suspected servers are over.
     fn proposed_or_waiting(&self) -> Option<Instant> {
-        let waits = |server: &ServerId| {
-            !matches!(self.proposed.get(server), Some((_, Command::ServerDown { .. })))
-        };
-        let over = self.suspected.iter().filter(|(server, _)| waits(server)).map(|(_, (_, at))| *at + LEASE_SURELY_OVER);
+        let waits = |server: &ServerId| !matches!(self.proposed.get(server), Some((_, Command::ServerDown { .. })));
+        let over =
+            self.suspected.iter().filter(|(server, _)| waits(server)).map(|(_, (_, at))| *at + LEASE_SURELY_OVER);
         over.filter(|at| *at > self.watched_at).min()
     }
 
@@ -491,7 +483,9 @@ impl Liveness {
         let wanted: Vec<(ServerId, Option<Command>)> = self
             .heard
             .iter()
-            .filter_map(|(server, heard)| Some((*server, self.verdict(now, *server, heard, state.servers.get(server)?))))
+            .filter_map(|(server, heard)| {
+                Some((*server, self.verdict(now, *server, heard, state.servers.get(server)?)))
+            })
             .collect();
         // Who leads, and is heard by a majority, has no reason to be suspected by an earlier leader.
         let own = state.servers.get(&self.me).filter(|s| s.incarnation == self.incarnation && !s.down);

@@ -134,16 +134,7 @@ pub(crate) struct Listing {
 
 impl Listing {
     fn new(slot: SlotIndex, term: Term, above: Version, purpose: Purpose) -> Listing {
-        Listing {
-            slot,
-            term,
-            above,
-            purpose,
-            keys: VecDeque::new(),
-            images: Vec::new(),
-            next: None,
-            scan: None,
-        }
+        Listing { slot, term, above, purpose, keys: VecDeque::new(), images: Vec::new(), next: None, scan: None }
     }
 }
 
@@ -622,7 +613,10 @@ impl DataAccess {
                     self.blocked_settling.insert((index, element));
                     return;
                 }
-                let image = settling.difference.image.clone();
+                let mut image = settling.difference.image.clone();
+                if self.sabotage == Sabotage::IdsNotCopied {
+                    image.ids = ctx.stores.ids(element).to_vec();
+                }
                 let change = Change::Replace { element, slot: slot.id, image, data, watermark: slot.watermark };
                 // Space was reserved by the write that made the difference; the reserve pays otherwise.
                 let ticket = match ctx.stores.stage(change) {

@@ -211,9 +211,7 @@ impl DataAccess {
         let Some(acting) = &self.slots[index].acting else { return };
         let is_lost = |server: &ServerId, joiner: &Joiner| {
             let Some(state) = ctx.state.servers.get(server) else { return true };
-            state.incarnation != joiner.incarnation
-                || state.down
-                || (state.suspect.is_some() && !joiner.is_proposed())
+            state.incarnation != joiner.incarnation || state.down || (state.suspect.is_some() && !joiner.is_proposed())
         };
         let lost: Vec<ServerId> = acting.joiners.iter().filter(|(s, j)| is_lost(s, j)).map(|(s, _)| *s).collect();
         for server in lost {
@@ -452,8 +450,7 @@ impl DataAccess {
     fn begin_copy(&mut self, ctx: &mut Context, index: SlotIndex, to: ServerId, element: ElementKey) {
         let number = self.take_number();
         let holds = self.enter_queue(number, element);
-        let copy =
-            Copy { slot: index, to, element, holds, image: ElementImage::default(), blocks: Vec::new() };
+        let copy = Copy { slot: index, to, element, holds, image: ElementImage::default(), blocks: Vec::new() };
         self.copies.insert(number, copy);
         if holds {
             self.start_copy(ctx, number);

@@ -41,6 +41,12 @@ impl Layout {
         Layout { spots: vec![cut(prng, first, 3, size.max(2 * ELEMENT_SIZE))] }
     }
 
+    /// A hot set that takes nearly all of a data region of 1 MiB (256 blocks).
+    pub fn full(prng: &mut Prng, size: u64) -> Layout {
+        let blocks = prng.between(150, 230);
+        Layout { spots: vec![cut(prng, 0, blocks, size)] }
+    }
+
     fn draw_spots(prng: &mut Prng, size: u64, stripe_unit: u64) -> Layout {
         let mut bases = vec![
             0,

@@ -48,6 +48,8 @@ kinds! {
     Stop => "a server was stopped in order",
     /// Somebody was killed at a moment that was waited for.
     Ambush => "a crash was timed to a moment that matters",
+    /// A connection was reset at a moment that was waited for.
+    Cut => "a reset was timed to a moment that matters",
     /// A killed server started again.
     Restart => "a server started again",
     /// A server that had been declared down began a new life.

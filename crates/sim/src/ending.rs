@@ -152,9 +152,9 @@ impl World {
             return Some(format!("hosts {unready:?} are not ready"));
         }
         let state = self.newest_state()?;
-        let out = state.all_slots().flat_map(|(id, slot)| {
-            slot.tuple.iter().filter(|m| !m.in_sync).map(move |m| (id, m.server))
-        });
+        let out = state
+            .all_slots()
+            .flat_map(|(id, slot)| slot.tuple.iter().filter(|m| !m.in_sync).map(move |m| (id, m.server)));
         let out: Vec<_> = out.take(3).collect();
         (!out.is_empty()).then(|| format!("{out:?} are not in sync again"))
     }

@@ -92,6 +92,20 @@ pub enum Event {
         /// Who is killed: this host, or all.
         host: Option<usize>,
     },
+    /// The same; what happens is that a connection breaks.
+    Cut {
+        /// Which.
+        connection: ConnectionId,
+    },
+    /// A message of long ago arrives once more, over the connection that there is now.
+    Ghost {
+        /// Host that sent it.
+        from: usize,
+        /// Host that it was for.
+        to: usize,
+        /// The message.
+        frame: Bytes,
+    },
     /// A client thinks of something to do.
     Think {
         /// Client host.

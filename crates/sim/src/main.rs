@@ -2,7 +2,7 @@
 
 use petal::sabotage::Sabotage;
 use petal_sim::counters::Kind;
-use petal_sim::options::Overrides;
+use petal_sim::options::{FaultWeights, Overrides};
 use petal_sim::trace::Keep;
 use petal_sim::{Report, compare_runs, run_many, run_seed};
 use std::process::ExitCode;
@@ -19,7 +19,9 @@ petal-sim: whole clusters in one thread, in virtual time, decided by a seed
   --coverage             fail if a kind of fault never happened
   --sabotage NAME        leave out a rule, to see that it is caught (list: --sabotage help)
   --servers N  --disks N  --copies N  --operations N   instead of what the seed draws
-  --no-faults  --only-crashes  --crowded  --no-shrink  likewise
+  --no-faults  --only-crashes  --crowded  --busy  --full  --no-shrink  likewise
+  --only-fault KIND      this kind of fault only (again for more): crash-one, crash-all, reset, stall, ambush,
+                         cut, hold, strand, differ, ghost
   --options              print what is drawn for each seed
 
 Ends with 0 if no checker complained, else with 1 and how to see it again. See docs/testing.md.
@@ -112,6 +114,28 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Arguments>, S
             "--no-faults" => a.overrides.no_faults = true,
             "--only-crashes" => a.overrides.only_crashes = true,
             "--crowded" => a.overrides.crowded = true,
+            "--full" => a.overrides.full = true,
+            "--busy" => a.overrides.busy = true,
+            "--only-fault" => {
+                let mut faults = a.overrides.faults.unwrap_or(FaultWeights::NONE);
+                let name = value()?;
+                let weight = match name.as_str() {
+                    "crash-one" => &mut faults.crash_one,
+                    "crash-all" => &mut faults.crash_all,
+                    "reset" => &mut faults.reset,
+                    "stall" => &mut faults.stall,
+                    "ambush" => &mut faults.ambush,
+                    "cut" => &mut faults.cut,
+                    "hold" => &mut faults.hold,
+                    "strand" => &mut faults.strand,
+                    "differ" => &mut faults.differ,
+                    "ghost" => &mut faults.ghost,
+                    other => return Err(format!("there is no fault '{other}' to ask for")),
+                };
+                *weight += 1;
+                a.overrides.faults = Some(faults);
+                a.again.push_str(&format!(" --only-fault {name}"));
+            }
             "--no-shrink" => a.overrides.no_shrink = true,
             "--help" | "-h" => return Ok(None),
             other => return Err(format!("'{other}' is not an argument")),

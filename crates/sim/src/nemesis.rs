@@ -1,15 +1,17 @@
 //! Faults: what goes wrong, drawn one after the other while the faulty phase lasts.
 
+use crate::codec;
 use crate::counters::Kind;
 use crate::event::Event;
-use crate::net::{Node, Side};
+use crate::net::{ConnectionId, Node, Side};
 use crate::workload::draw_weighted;
 use crate::world::World;
-use petal::ids::ServerId;
+use bytes::Bytes;
 use petal::global_state::Command;
-use petal::message::{Admin, AdminRequest, Body, CommandId, Message};
+use petal::ids::ServerId;
+use petal::message::{Admin, AdminRequest, Body, CommandId, Message, Part, Payload};
 use petal::server::{self, Peer};
-use petal::store::DiskCommand;
+use petal::store::{BlockSum, DiskCommand};
 use stdx::{Duration, Machine};
 
 /// A moment at which somebody is killed: while the command is in flight, or about when the message
@@ -30,6 +32,16 @@ pub enum Trap {
     Settle,
     /// A write is acknowledged to its client.
     Answer,
+    /// A stream's message or acknowledgement: its connection is reset about when it arrives.
+    Cut,
+    /// A write goes to a secondary: it is held up.
+    Hold,
+    /// A write goes to a secondary: its sender is killed at once, so that often only the secondary has it.
+    Strand,
+    /// A write goes to a secondary: it is altered, and the secondary killed before it is acknowledged.
+    Differ,
+    /// A write goes to a secondary: it will come again later.
+    Ghost,
 }
 
 impl Trap {
@@ -66,9 +78,14 @@ impl World {
             6 => self.slow_disk(),
             7 => self.slow_server(),
             8 => self.crash_one_client(),
-            10 => self.partition(),
-            11 => self.freeze_one(),
-            _ => self.trap = Some(*self.chaos.pick(&Trap::ALL)),
+            9 => self.trap = Some(*self.chaos.pick(&Trap::ALL)),
+            10 => self.trap = Some(Trap::Cut),
+            11 => self.trap = Some(Trap::Hold),
+            12 => self.trap = Some(Trap::Strand),
+            13 => self.trap = Some(Trap::Differ),
+            14 => self.trap = Some(Trap::Ghost),
+            15 => self.partition(),
+            _ => self.freeze_one(),
         }
     }
 
@@ -109,6 +126,71 @@ impl World {
         }
     }
 
+    /// Traps whose victim is the connection or the message itself, which is about to leave `host`.
+    pub(crate) fn meddle(
+        &mut self,
+        host: usize,
+        to: Peer,
+        connection: ConnectionId,
+        side: Side,
+        message: &mut Message,
+    ) {
+        let Some(trap) = self.trap else { return };
+        let Peer::Server(server) = to else { return };
+        let Some(other) = self.servers.iter().position(|s| s.id == Some(server)) else { return };
+        let is_write = matches!(&message.body, Body::Replicate(m) if matches!(m.part, Part::Write { .. }));
+        match trap {
+            Trap::Cut if matches!(message.body, Body::Replicate(_) | Body::StreamAck(_)) => {
+                let most = self.options.net.max * 2;
+                self.trap = None;
+                let at = self.now + Duration::from_nanos(self.chaos.below(most.as_nanos() as u64 + 1));
+                self.queue.plan(at, Event::Cut { connection });
+            }
+            Trap::Hold if is_write => {
+                self.trap = None;
+                self.counters.count(Kind::Stall);
+                let until = self.now + Duration::from_micros(self.chaos.between(1_000, 200_000));
+                self.net.stall(connection, side.other(), until);
+            }
+            Trap::Strand if is_write && self.chaos.chance(1, 3) => {
+                self.trap = None;
+                let most = self.options.disk_times.min;
+                let at = self.now + Duration::from_nanos(self.chaos.below(most.as_nanos() as u64 + 1));
+                self.queue.plan(at, Event::Ambush { host: Some(host) });
+            }
+            Trap::Differ if is_write && alter(message) => {
+                self.trap = None;
+                // Until the secondary is dead nothing of it arrives.
+                self.net.stall(connection, side, self.now + Duration::from_secs(2));
+                let most = self.options.net.max * 3 + self.options.disk_times.max * 10;
+                let at = self.now + most / 2 + self.draw(most / 2);
+                self.queue.plan(at, Event::Ambush { host: Some(other) });
+            }
+            Trap::Ghost if is_write && self.chaos.chance(1, 3) => {
+                self.trap = None;
+                let Ok(frame) = codec::encode(message) else { return };
+                let at = self.now + Duration::from_micros(self.chaos.between(5_000, 500_000));
+                self.queue.plan(at, Event::Ghost { from: host, to: other, frame });
+            }
+            _ => {}
+        }
+    }
+
+    pub(crate) fn on_cut(&mut self, connection: ConnectionId) {
+        if self.ending.is_faulty() {
+            self.counters.count(Kind::Cut);
+            self.reset(connection);
+        }
+    }
+
+    pub(crate) fn on_ghost(&mut self, from: usize, to: usize, frame: Bytes) {
+        let Some(sender) = self.servers[from].id else { return };
+        let Some(life) = &self.servers[to].life else { return };
+        if let Some((connection, side)) = life.driver.connections.get(&Peer::Server(sender)).copied() {
+            self.on_deliver(connection, side, frame, 0);
+        }
+    }
+
     /// Somebody dies within `most`: one of the victims, or everybody.
     fn spring(&mut self, victims: &[usize], most: Duration) {
         self.trap = None;
@@ -118,7 +200,8 @@ impl World {
     }
 
     pub(crate) fn on_ambush(&mut self, host: Option<usize>) {
-        if !self.ending.is_faulty() {
+        // What was altered must never be acknowledged.
+        if !self.ending.is_faulty() && self.options.faults.differ == 0 {
             return;
         }
         self.trace.event(self.now, &[12], || format!("ambush on {host:?}"));
@@ -294,4 +377,19 @@ impl World {
             self.plan_start(Node::Client(client), at);
         }
     }
+}
+
+/// Turns over the data of a write on its way to a replica, with its checksums, so that nothing but the
+/// other copies can tell. False if it has no data.
+fn alter(message: &mut Message) -> bool {
+    let Body::Replicate(m) = &mut message.body else { return false };
+    let Part::Write { sums, .. } = &mut m.part else { return false };
+    let bytes: Vec<u8> = m.data.to_bytes().iter().map(|b| !b).collect();
+    let mut blocks = bytes.chunks(petal::ids::BLOCK_SIZE as usize);
+    for sum in sums.iter_mut().filter(|s| **s != BlockSum::Zero) {
+        *sum = BlockSum::Crc(stdx::checksum::crc32c(blocks.next().expect("a block for each checksum")));
+    }
+    let altered = !bytes.is_empty();
+    m.data = Payload(vec![Bytes::from(bytes)]);
+    altered
 }

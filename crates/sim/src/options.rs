@@ -64,6 +64,8 @@ pub struct Options {
     pub mix: Mix,
     /// One disk, that everybody shares, with few hot blocks.
     pub crowded: bool,
+    /// The hot blocks take nearly all of the space.
+    pub full: bool,
     /// Whether the end of the run is a loss of power before everything is read again.
     pub power_loss_at_end: bool,
     /// A rule that is left out on purpose.
@@ -93,6 +95,18 @@ pub struct FaultWeights {
     pub crash_client: u64,
     /// Lie in wait for a moment that matters, and kill somebody then.
     pub ambush: u64,
+    /// Lie in wait for a stream's message or acknowledgement, and reset its connection then.
+    pub cut: u64,
+    /// Lie in wait for a stream's message, and hold it up with all behind it.
+    pub hold: u64,
+    /// Lie in wait for a stream's message, and kill its sender at once.
+    pub strand: u64,
+    /// What a write carries to a replica is altered on the way, checksums too, and the replica dies before
+    /// it is acknowledged. Never drawn: no disk and no network does that; only settlement must survive it.
+    pub differ: u64,
+    /// A stream's message comes again long after. Never drawn: connections do not do that, and before there
+    /// is failover there is nobody else from whom a message of an older term could come.
+    pub ghost: u64,
     /// Cut a server off for longer than a lease, or a bit less.
     pub partition: u64,
     /// Stop a server for as long, and let it go on.
@@ -145,6 +159,14 @@ pub struct Overrides {
     pub crowded: bool,
     /// Disks never shrink.
     pub no_shrink: bool,
+    /// Operations in quick succession, on elements of one slot: whoever dies or is cut off leaves many unfinished,
+    /// and is back before they are asked again.
+    pub busy: bool,
+    /// With `crowded`: one small disk, of which the hot blocks take nearly all, so that what one write frees is
+    /// soon used by another.
+    pub full: bool,
+    /// These faults only.
+    pub faults: Option<FaultWeights>,
 }
 
 impl Options {
@@ -179,6 +201,7 @@ impl Options {
             faults: FaultWeights::draw(prng),
             mix: Mix::draw(prng),
             crowded: false,
+            full: false,
             power_loss_at_end: prng.chance(1, 2),
             sabotage: overrides.sabotage,
         };
@@ -201,6 +224,14 @@ impl Options {
                 FaultWeights { crash_one: 4, crash_several: 2, crash_all: 3, ambush: 9, ..FaultWeights::NONE };
             self.faults = crashes;
         }
+        if overrides.full {
+            self.full = true;
+            self.disks = 1;
+            self.data = Some(1 << 20);
+        }
+        if let Some(faults) = overrides.faults {
+            self.faults = faults;
+        }
         if overrides.no_faults {
             self.fault_interval = None;
             self.power_loss_at_end = false;
@@ -214,11 +245,23 @@ impl Options {
             self.depth = self.depth.clamp(2, 4);
             self.mix = Mix { zero_all: 0, extents: 0, detach: 0, admin_percent: 0, ..self.mix };
         }
+        if overrides.busy {
+            self.clients = 4;
+            self.depth = 4;
+            self.client_deadline = None;
+            self.stripe_unit = 1 << 20;
+            self.faulty = self.faulty.clamp(Duration::from_millis(1000), Duration::from_millis(2500));
+            self.operations = self.faulty.as_millis() as u64;
+            self.fault_interval = overrides.fault_interval.or(Some(Duration::from_millis(50)));
+            self.restart_delay = self.restart_delay.min(Duration::from_millis(20));
+            self.mix = Mix { read: 40, write: 20, zero: 0, discard: 0, ..self.mix };
+        }
     }
 }
 
 impl FaultWeights {
-    const NONE: FaultWeights = FaultWeights {
+    /// No faults.
+    pub const NONE: FaultWeights = FaultWeights {
         crash_one: 0,
         crash_several: 0,
         crash_all: 0,
@@ -229,6 +272,11 @@ impl FaultWeights {
         slow_server: 0,
         crash_client: 0,
         ambush: 0,
+        cut: 0,
+        hold: 0,
+        strand: 0,
+        differ: 0,
+        ghost: 0,
         partition: 0,
         freeze: 0,
     };
@@ -246,13 +294,18 @@ impl FaultWeights {
             slow_server: some(2),
             crash_client: some(2),
             ambush: some(8),
+            cut: some(6),
+            hold: some(4),
+            strand: some(4),
+            differ: 0,
+            ghost: 0,
             partition: some(3),
             freeze: some(3),
         }
     }
 
     /// The weights in the order of the fields.
-    pub fn list(&self) -> [u64; 12] {
+    pub fn list(&self) -> [u64; 17] {
         [
             self.crash_one,
             self.crash_several,
@@ -264,6 +317,11 @@ impl FaultWeights {
             self.slow_server,
             self.crash_client,
             self.ambush,
+            self.cut,
+            self.hold,
+            self.strand,
+            self.differ,
+            self.ghost,
             self.partition,
             self.freeze,
         ]

@@ -165,6 +165,8 @@ impl World {
             Event::Fault => self.on_fault(),
             Event::Ambush { host } => self.on_ambush(host),
             Event::Bury { host, life } => self.on_bury(host, life),
+            Event::Cut { connection } => self.on_cut(connection),
+            Event::Ghost { from, to, frame } => self.on_ghost(from, to, frame),
             Event::Think { client, life } => self.on_think(client, life),
             Event::Phase => self.on_phase(),
         }
@@ -438,7 +440,7 @@ impl World {
         }
     }
 
-    fn on_deliver(&mut self, connection: ConnectionId, side: Side, frame: Bytes, sent: u64) {
+    pub(crate) fn on_deliver(&mut self, connection: ConnectionId, side: Side, frame: Bytes, sent: u64) {
         let Some(us) = self.net.receiver(connection, side).filter(|us| self.end_point(us.node) == Some(*us)) else {
             self.counters.count(Kind::MessageLost);
             return;
@@ -636,7 +638,7 @@ impl World {
             life.open = true;
         }
         match output {
-            server::Output::Send { to, message } => match life.driver.connections.get(&to).copied() {
+            server::Output::Send { to, mut message } => match life.driver.connections.get(&to).copied() {
                 Some((connection, side)) => {
                     match &message.body {
                         Body::Replicate(Replicate { part: Part::CaughtUp, .. }) => self.counters.count(Kind::CaughtUp),
@@ -646,6 +648,7 @@ impl World {
                         _ => {}
                     }
                     self.spring_at_message(host, to, &message);
+                    self.meddle(host, to, connection, side, &mut message);
                     self.send(connection, side, &message);
                 }
                 None => self.counters.count(Kind::MessageLost),

@@ -27,7 +27,15 @@ pub(super) struct Link {
 
 impl Link {
     pub fn new(addresses: Vec<String>) -> Link {
-        Link { addresses, dialed: false, connected: None, in_flight: 0, queue: VecDeque::new(), silent: false, latency: 0 }
+        Link {
+            addresses,
+            dialed: false,
+            connected: None,
+            in_flight: 0,
+            queue: VecDeque::new(),
+            silent: false,
+            latency: 0,
+        }
     }
     /// True if an operation may be sent now.
     pub fn has_room(&self) -> bool {

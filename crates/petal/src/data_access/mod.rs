@@ -857,9 +857,8 @@ impl DataAccess {
         // I5: complete. The watermark is a prefix.
         let operation = acting.unfinished.remove(&sequence).expect("just found").operation;
         let prefix = match acting.unfinished.first_key_value() {
-            Some(_) if self.sabotage == Sabotage::WatermarkSkipsUnfinished => sequence,
-            Some((first, _)) => first - 1,
-            None => acting.sequence,
+            Some((first, _)) if self.sabotage != Sabotage::WatermarkSkipsUnfinished => first - 1,
+            _ => acting.sequence,
         };
         slot.watermark = slot.watermark.max(Version { term: slot.term, sequence: prefix });
         self.watermark_moved(ctx.now, index);
@@ -894,7 +893,14 @@ impl DataAccess {
         self.operation_ended(ctx, number);
     }
 
-    pub(crate) fn leave_queue(&mut self, ctx: &mut Context, number: OpNumber, element: ElementKey, mask: u16, holds: bool) {
+    pub(crate) fn leave_queue(
+        &mut self,
+        ctx: &mut Context,
+        number: OpNumber,
+        element: ElementKey,
+        mask: u16,
+        holds: bool,
+    ) {
         let Some(queue) = self.queues.get_mut(&element) else { return };
         if holds {
             queue.release(mask);

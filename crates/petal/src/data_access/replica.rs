@@ -20,8 +20,13 @@ impl DataAccess {
         if slot.in_sync.contains(&self.me) && m.watermark > slot.watermark {
             slot.watermark = m.watermark;
         }
-        let unordered = self.sabotage == Sabotage::NoOrderedStream;
         let incoming = slot.incoming.get_or_insert_with(|| Incoming::new(from, m.term));
+        let unordered = match self.sabotage {
+            Sabotage::NoOrderedStream => true,
+            // Streams of different terms come from different servers: their numbers cannot be compared.
+            Sabotage::NoPromise => m.term != incoming.term,
+            _ => false,
+        };
         let element = part_element(&m.part);
         match incoming.accept(m, unordered) {
             stream::Arrival::New => {
@@ -236,6 +241,8 @@ impl DataAccess {
         for ack in m.slots {
             let Some(&index) = self.by_id.get(&ack.slot) else { continue };
             let slot = &mut self.slots[index];
+            // An older term's numbers count other messages: taken for this term's they would release writes that
+            // the receiver never saw.
             if slot.term != ack.term {
                 continue;
             }

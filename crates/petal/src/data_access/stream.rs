@@ -159,17 +159,22 @@ impl Incoming {
 
     /// Takes a message in.
     pub fn accept(&mut self, message: Replicate, unordered: bool) -> Arrival {
+        if unordered {
+            self.stream = self.stream.max(message.stream);
+            self.arrived.push_back(message);
+            return Arrival::New;
+        }
         if message.stream < self.stream {
             return Arrival::Ignore;
         }
         self.stream = message.stream;
-        if message.number < self.next && !unordered {
+        if message.number < self.next {
             return Arrival::Again;
         }
-        if message.number > self.next && !unordered {
+        if message.number > self.next {
             return Arrival::Ignore;
         }
-        self.next = self.next.max(message.number + 1);
+        self.next += 1;
         self.arrived.push_back(message);
         Arrival::New
     }
