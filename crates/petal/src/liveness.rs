@@ -529,3 +529,7 @@ impl Liveness {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "liveness_tests.rs"]
+mod tests;
