@@ -33,7 +33,12 @@ struct Call {
 enum Stage {
     Deciding,
     /// `index`: of the command; `settles`: what these servers must have settled.
-    Settling { index: StateIndex, outcome: Outcome, settles: StateIndex, waits: BTreeSet<ServerId> },
+    Settling {
+        index: StateIndex,
+        outcome: Outcome,
+        settles: StateIndex,
+        waits: BTreeSet<ServerId>,
+    },
 }
 
 impl Desk {

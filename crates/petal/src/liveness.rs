@@ -83,14 +83,7 @@ struct Heard {
 
 impl Heard {
     fn new(now: Instant, incarnation: Incarnation) -> Heard {
-        Heard {
-            incarnation,
-            at: now,
-            refuses: false,
-            applied: 0,
-            silent: Vec::new(),
-            unanswered: VecDeque::new(),
-        }
+        Heard { incarnation, at: now, refuses: false, applied: 0, silent: Vec::new(), unanswered: VecDeque::new() }
     }
 
     fn is_silent(&self, now: Instant) -> bool {
@@ -182,10 +175,9 @@ impl Liveness {
 
     /// Of a leader: when the leases of suspected servers are over.
     fn proposed_or_waiting(&self) -> Option<Instant> {
-        let waits = |server: &ServerId| {
-            !matches!(self.proposed.get(server), Some((_, Command::ServerDown { .. })))
-        };
-        let over = self.suspected.iter().filter(|(server, _)| waits(server)).map(|(_, (_, at))| *at + LEASE_SURELY_OVER);
+        let waits = |server: &ServerId| !matches!(self.proposed.get(server), Some((_, Command::ServerDown { .. })));
+        let over =
+            self.suspected.iter().filter(|(server, _)| waits(server)).map(|(_, (_, at))| *at + LEASE_SURELY_OVER);
         over.filter(|at| *at > self.watched_at).min()
     }
 
@@ -465,9 +457,11 @@ impl Liveness {
         for (_, (id, _)) in std::mem::take(&mut self.proposed) {
             global.forget_proposal(&id);
         }
-        let Some(leader) = global.leader() else { return };
-        let refuses = self.heard.get(&leader).is_some_and(|heard| heard.refuses);
-        if refuses || !self.can_get_lease(now, leader) {
+        // Of a leader that has never been up, or was declared down, silence says nothing.
+        let Some((leader, heard)) = global.leader().and_then(|leader| Some((leader, self.heard.get(&leader)?))) else {
+            return;
+        };
+        if heard.refuses || !self.can_get_lease(now, leader) {
             global.on_leader_gone(now);
         }
     }
@@ -483,7 +477,9 @@ impl Liveness {
         let wanted: Vec<(ServerId, Option<Command>)> = self
             .heard
             .iter()
-            .filter_map(|(server, heard)| Some((*server, self.verdict(now, *server, heard, state.servers.get(server)?))))
+            .filter_map(|(server, heard)| {
+                Some((*server, self.verdict(now, *server, heard, state.servers.get(server)?)))
+            })
             .collect();
         // Who leads, and is heard by a majority, has no reason to be suspected by an earlier leader.
         let own = state.servers.get(&self.me).filter(|s| s.incarnation == self.incarnation && !s.down);

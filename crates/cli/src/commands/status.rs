@@ -210,7 +210,9 @@ impl ServerReport {
                 format!("{id} is down since state index {since}: others act in its place where they have the data.")
             }
             ("suspected", Some(since)) => {
-                format!("{id} is suspected since state index {since}: it is about to be declared down, or to be heard again.")
+                format!(
+                    "{id} is suspected since state index {since}: it is about to be declared down, or to be heard again."
+                )
             }
             (state, _) => format!("{id} is {state}: I/O that needs it waits until it is back."),
         }
