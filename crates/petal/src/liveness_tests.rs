@@ -590,7 +590,9 @@ fn must_fail_a_server_declared_down_by_an_older_suspicion() {
 /// Counterexample F2. The leader and one follower suspect s4, which the third member goes on to hear. The
 /// follower does not learn for a while that what it accepted is decided. Tells what was violated.
 fn accepted_and_not_known_to_be_decided(seed: u64, sabotage: Sabotage) -> Option<String> {
-    let mut cluster = Cluster::new(seed, 3, 1, 1000, sabotage);
+    let mut cluster = Cluster::new(seed, 3, 1, 10_000, sabotage);
+    // The clocks' phases drift apart.
+    cluster.run(millis(seed * 2000));
     let leader = cluster.leader();
     let others: Vec<ServerId> = (1..=3).map(s).filter(|m| *m != leader).collect();
     let (follower, third) = (others[0], others[1]);
@@ -607,7 +609,7 @@ fn accepted_and_not_known_to_be_decided(seed: u64, sabotage: Sabotage) -> Option
     assert!(accepts(&mut cluster), "seed {seed}: a follower accepts before it knows what is decided");
     cluster.cut.insert((leader, follower));
     // Shorter than a round of the ring's own heartbeats: else another one leads, and waits anew.
-    cluster.run(millis(200));
+    cluster.run(millis(160));
     cluster.cut.remove(&(leader, follower));
     for (a, b) in [(leader, follower), (follower, leader)] {
         let local = cluster.local(a);
@@ -622,12 +624,12 @@ fn accepted_and_not_known_to_be_decided(seed: u64, sabotage: Sabotage) -> Option
 
 #[test]
 fn a_member_heeds_what_it_accepted_before_it_knows_that_it_is_decided() {
-    for seed in 0..10 {
+    for seed in 0..30 {
         assert_eq!(accepted_and_not_known_to_be_decided(seed, Sabotage::None), None);
     }
 }
 
 #[test]
 fn must_fail_a_member_that_grants_by_what_it_has_applied() {
-    assert!((0..10).any(|seed| accepted_and_not_known_to_be_decided(seed, Sabotage::GrantByAppliedLog).is_some()));
+    assert!((0..30).any(|seed| accepted_and_not_known_to_be_decided(seed, Sabotage::GrantByAppliedLog).is_some()));
 }
