@@ -465,9 +465,11 @@ impl Liveness {
         for (_, (id, _)) in std::mem::take(&mut self.proposed) {
             global.forget_proposal(&id);
         }
-        let Some(leader) = global.leader() else { return };
-        let refuses = self.heard.get(&leader).is_some_and(|heard| heard.refuses);
-        if refuses || !self.can_get_lease(now, leader) {
+        // Of a leader that has never been up, or was declared down, silence says nothing.
+        let Some((leader, heard)) = global.leader().and_then(|leader| Some((leader, self.heard.get(&leader)?))) else {
+            return;
+        };
+        if heard.refuses || !self.can_get_lease(now, leader) {
             global.on_leader_gone(now);
         }
     }
@@ -531,3 +533,7 @@ impl Liveness {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "liveness_tests.rs"]
+mod tests;
