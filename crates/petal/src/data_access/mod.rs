@@ -22,6 +22,7 @@
 
 mod map;
 mod queue;
+mod range;
 mod replica;
 mod stream;
 mod sweep;
@@ -40,6 +41,7 @@ use crate::server::{ClientId, Output, Peer};
 use crate::store::{BlockData, BlockSum, Change, Loaded, ReadBlocks, ReadError, ReadId, StageError, Stores, Ticket};
 use bytes::{Bytes, BytesMut};
 use queue::ElementQueue;
+use range::{ByteRange, block_mask, mask_range};
 pub(crate) use replica::family_ended;
 use smallvec::{SmallVec, smallvec};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -47,6 +49,7 @@ use stdx::checksum::crc32c;
 use stdx::{FastMap, FastSet, Instant};
 pub(crate) use stream::{Incoming, Outgoing};
 pub(crate) use window::Window;
+use window::{Room, room};
 
 /// Number of an operation in progress; grows by one with each.
 pub type OpNumber = u64;
@@ -1406,87 +1409,6 @@ enum Answer {
     Map(Refusal),
 }
 
-/// Is there room for a write, here and at every receiver?
-enum Room {
-    Yes,
-    /// Not now, but when what is on its way has been answered.
-    Later,
-    /// Somebody is full.
-    No,
-}
-
-fn room(
-    windows: &BTreeMap<ServerId, Window>,
-    me: ServerId,
-    receivers: &[ServerId],
-    unfinished: usize,
-    free: u64,
-    cost: u64,
-) -> Room {
-    if unfinished >= SLOT_UNFINISHED_MAX {
-        return Room::Later;
-    }
-    if cost == 0 {
-        return Room::Yes;
-    }
-    let reserved: u64 = windows.values().map(Window::reserved).sum();
-    if free < reserved + cost {
-        return Room::No;
-    }
-    for receiver in receivers.iter().filter(|r| **r != me) {
-        let Some(window) = windows.get(receiver) else { return Room::Later };
-        if !window.admits(cost) {
-            return if window.full && window.in_flight == 0 { Room::No } else { Room::Later };
-        }
-    }
-    Room::Yes
-}
-
-/// Bytes of an element, checked to be within it.
-#[derive(Clone, Copy)]
-struct ByteRange {
-    offset: u32,
-    length: u32,
-}
-
-impl ByteRange {
-    fn new(offset: u32, length: u64) -> Result<Self, Refusal> {
-        if length == 0 || u64::from(offset) + length > ELEMENT_SIZE {
-            return Err(Refusal::Malformed);
-        }
-        Ok(ByteRange { offset, length: length as u32 })
-    }
-    fn end(self) -> u64 {
-        u64::from(self.offset) + u64::from(self.length)
-    }
-    fn first_block(self) -> u8 {
-        (self.offset / BLOCK_SIZE as u32) as u8
-    }
-    fn blocks(self) -> u8 {
-        (self.end().div_ceil(BLOCK_SIZE) - u64::from(self.first_block())) as u8
-    }
-    fn mask(self) -> u16 {
-        block_mask(self.first_block(), self.blocks())
-    }
-    fn ragged(self) -> bool {
-        !u64::from(self.offset).is_multiple_of(BLOCK_SIZE) || !self.end().is_multiple_of(BLOCK_SIZE)
-    }
-    /// The data cut at block boundaries.
-    fn pieces(self, data: &[u8]) -> impl Iterator<Item = &[u8]> {
-        let head = (BLOCK_SIZE as usize - self.offset as usize % BLOCK_SIZE as usize) % BLOCK_SIZE as usize;
-        let (head, rest) = data.split_at(head.min(data.len()));
-        std::iter::once(head).filter(|h| !h.is_empty()).chain(rest.chunks(BLOCK_SIZE as usize))
-    }
-}
-
-fn block_mask(first: u8, count: u8) -> u16 {
-    (((1u32 << count) - 1) << first) as u16
-}
-
-fn mask_range(mask: u16) -> (u8, u8) {
-    (mask.trailing_zeros() as u8, mask.count_ones() as u8)
-}
-
 fn round_up(n: u64, unit: u64) -> u64 {
     n.div_ceil(unit).saturating_mul(unit)
 }
@@ -1525,23 +1447,4 @@ pub(crate) fn view_of(state: &State, vdisk: VdiskId) -> View {
 fn revision_of(state: &State, vdisk: VdiskId) -> Revision {
     let Some(v) = state.vdisks.get(&vdisk) else { return state.index };
     v.revision.max(state.families.get(&v.family).map_or(0, |f| f.revision))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ragged_ranges_are_cut_at_block_boundaries() {
-        let data = vec![7; 9000];
-        let range = ByteRange::new(4000, 9000).unwrap();
-        assert_eq!(range.pieces(&data).map(<[u8]>::len).collect::<Vec<_>>(), [96, 4096, 4096, 712]);
-        assert_eq!(range.blocks(), 4);
-        assert_eq!(range.mask(), 0b1111);
-        assert!(range.ragged());
-        let aligned = ByteRange::new(61440, 4096).unwrap();
-        assert_eq!((aligned.mask(), aligned.ragged()), (1 << 15, false));
-        assert!(ByteRange::new(61440, 4097).is_err());
-        assert_eq!(ByteRange::new(0, 65536).unwrap().mask(), u16::MAX);
-    }
 }

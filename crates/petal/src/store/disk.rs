@@ -23,7 +23,7 @@ use super::journal::{self, Header, Position, Record};
 use super::superblock::Superblock;
 use super::*;
 use super::{keys, recovery};
-use crate::limits::{BATCH_DATA_MAX, BATCHES_IN_FLIGHT_MAX};
+use crate::limits::{BATCH_DATA_MAX, BATCHES_IN_FLIGHT_MAX, CHANGES_PER_SLOT_MAX};
 use crate::sabotage::Sabotage;
 use scan::ScanJob;
 use smallvec::SmallVec;
@@ -729,7 +729,14 @@ impl Disk {
             index.remove(&old.1);
         }
         if let Some((slot, version)) = new {
-            self.changes.entry(slot).or_default().insert(version, element);
+            let index = self.changes.entry(slot).or_default();
+            index.insert(version, element);
+            if index.len() > CHANGES_PER_SLOT_MAX {
+                // A member has been away for long: a scan will tell it what it missed.
+                let (version, _) = index.pop_first().expect("there are many");
+                let floor = self.floors.entry(slot).or_default();
+                *floor = (*floor).max(version);
+            }
         }
     }
 
