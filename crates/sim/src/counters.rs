@@ -54,6 +54,10 @@ kinds! {
     Restart => "a server started again",
     /// A server that had been declared down began a new life.
     NewLife => "a server declared down began a new life",
+    /// A server was suspected.
+    Suspected => "a server was suspected",
+    /// A server was declared down.
+    DeclaredDown => "a server was declared down",
     /// A server found that nobody listens where another one was.
     Refused => "a server refused connections",
     /// A disk write in flight at a crash is there afterwards.

@@ -584,7 +584,10 @@ impl World {
         let wanted = life.server.next_timeout().map(|at| machine.clock.world(at));
         let lease = life.server.lease_until().map_or(Instant::ZERO, |at| machine.clock.world(at));
         let complaint = self.checkers.see_server(host, &life.server, self.now, lease);
-        if let Some(complaint) = complaint {
+        let state = self.servers[host].life.as_ref().and_then(|life| life.server.state());
+        let of_leases =
+            state.and_then(|state| self.checkers.leases.see(self.now, state, &self.servers, &mut self.counters));
+        for complaint in complaint.into_iter().chain(of_leases) {
             self.complain(complaint);
         }
         self.plan_tick(Node::Server(host), wanted);
