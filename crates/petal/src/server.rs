@@ -427,11 +427,12 @@ impl Server {
             AdminRequest::ServerStatus => Ok(AdminResponse::ServerStatus(Box::new(self.status()))),
             _ if matches!(self.stage, Stage::Opening | Stage::Joining { .. }) => Err(AdminError::Starting(self.me)),
             AdminRequest::Hints { name } => {
-                let state = self.global().state();
-                state.hints_by_name(&name).map(hints).ok_or(AdminError::NoSuchDisk(name))
+                let gone = self.unless_behind(AdminError::NoSuchDisk(name.clone()));
+                self.global().state().hints_by_name(&name).map(hints).ok_or(gone)
             }
             AdminRequest::HintsById { vdisk } => {
-                self.global().state().hints(vdisk).map(hints).ok_or(AdminError::DiskGone(vdisk))
+                let gone = self.unless_behind(AdminError::DiskGone(vdisk));
+                self.global().state().hints(vdisk).map(hints).ok_or(gone)
             }
             AdminRequest::State => Ok(AdminResponse::State(self.global().state().encode())),
             AdminRequest::Verify { after } => {
@@ -439,6 +440,11 @@ impl Server {
             }
         };
         self.reply_admin(client, tag, result);
+    }
+
+    /// Who has no lease may have been away for long: that there is no such disk is for others to say.
+    fn unless_behind(&self, error: AdminError) -> AdminError {
+        if self.liveness.lease(self.now).is_some() { error } else { AdminError::Starting(self.me) }
     }
 
     fn reply_admin(&mut self, client: ClientId, tag: Tag, result: Result<AdminResponse, AdminError>) {
