@@ -2,6 +2,7 @@
 //! that we did not write, and leaves nothing behind.
 
 mod bad_input;
+mod chaos;
 mod nbd;
 mod processes;
 mod real_data;
@@ -47,6 +48,7 @@ const SCENARIOS: &[Scenario] = &[
     ("fio_verifies_mixed_sizes_over_two_connections", nbd::fio_verifies),
     ("illegal_nbd_requests_leave_the_server_unharmed", nbd::illegal_requests),
     ("thousands_of_idle_connections_do_no_harm", nbd::idle_connections),
+    ("what_clients_see_while_servers_die_and_hang_is_linearizable", chaos::history_is_linearizable),
     ("damaged_and_foreign_disks_are_refused_by_name", bad_input::damaged_disks),
     ("bad_arguments_are_refused_with_a_remedy", bad_input::bad_arguments),
 ];
