@@ -400,7 +400,9 @@ pub enum AdminError {
     #[error("the disk {0} is gone")]
     DiskGone(VdiskId),
     /// The server has not yet caught up with the cluster since it started, or was cut off.
-    #[error("{0} is starting, or cut off, and does not know the cluster's present state; try again, or ask another server")]
+    #[error(
+        "{0} is starting, or cut off, and does not know the cluster's present state; try again, or ask another server"
+    )]
     Starting(ServerId),
 }
 

@@ -64,7 +64,9 @@ mod tests {
     use super::*;
 
     fn line(op: &str, value: u64, invoke: u64, returned: &str) -> String {
-        format!("{{\"client\":1,\"op\":\"{op}\",\"block\":3,\"value\":{value},\"invoke\":{invoke},\"return\":{returned}}}\n")
+        format!(
+            "{{\"client\":1,\"op\":\"{op}\",\"block\":3,\"value\":{value},\"invoke\":{invoke},\"return\":{returned}}}\n"
+        )
     }
 
     #[test]

@@ -68,8 +68,8 @@ struct Recorder {
 
 /// Puts the load on, and writes the record.
 pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
-    let file = std::fs::File::create(&arguments.out)
-        .with_context(|| format!("cannot write {}", arguments.out.display()))?;
+    let file =
+        std::fs::File::create(&arguments.out).with_context(|| format!("cannot write {}", arguments.out.display()))?;
     let place = place.clone();
     connect::block_on(async move {
         let start = Instant::now();
@@ -144,7 +144,11 @@ impl Recorder {
         let end = done.then(|| self.now());
         let line = json!({"client": client, "op": op, "block": block, "value": value, "invoke": invoke, "return": end});
         let mut counts = self.operations.borrow_mut();
-        if done { counts.0 += 1 } else { counts.1 += 1 }
+        if done {
+            counts.0 += 1
+        } else {
+            counts.1 += 1
+        }
         writeln!(self.file.borrow_mut(), "{line}").context("cannot write the record")
     }
 }
