@@ -3,6 +3,13 @@
 //! Exit codes: 0 it was done, 1 it failed (the sentence on standard error says what happened, to which
 //! object, and what to do next), 2 the command line makes no sense.
 
+/// What is printed to somebody who has stopped reading (`petal status | head -1`) is not missed; std's macro
+/// panics there.
+macro_rules! println {
+    () => { crate::output::line(format_args!("")) };
+    ($($text:tt)*) => { crate::output::line(format_args!($($text)*)) };
+}
+
 mod cluster_folder;
 mod commands;
 mod connect;
@@ -13,6 +20,7 @@ mod offline;
 mod output;
 mod place;
 mod processes;
+mod redundancy;
 mod server_config;
 mod supervisor;
 

@@ -2,7 +2,14 @@
 
 use anyhow::Result;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use std::io::Write;
 use stdx::units::Size;
+
+/// Prints a line. Nobody may be there to read it any more: that is no failure of the command.
+pub fn line(text: std::fmt::Arguments) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_fmt(text).and_then(|()| out.write_all(b"\n"));
+}
 
 /// A table without lines, as wide as the terminal.
 pub fn table(header: &[&str]) -> Table {
