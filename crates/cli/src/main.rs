@@ -49,7 +49,7 @@ Examples:
 enum Command {
     /// Start a cluster on this machine, or what of it does not run
     Up(commands::up::Arguments),
-    /// Stop everything that `up` started
+    /// Stop everything that `up` started, or single servers of it
     Down(commands::down::Arguments),
     /// Run one server (a real deployment has one per machine)
     Server(commands::server::Arguments),
@@ -62,6 +62,10 @@ enum Command {
     Disk(commands::disk::Command),
     /// The whole cluster on one screen
     Status(commands::status::Arguments),
+    /// What would become unavailable if servers were down
+    WhatIf(commands::what_if::Arguments),
+    /// What the cluster has decided lately
+    Log(commands::log::Arguments),
     /// Serve disks over NBD
     Nbd(commands::nbd::Arguments),
     /// A disk as a kernel block device (needs root)
@@ -89,6 +93,8 @@ fn main() -> ExitCode {
         Command::Join(arguments) => commands::join::run(arguments),
         Command::Disk(command) => commands::disk::run(&place, command),
         Command::Status(arguments) => commands::status::run(&place, arguments),
+        Command::WhatIf(arguments) => commands::what_if::run(&place, arguments),
+        Command::Log(arguments) => commands::log::run(&place, arguments),
         Command::Nbd(arguments) => commands::nbd::run(&place, arguments),
         Command::Attach(arguments) => commands::attach::run(&place, arguments),
         Command::Detach(arguments) => commands::detach::run(&place, arguments),

@@ -47,6 +47,12 @@ pub fn size(bytes: u64) -> String {
     Size(bytes).to_string()
 }
 
+/// Reads the name of a server on the command line: `s3`.
+pub fn parse_server(text: &str) -> Result<petal::ids::ServerId, String> {
+    let number = text.strip_prefix('s').unwrap_or(text).parse().ok().filter(|n| *n > 0);
+    number.map(petal::ids::ServerId).ok_or_else(|| "a server is named like s3".into())
+}
+
 /// Reads a size on the command line.
 pub fn parse_size(text: &str) -> Result<u64, stdx::units::SizeError> {
     stdx::units::parse_size(text)

@@ -224,9 +224,7 @@ impl ServerReport {
     fn sentence(&self) -> String {
         let id = self.id;
         match (self.state, self.suspected_since) {
-            ("down", Some(since)) if self.down => {
-                format!("{id} is down since state index {since}: others act in its place where they have the data.")
-            }
+            ("down", _) if self.down => format!("{id} is down: others act in its place where they have the data."),
             ("suspected", Some(since)) => {
                 format!(
                     "{id} is suspected since state index {since}: it is about to be declared down, or to be heard again."
