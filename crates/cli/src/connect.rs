@@ -10,7 +10,7 @@ use petal::client::RequestError;
 use petal::global_state::{Attachment, Command, Outcome, State};
 use petal::ids::{ElementKey, ServerId};
 use petal::limits::SETTLE_DEADLINE;
-use petal::message::{AdminRequest, AdminResponse, ServerStatus, VerifyPart};
+use petal::message::{AdminRequest, AdminResponse, LogLine, ServerStatus, VerifyPart};
 pub use petal_io::client::Disk;
 use petal_io::client::{Client, Config, ConnectError};
 use std::time::Duration;
@@ -99,6 +99,14 @@ impl Connection {
         match self.call(Some(server), AdminRequest::ServerStatus, limit).await? {
             AdminResponse::ServerStatus(status) => Ok(*status),
             other => bail!("{server} answered {other:?} to a question for its status"),
+        }
+    }
+
+    /// The last commands that a server has applied.
+    pub async fn log(&self, server: Option<ServerId>) -> Result<Vec<LogLine>> {
+        match self.call(server, AdminRequest::Log, CALL_DEADLINE).await? {
+            AdminResponse::Log(lines) => Ok(lines),
+            other => bail!("{} answered {other:?} to a question for its log", self.place),
         }
     }
 

@@ -3,6 +3,13 @@
 //! Exit codes: 0 it was done, 1 it failed (the sentence on standard error says what happened, to which
 //! object, and what to do next), 2 the command line makes no sense.
 
+/// What is printed to somebody who has stopped reading (`petal status | head -1`) is not missed; std's macro
+/// panics there.
+macro_rules! println {
+    () => { crate::output::line(format_args!("")) };
+    ($($text:tt)*) => { crate::output::line(format_args!($($text)*)) };
+}
+
 mod cluster_folder;
 mod commands;
 mod connect;
@@ -13,6 +20,7 @@ mod offline;
 mod output;
 mod place;
 mod processes;
+mod redundancy;
 mod server_config;
 mod supervisor;
 
@@ -41,7 +49,7 @@ Examples:
 enum Command {
     /// Start a cluster on this machine, or what of it does not run
     Up(commands::up::Arguments),
-    /// Stop everything that `up` started
+    /// Stop everything that `up` started, or single servers of it
     Down(commands::down::Arguments),
     /// Run one server (a real deployment has one per machine)
     Server(commands::server::Arguments),
@@ -54,6 +62,10 @@ enum Command {
     Disk(commands::disk::Command),
     /// The whole cluster on one screen
     Status(commands::status::Arguments),
+    /// What would become unavailable if servers were down
+    WhatIf(commands::what_if::Arguments),
+    /// What the cluster has decided lately
+    Log(commands::log::Arguments),
     /// Serve disks over NBD
     Nbd(commands::nbd::Arguments),
     /// A disk as a kernel block device (needs root)
@@ -83,6 +95,8 @@ fn main() -> ExitCode {
         Command::Join(arguments) => commands::join::run(arguments),
         Command::Disk(command) => commands::disk::run(&place, command),
         Command::Status(arguments) => commands::status::run(&place, arguments),
+        Command::WhatIf(arguments) => commands::what_if::run(&place, arguments),
+        Command::Log(arguments) => commands::log::run(&place, arguments),
         Command::Nbd(arguments) => commands::nbd::run(&place, arguments),
         Command::Attach(arguments) => commands::attach::run(&place, arguments),
         Command::Detach(arguments) => commands::detach::run(&place, arguments),

@@ -2,7 +2,14 @@
 
 use anyhow::Result;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use std::io::Write;
 use stdx::units::Size;
+
+/// Prints a line. Nobody may be there to read it any more: that is no failure of the command.
+pub fn line(text: std::fmt::Arguments) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_fmt(text).and_then(|()| out.write_all(b"\n"));
+}
 
 /// A table without lines, as wide as the terminal.
 pub fn table(header: &[&str]) -> Table {
@@ -38,6 +45,12 @@ pub fn print_json(value: &serde_json::Value) -> Result<()> {
 /// Bytes as a person would say them.
 pub fn size(bytes: u64) -> String {
     Size(bytes).to_string()
+}
+
+/// Reads the name of a server on the command line: `s3`.
+pub fn parse_server(text: &str) -> Result<petal::ids::ServerId, String> {
+    let number = text.strip_prefix('s').unwrap_or(text).parse().ok().filter(|n| *n > 0);
+    number.map(petal::ids::ServerId).ok_or_else(|| "a server is named like s3".into())
 }
 
 /// Reads a size on the command line.

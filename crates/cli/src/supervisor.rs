@@ -118,8 +118,12 @@ pub fn start_all(folder: &ClusterFolder, file: &ClusterFile, entries: &[ServerEn
 
 /// Asks a process to end, and ends it if it does not. True if it was alive.
 pub fn stop(process: Option<ProcessFile>, what: &str) -> bool {
+    stop_by(process, Signal::TERM, what)
+}
+
+fn stop_by(process: Option<ProcessFile>, signal: Signal, what: &str) -> bool {
     let Some(process) = process else { return false };
-    process.signal(Signal::TERM);
+    process.signal(signal);
     if !process.wait_for_end(STOP_LIMIT) {
         tracing::warn!("{what} did not stop within {} s and is killed", STOP_LIMIT.as_secs());
         process.signal(Signal::KILL);
@@ -133,14 +137,22 @@ pub fn reap() {
     while let Ok(Some(_)) = rustix::process::waitpid(None, rustix::process::WaitOptions::NOHANG) {}
 }
 
-/// Stops all servers; returns how many ran. All are asked before any is waited for.
+/// Stops one server, which hands over to the others first. True if it ran.
+pub fn stop_one(folder: &ClusterFolder, server: ServerId) -> bool {
+    let ran = stop(process(folder, server), &server.to_string());
+    let _ = std::fs::remove_file(process_file(folder, server));
+    ran
+}
+
+/// Stops all servers; returns how many ran. All are asked before any is waited for, and none hands over:
+/// nobody is left to take it, and each is to go on where it was.
 pub fn stop_all(folder: &ClusterFolder, file: &ClusterFile) -> usize {
     let running: Vec<_> =
         file.servers.iter().filter_map(|e| Some((e.server(), process(folder, e.server())?))).collect();
-    running.iter().for_each(|(_, p)| p.signal(Signal::TERM));
+    running.iter().for_each(|(_, p)| p.signal(Signal::QUIT));
     let count = running.len();
     for (server, process) in running {
-        stop(Some(process), &server.to_string());
+        stop_by(Some(process), Signal::QUIT, &server.to_string());
         let _ = std::fs::remove_file(process_file(folder, server));
     }
     count

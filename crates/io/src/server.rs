@@ -97,6 +97,8 @@ pub struct ServerShell<M, E> {
     /// Where the others are, as the core told.
     addresses: BTreeMap<ServerId, Vec<String>>,
     ended: Option<Ended>,
+    /// The core was asked to end.
+    told: bool,
     // Kept from round to round for their memory.
     events: VecDeque<Event>,
     completions: Vec<(usize, OpId, DiskResult)>,
@@ -127,6 +129,7 @@ where
             servers: BTreeMap::new(),
             addresses: BTreeMap::new(),
             ended: None,
+            told: false,
             events: VecDeque::new(),
             completions: Vec::new(),
         })
@@ -137,8 +140,8 @@ where
         self.listeners.iter().map(|l| l.address().to_string()).collect()
     }
 
-    /// Runs until the core ends or `shutdown` does.
-    pub async fn run(mut self, shutdown: impl Future<Output = ()>) -> Ended {
+    /// Runs until the core ends. When `shutdown` resolves, the core is asked to end, or not even asked.
+    pub async fn run(mut self, shutdown: impl Future<Output = Stop>) -> Ended {
         let mut shutdown = pin!(shutdown);
         let mut timer = Timer::new();
         loop {
@@ -157,7 +160,11 @@ where
                 // There was more already: let the readers of sockets look first.
                 Wake::AtOnce => tokio::task::yield_now().await,
                 Wake::Later => {}
-                Wake::Shutdown => self.ended = Some(Ended::Signalled),
+                Wake::Shutdown(Stop::AtOnce) => self.ended = Some(Ended::Signalled),
+                Wake::Shutdown(Stop::HandOver) => {
+                    self.told = true;
+                    self.machine.handle(clock::now(), Input::ShutDown);
+                }
             }
         }
     }
@@ -286,13 +293,16 @@ where
         }
     }
 
-    async fn wait(&mut self, timer: &mut Timer, mut shutdown: Pin<&mut impl Future<Output = ()>>) -> Wake {
+    async fn wait(&mut self, timer: &mut Timer, mut shutdown: Pin<&mut impl Future<Output = Stop>>) -> Wake {
         timer.arm(self.machine.next_timeout());
         let mut first = true;
         poll_fn(|cx| {
             let now_or_later = if std::mem::take(&mut first) { Wake::AtOnce } else { Wake::Later };
-            if shutdown.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Wake::Shutdown);
+            // What has resolved is not to be asked again.
+            if !self.told
+                && let Poll::Ready(stop) = shutdown.as_mut().poll(cx)
+            {
+                return Poll::Ready(Wake::Shutdown(stop));
             }
             let ready = self.transport.poll_ready(cx).is_ready()
                 | self.engine.poll_ready(cx).is_ready()
@@ -310,7 +320,7 @@ enum Wake {
     /// Something came.
     Later,
     /// The process is to end.
-    Shutdown,
+    Shutdown(Stop),
 }
 
 fn peer(connection: ConnectionId, role: Role) -> Peer {
@@ -368,6 +378,25 @@ impl Timer {
             self.armed = None;
         }
         fired
+    }
+}
+
+/// How a server process is told to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// The others go on: hand over to them first (SIGTERM, SIGINT).
+    HandOver,
+    /// Everything stops, or is to be quick (SIGQUIT).
+    AtOnce,
+}
+
+/// Resolves when the process is told to stop.
+pub async fn told_to_stop() -> Stop {
+    use tokio::signal::unix::{SignalKind, signal};
+    let Ok(mut quit) = signal(SignalKind::quit()) else { return std::future::pending().await };
+    tokio::select! {
+        () = terminated() => Stop::HandOver,
+        _ = quit.recv() => Stop::AtOnce,
     }
 }
 

@@ -5,7 +5,7 @@ use petal::message::*;
 use petal::server::{Input, Output, Peer};
 use petal::store::{DiskCommand, DiskResult, OpId};
 use petal_io::engine::{DiskEngine, NoDisks};
-use petal_io::server::{Ended, ServerShell, ShellConfig, StartError};
+use petal_io::server::{Ended, ServerShell, ShellConfig, StartError, Stop};
 use petal_io::transport::*;
 use petal_wire::{Hello, Role};
 use std::cell::RefCell;
@@ -156,6 +156,7 @@ async fn start(id: u16, incarnation: u64, address: &str, first: Vec<Output>, tic
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let ended = tokio::task::spawn_local(shell.run(async {
         let _ = stopped.await;
+        Stop::AtOnce
     }));
     Started { log, ended, stop: Some(stop) }
 }

@@ -109,6 +109,8 @@ pub struct Liveness {
     /// The newest request that each member has answered.
     answered: BTreeMap<ServerId, u64>,
     heartbeat_at: Instant,
+    /// This server serves no more, lease or not.
+    retired: bool,
     // ---- of a ring member
     /// The end of the accepted log at times past: from the last that is half a lease old.
     ends: VecDeque<(Instant, StateIndex)>,
@@ -140,6 +142,7 @@ impl Liveness {
             granted: BTreeMap::new(),
             answered: BTreeMap::new(),
             heartbeat_at: now,
+            retired: false,
             ends: VecDeque::new(),
             heard: BTreeMap::new(),
             watched_at: now,
@@ -153,12 +156,24 @@ impl Liveness {
 
     /// The lease, if this server holds one at `now` (read after the request was received).
     pub fn lease(&self, now: Instant) -> Option<Lease> {
+        if self.retired {
+            return None;
+        }
         let valid = self.granted.values().filter(|sent| **sent + LEASE > now).count();
         (valid > 0 && valid >= self.majority()).then_some(Lease { at: now })
     }
 
-    /// When the present lease ends (for checkers); `None` if there never was one.
+    /// From here on this life holds no lease: no read is served and no write acknowledged any more. Only then
+    /// may it say `Goodbye`.
+    pub fn retire(&mut self) {
+        self.retired = true;
+    }
+
+    /// When the present lease ends (for checkers); `None` if there is none.
     pub fn lease_until(&self) -> Option<Instant> {
+        if self.retired {
+            return None;
+        }
         let mut sent: Vec<Instant> = self.granted.values().copied().collect();
         sent.sort_unstable();
         let last = sent.len().checked_sub(self.majority())?;
@@ -270,6 +285,9 @@ impl Liveness {
         if let Some(heard) = self.heard.get_mut(&server) {
             heard.refuses = true;
             self.watch(now, global);
+        } else if global.is_member() && global.leader() == Some(server) {
+            // It led the ring, and said goodbye.
+            global.on_leader_gone(now);
         }
     }
 

@@ -344,6 +344,8 @@ pub enum AdminRequest {
     },
     /// Hand over and stop.
     Shutdown,
+    /// The last commands that this server has applied.
+    Log,
 }
 
 /// Who proposed a command: a proposer draws a random id once and counts its commands.
@@ -379,6 +381,19 @@ pub enum AdminResponse {
     Verified(VerifyPart),
     /// The server stops now.
     ShuttingDown,
+    /// The last commands, oldest first.
+    Log(Vec<LogLine>),
+}
+
+/// A command of the log, for people.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogLine {
+    /// Its state index.
+    pub index: StateIndex,
+    /// What it does, in words.
+    pub text: String,
+    /// Why it was a no-op, if it was and that is still known.
+    pub refused: Option<String>,
 }
 
 /// Why a management call failed.

@@ -2,7 +2,7 @@
 
 use crate::data_access::{Context, DataAccess};
 use crate::desk::Desk;
-use crate::global_state::{Command, Effects, Genesis, GlobalOutput, GlobalState, State};
+use crate::global_state::{Command, Effects, Entry, Genesis, GlobalOutput, GlobalState, ServerState, State};
 use crate::ids::*;
 use crate::liveness::{Liveness, LivenessOutput};
 use crate::message::*;
@@ -65,6 +65,8 @@ pub enum Input {
     },
     /// Time has passed.
     Tick,
+    /// The process was told to stop: hand over, then `Stopped`.
+    ShutDown,
 }
 
 /// What a server wants of the world.
@@ -128,8 +130,9 @@ enum Stage {
     Joining { server_up: CommandId },
     /// Serves.
     Running,
-    /// Takes no new requests; ends when those in progress have.
-    Stopping { deadline: Instant },
+    /// Serves no more. Where there are others it has said `Goodbye`, and ends when that is decided; else it
+    /// ends when the requests in progress have.
+    Stopping { deadline: Instant, goodbye: Option<CommandId> },
 }
 
 /// A data message that needs a state that this server does not have yet.
@@ -263,11 +266,27 @@ impl Server {
         &self.data
     }
 
-    /// The driver was told to stop.
-    pub fn shut_down(&mut self, now: Instant) {
-        if !matches!(self.stage, Stage::Stopping { .. }) {
-            self.stage = Stage::Stopping { deadline: now + STOP_DEADLINE };
+    /// Begins to stop. Its last read is served and its last write acknowledged *before* it says `Goodbye`, so
+    /// the others need not wait for its lease to end. It still takes in what primaries send, and answers
+    /// promises, until it is out: writes go on meanwhile.
+    fn shut_down(&mut self) {
+        if matches!(self.stage, Stage::Stopping { .. }) {
+            return;
         }
+        let (me, incarnation, now) = (self.me, self.incarnation, self.now);
+        let is_live = |(server, s): (&ServerId, &ServerState)| *server != me && s.incarnation.0 > 0 && !s.down;
+        let others = self.stage == Stage::Running && self.state().is_some_and(|s| s.servers.iter().any(is_live));
+        let goodbye = others.then(|| {
+            self.liveness.retire();
+            self.global().propose_own(now, Command::Goodbye { server: me, incarnation })
+        });
+        self.stage = Stage::Stopping { deadline: now + STOP_DEADLINE, goodbye };
+    }
+
+    /// The cluster knows that this life is over.
+    fn is_out(&self) -> bool {
+        let own = self.state().and_then(|s| s.servers.get(&self.me));
+        own.is_some_and(|s| s.down && s.incarnation == self.incarnation)
     }
 
     // --------------------------------------------------------------------------------------------
@@ -285,7 +304,7 @@ impl Server {
             }
             Input::Refused { server } => self.on_refused(server),
             Input::Message { from, message } => self.on_message(from, message),
-            Input::Disk { .. } | Input::Tick => unreachable!("handled before routing"),
+            Input::Disk { .. } | Input::Tick | Input::ShutDown => unreachable!("handled before routing"),
         }
     }
 
@@ -348,7 +367,10 @@ impl Server {
         if !ready || need_of(&body) > applied {
             return self.defer(from, body);
         }
-        let stopping = matches!(self.stage, Stage::Stopping { .. });
+        if self.is_handing_over() && matches!(from, Peer::Client(_)) {
+            return self.defer(from, body); // Until it is known who is to answer.
+        }
+        let stopping = matches!(self.stage, Stage::Stopping { goodbye: None, .. });
         if let (Peer::Server(server), Body::Settled(m)) = (from, &body) {
             return self.admin.on_settled(server, m.index, &mut self.out);
         }
@@ -421,10 +443,11 @@ impl Server {
                 return self.on_execute(client, tag, id, command, deadline_millis);
             }
             AdminRequest::Shutdown => {
-                self.shut_down(self.now);
+                self.shut_down();
                 Ok(AdminResponse::ShuttingDown)
             }
             AdminRequest::ServerStatus => Ok(AdminResponse::ServerStatus(Box::new(self.status()))),
+            AdminRequest::Log => Ok(AdminResponse::Log(self.log())),
             _ if matches!(self.stage, Stage::Opening | Stage::Joining { .. }) => Err(AdminError::Starting(self.me)),
             AdminRequest::Hints { name } => {
                 let gone = self.unless_behind(AdminError::NoSuchDisk(name.clone()));
@@ -445,6 +468,20 @@ impl Server {
     /// Who has no lease may have been away for long: that there is no such disk is for others to say.
     fn unless_behind(&self, error: AdminError) -> AdminError {
         if self.liveness.lease(self.now).is_some() { error } else { AdminError::Starting(self.me) }
+    }
+
+    fn log(&self) -> Vec<LogLine> {
+        let Some(global) = &self.global else { return Vec::new() };
+        let refusal = |id: CommandId| match global.state().result(&id) {
+            Some((_, Err(error))) => Some(error.to_string()),
+            _ => None,
+        };
+        let line = |(index, entry): (StateIndex, &Entry)| LogLine {
+            index,
+            text: entry.command.to_string(),
+            refused: refusal(entry.id),
+        };
+        global.recent().map(line).collect()
     }
 
     fn reply_admin(&mut self, client: ClientId, tag: Tag, result: Result<AdminResponse, AdminError>) {
@@ -680,10 +717,10 @@ impl Server {
     /// These servers are down by the command `index`: nobody waits for them. What waited is settled when every
     /// server that is left has settled that command (2.1).
     fn on_downs(&mut self, index: StateIndex, downs: Vec<ServerId>) {
-        let (me, incarnation) = (self.me, self.incarnation);
+        let me = self.me;
+        let is_own_end = self.is_out() && !matches!(self.stage, Stage::Stopping { .. });
         let state = self.global().state();
         let left = settlers(state);
-        let is_own_end = state.servers.get(&me).is_some_and(|s| s.down && s.incarnation == incarnation);
         for server in self.admin.on_downs(index, &downs, &left) {
             self.ask_to_settle(server, index);
         }
@@ -782,10 +819,22 @@ impl Server {
         self.check_stopping();
     }
 
+    /// It has said goodbye, and that is not decided yet.
+    fn is_handing_over(&self) -> bool {
+        matches!(self.stage, Stage::Stopping { goodbye: Some(_), .. }) && !self.is_out()
+    }
+
     fn check_stopping(&mut self) {
-        if let Stage::Stopping { deadline } = self.stage
-            && (self.data.operations() == 0 || self.now >= deadline)
-        {
+        let Stage::Stopping { deadline, goodbye } = self.stage else { return };
+        let over = match (goodbye, &self.global) {
+            (Some(id), Some(global)) => match global.state().result(&id) {
+                // Who leads the ring tells the others first: they would only learn it from the next leader.
+                Some((index, _)) => !global.leads() || global.is_known_to_all(*index),
+                None => false,
+            },
+            _ => self.data.operations() == 0,
+        };
+        if over || self.now >= deadline {
             self.out.push_back(Output::Stopped);
         }
     }
@@ -813,6 +862,7 @@ impl Machine for Server {
                     self.stores.retry_growth();
                 }
             }
+            Input::ShutDown => self.shut_down(),
             input if self.global.is_none() => self.early.push_back(input),
             input => self.route(input),
         }
@@ -834,7 +884,7 @@ impl Machine for Server {
 
     fn next_timeout(&self) -> Option<Instant> {
         let stopping = match self.stage {
-            Stage::Stopping { deadline } => Some(deadline),
+            Stage::Stopping { deadline, .. } => Some(deadline),
             _ => None,
         };
         let global = self.global.as_ref().and_then(GlobalState::next_timeout);
@@ -856,7 +906,7 @@ impl Machine for Server {
 
 /// How often a disk file that could not grow tries again.
 const GROWTH_RETRY: Duration = Duration::from_secs(2);
-/// How long a stop waits for requests in progress.
+/// How long a stop waits for requests in progress, or for its goodbye to be decided.
 const STOP_DEADLINE: Duration = Duration::from_secs(2);
 /// Messages that wait for a newer state: what all peers may have in flight in a moment.
 const DEFERRED_MAX: usize = 65536;

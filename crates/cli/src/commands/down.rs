@@ -1,9 +1,12 @@
-//! `petal down`: stops everything that `petal up` started, and what was attached.
+//! `petal down`: stops everything that `petal up` started, and what was attached; or single servers, which hand
+//! over to the others first.
 
+use crate::cluster_folder::{ClusterFile, ClusterFolder};
 use crate::place::Place;
 use crate::processes::ProcessFile;
-use crate::supervisor;
-use anyhow::Result;
+use crate::{output, supervisor};
+use anyhow::{Result, ensure};
+use petal::ids::ServerId;
 
 /// `petal down`
 #[derive(clap::Args)]
@@ -11,14 +14,22 @@ use anyhow::Result;
 Examples:
   petal down                       stop the cluster in ./petal-data; its data stay
   petal --cluster /srv/p down
+  petal down s2                    stop one server as planned: the others take over at once
 
 What was acknowledged is on the disks; `petal up` continues.")]
-pub struct Arguments {}
+pub struct Arguments {
+    /// Only these servers
+    #[arg(value_name = "SERVER", value_parser = output::parse_server)]
+    servers: Vec<ServerId>,
+}
 
 /// Stops the cluster.
-pub fn run(place: &Place, _: Arguments) -> Result<()> {
+pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
     let folder = place.folder()?;
     let file = folder.read()?;
+    if !arguments.servers.is_empty() {
+        return stop_some(&folder, &file, &arguments.servers);
+    }
     // First what lives on the disks: a mounted file system must not lose its device.
     for disk in folder.all_attached() {
         super::detach::detach(&folder, &disk)?;
@@ -30,5 +41,18 @@ pub fn run(place: &Place, _: Arguments) -> Result<()> {
     let _ = std::fs::remove_file(folder.supervisor());
     let what = if supervised || servers > 0 { "Stopped." } else { "Nothing was running." };
     println!("{what} The data are in {}; `petal up` continues.", folder.path().display());
+    Ok(())
+}
+
+/// One after the other: each hands over to those that are left.
+fn stop_some(folder: &ClusterFolder, file: &ClusterFile, servers: &[ServerId]) -> Result<()> {
+    for server in servers {
+        let known = file.servers.iter().any(|s| s.server() == *server);
+        ensure!(known, "there is no server {server} in {}; `petal status` shows the servers", folder.path().display());
+    }
+    for server in servers {
+        let ran = supervisor::stop_one(folder, *server);
+        println!("{server} {}; `petal up` starts it again.", if ran { "is stopped" } else { "did not run" });
+    }
     Ok(())
 }

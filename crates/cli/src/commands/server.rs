@@ -8,7 +8,7 @@ use petal::ids::ServerId;
 use petal::sabotage::Sabotage;
 use petal::server::{Server, ServerConfig as CoreConfig};
 use petal::store::StoreConfig;
-use petal_io::server::{Ended, ServerShell, ShellConfig};
+use petal_io::server::{Ended, ServerShell, ShellConfig, Stop};
 use std::path::PathBuf;
 use std::pin::pin;
 use stdx::Duration;
@@ -79,7 +79,7 @@ async fn serve(config: ServerConfig, on_ready: Box<dyn FnOnce()>) -> Result<()> 
     petal_io::raise_file_limit();
     let mut on_ready = Some(on_ready);
     let mut wait = Duration::ZERO;
-    let mut told_to_stop = pin!(petal_io::server::terminated());
+    let mut told_to_stop = pin!(petal_io::server::told_to_stop());
     loop {
         let began = petal_io::clock::now();
         let ready = on_ready.take().unwrap_or_else(|| Box::new(|| {}));
@@ -92,7 +92,7 @@ async fn serve(config: ServerConfig, on_ready: Box<dyn FnOnce()>) -> Result<()> 
         tracing::warn!(%server, ?wait, "{why}");
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
-            () = told_to_stop.as_mut() => return Ok(()),
+            _ = told_to_stop.as_mut() => return Ok(()),
         }
         wait = if good { Duration::ZERO } else { (wait * 2).clamp(Duration::from_millis(50), NEW_LIFE_WAIT_MAX) };
     }
@@ -102,7 +102,7 @@ async fn serve(config: ServerConfig, on_ready: Box<dyn FnOnce()>) -> Result<()> 
 async fn live(
     config: &ServerConfig,
     on_ready: Box<dyn FnOnce()>,
-    told_to_stop: impl Future<Output = ()>,
+    told_to_stop: impl Future<Output = Stop>,
 ) -> Result<(ServerId, Ended)> {
     let (open, engine) = disk_files::open(&config.disks, config.server.map(ServerId))?;
     let core = CoreConfig {

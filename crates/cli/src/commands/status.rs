@@ -6,13 +6,14 @@ use crate::connect::{self, Connection};
 use crate::output;
 use crate::place::Place;
 use crate::processes::ProcessFile;
+use crate::redundancy::{Missing, Redundancy};
 use crate::supervisor;
 use anyhow::Result;
 use petal::global_state::State;
 use petal::ids::ServerId;
 use petal::message::ServerStatus;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 /// How long one server may take to tell of itself.
@@ -50,6 +51,7 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
 struct Report {
     state: State,
     servers: Vec<ServerReport>,
+    redundancy: Redundancy,
     nbd: Value,
 }
 
@@ -107,8 +109,10 @@ async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report>
             status,
         }
     };
-    let servers = state.servers.iter().map(server).collect();
-    Ok(Report { servers, nbd: nbd(folder), state })
+    let servers: Vec<ServerReport> = state.servers.iter().map(server).collect();
+    let away: BTreeSet<ServerId> = servers.iter().filter(|s| s.status.is_none()).map(|s| s.id).collect();
+    let redundancy = Redundancy::of(&state, &away).with_progress(servers.iter().filter_map(|s| s.status.as_ref()));
+    Ok(Report { redundancy, servers, nbd: nbd(folder), state })
 }
 
 fn state_word(
@@ -147,9 +151,22 @@ impl Report {
             "name": name,
             "state_index": index,
             "servers": self.servers.iter().map(ServerReport::json).collect::<Vec<_>>(),
+            "redundancy": self.redundancy.json(),
             "disks": disks,
             "nbd": self.nbd,
         })
+    }
+
+    /// Why the copies of a server are missing.
+    fn why(&self, server: ServerId, missing: &Missing) -> String {
+        let server = self.servers.iter().find(|s| s.id == server);
+        match server.map(|s| (s.state, s.down)) {
+            Some((_, true)) if missing.since > 0 => format!("it is down since state index {}", missing.since),
+            Some((_, true)) => "it is down".into(),
+            Some((state, false)) if missing.away => format!("it is {state}, and not declared down yet"),
+            _ if missing.since > 0 => format!("it was taken out at state index {} and is catching up", missing.since),
+            _ => "it is catching up".into(),
+        }
     }
 
     fn print(&self) -> Result<()> {
@@ -159,6 +176,7 @@ impl Report {
         for server in self.servers.iter().filter(|s| s.state != "up") {
             println!("  {}", server.sentence());
         }
+        self.redundancy.sentences(|server, missing| self.why(server, missing)).iter().for_each(|l| println!("{l}"));
         println!();
         let mut table = output::table(&["server", "state", "lease", "pid", "ring", "used", "of", "slots", "address"]);
         for server in &self.servers {
@@ -206,15 +224,14 @@ impl ServerReport {
     fn sentence(&self) -> String {
         let id = self.id;
         match (self.state, self.suspected_since) {
-            ("down", Some(since)) if self.down => {
-                format!("{id} is down since state index {since}: others act in its place where they have the data.")
-            }
+            ("down", _) if self.down => format!("{id} is down: others act in its place where they have the data."),
             ("suspected", Some(since)) => {
                 format!(
                     "{id} is suspected since state index {since}: it is about to be declared down, or to be heard again."
                 )
             }
-            (state, _) => format!("{id} is {state}: I/O that needs it waits until it is back."),
+            ("starting", _) => format!("{id} is starting: it has not settled all of its slots yet."),
+            (state, _) => format!("{id} is {state}: I/O that needs it waits until it is back or declared down."),
         }
     }
 

@@ -168,6 +168,48 @@ pub enum Command {
         /// Slots, each with the term in which it did not answer.
         slots: Vec<(SlotId, Term)>,
     },
+    /// A server stops, and hands over: it is down from here on. By itself only, and only after it has served
+    /// its last read and acknowledged its last write, so there is no lease to wait for (docs/petal.md,
+    /// "planned stop").
+    Goodbye {
+        /// The server.
+        server: ServerId,
+        /// The life that ends.
+        incarnation: Incarnation,
+    },
+}
+
+/// In words for people (`petal log`).
+impl std::fmt::Display for Command {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Command::Noop => write!(f, "nothing"),
+            Command::AddServer { addresses, .. } => write!(f, "a server is added, at {}", addresses.join(", ")),
+            Command::ServerUp { server, incarnation, disks, .. } => {
+                write!(f, "{server} is up ({} disks, incarnation {incarnation})", disks.len())
+            }
+            Command::CreateDisk { name, size, scheme, .. } => {
+                write!(f, "disk {name:?} of {} is created, copies: {}", stdx::units::Size(*size), scheme.copies())
+            }
+            Command::DeleteDisk { vdisk } => write!(f, "{vdisk} is deleted"),
+            Command::RenameDisk { vdisk, name } => write!(f, "{vdisk} is renamed to {name:?}"),
+            Command::ResizeDisk { vdisk, size, .. } => write!(f, "{vdisk} has {} now", stdx::units::Size(*size)),
+            Command::Attach { vdisk, mode, holder, take_over } => {
+                let mode = format!("{mode:?}").to_lowercase();
+                let how = if *take_over { ", taken over" } else { "" };
+                write!(f, "{vdisk} is attached by {holder:?}, {mode}{how}")
+            }
+            Command::Detach { session } => write!(f, "{session} is detached"),
+            Command::Suspect { server, .. } => write!(f, "{server} is suspected: it gets no lease"),
+            Command::ServerDown { server, .. } => write!(f, "{server} is declared down"),
+            Command::Reinstate { server, .. } => write!(f, "{server} is heard again, and goes on"),
+            Command::InSync { server, slots, .. } => write!(f, "{server} is in sync again in {} slots", slots.len()),
+            Command::TakeOut { server, slots } => {
+                write!(f, "{server} does not answer others, and is taken out of {} slots", slots.len())
+            }
+            Command::Goodbye { server, .. } => write!(f, "{server} stops as planned, and hands over"),
+        }
+    }
 }
 
 /// What a command did.

@@ -234,7 +234,7 @@ impl GlobalState {
         let Some(ring) = &self.ring else { return accepted };
         let (state, mut forbidden, mut names) = (&self.state, BTreeSet::new(), BTreeMap::new());
         let known = ring.each_accepted_after(state.index, |index, entry| match &entry.command {
-            Command::Suspect { server, .. } | Command::ServerDown { server, .. } => {
+            Command::Suspect { server, .. } | Command::ServerDown { server, .. } | Command::Goodbye { server, .. } => {
                 forbidden.insert(*server);
                 names.insert(*server, index);
             }
@@ -249,6 +249,16 @@ impl GlobalState {
         });
         (accepted.forbidden, accepted.names, accepted.unknown) = (forbidden, names, !known);
         accepted
+    }
+
+    /// The last entries applied, oldest first, with their indexes: at most [`LOG_KEEP`].
+    pub fn recent(&self) -> impl Iterator<Item = (StateIndex, &Entry)> {
+        (self.state.index + 1 - self.recent.len() as u64..).zip(&self.recent)
+    }
+
+    /// Whether every connected server has told that it applied this entry.
+    pub fn is_known_to_all(&self, index: StateIndex) -> bool {
+        self.peers.values().all(|told| *told >= index)
     }
 
     /// The leader is known to be gone: stand for election, unless this member did so a moment ago.

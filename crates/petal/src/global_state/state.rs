@@ -567,6 +567,7 @@ impl State {
             }
             Command::InSync { server, incarnation, slots } => self.in_sync(*server, *incarnation, slots, effects),
             Command::TakeOut { server, slots } => self.take_out(*server, slots, effects),
+            Command::Goodbye { server, incarnation } => self.goodbye(*server, *incarnation, effects),
         }
     }
 
@@ -649,6 +650,19 @@ impl State {
         effects: &mut Effects,
     ) -> Applied {
         self.suspected(id, incarnation, suspect)?.down = true;
+        effects.names.insert(id);
+        effects.downs.push(id);
+        self.renew_terms(Some(id), effects);
+        Ok(Outcome::Done)
+    }
+
+    /// Down by its own word, which it gives when it has stopped to serve: no suspicion, nothing to wait for.
+    fn goodbye(&mut self, id: ServerId, incarnation: Incarnation, effects: &mut Effects) -> Applied {
+        let server = self.servers.get_mut(&id).ok_or(CommandError::NoSuchServer(id))?;
+        if server.incarnation != incarnation || server.down {
+            return Err(CommandError::Overtaken);
+        }
+        server.down = true;
         effects.names.insert(id);
         effects.downs.push(id);
         self.renew_terms(Some(id), effects);

@@ -380,11 +380,12 @@ fn random_command(prng: &mut Prng, state: &State) -> Command {
     let incarnation = known.map_or(Incarnation(0), |s| s.incarnation);
     let suspect = known.and_then(|s| s.suspect).unwrap_or(state.index);
     let server_id = ServerId(server);
-    match prng.below(16) {
+    match prng.below(17) {
         10 | 11 => Command::Suspect { server: server_id, incarnation },
         12 => Command::ServerDown { server: server_id, incarnation, suspect },
         13 => Command::Reinstate { server: server_id, incarnation, suspect },
         14 => Command::InSync { server: server_id, incarnation, slots: random_slots(prng, state) },
+        16 => Command::Goodbye { server: server_id, incarnation },
         15 => Command::TakeOut { server: server_id, slots: random_slots(prng, state) },
         0 => Command::AddServer { addresses: vec!["h:1".into()], token: u128::from(prng.between(1, 3)) },
         1 => {
@@ -559,4 +560,29 @@ fn a_member_is_taken_out_only_if_a_live_one_remains() {
     f.run(take_out(1, term)).unwrap();
     assert_eq!(member_states(&f, 0), (vec![2], f.state.index));
     assert_eq!(f.run(take_out(2, f.state.index)), Err(CommandError::Overtaken));
+}
+
+#[test]
+fn who_says_goodbye_is_down_at_once_and_leaves_nobody_to_wait_for() {
+    let mut f = Fixture::up(3);
+    f.disk("a");
+    let goodbye = |server, life| Command::Goodbye { server: ServerId(server), incarnation: Incarnation(life) };
+    assert_eq!(f.run(goodbye(2, 7)), Err(CommandError::Overtaken), "another life of it");
+    f.run(goodbye(2, 1)).unwrap();
+    assert_eq!(f.effects.downs, [ServerId(2)]);
+    assert!(f.effects.names.contains(&ServerId(2)));
+    let state = &f.state;
+    for (_, slot) in state.all_slots() {
+        assert!(!slot.in_sync().any(|s| s == ServerId(2)));
+        assert!(!slot.has_unaware(&state.servers), "its lease is over: nobody waits for it");
+        let was_member = slot.member(ServerId(2)).is_some();
+        assert_eq!(slot.term == state.index, was_member);
+    }
+    assert_eq!(f.run(goodbye(2, 1)), Err(CommandError::Overtaken), "once");
+    // The last copy stays in sync, whoever goes (I3), and comes back as it went.
+    f.run(goodbye(1, 1)).unwrap();
+    f.run(goodbye(3, 1)).unwrap();
+    assert!(f.state.all_slots().all(|(_, slot)| slot.in_sync().count() == 1));
+    f.run(server_up(3, 2, &[(3, 1)])).unwrap();
+    assert!(!f.state.servers[&ServerId(3)].down);
 }

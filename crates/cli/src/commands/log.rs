@@ -1,0 +1,54 @@
+//! `petal log`: what the cluster has decided lately, in words.
+
+use crate::connect::{self, Connection};
+use crate::output;
+use crate::place::Place;
+use anyhow::Result;
+use petal::ids::ServerId;
+use petal::message::LogLine;
+use serde_json::{Value, json};
+
+/// `petal log`
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  petal log                  the last 40 commands, oldest first
+  petal log -n 1000 --json
+  petal log --server s2      as s2 knows them
+
+A server keeps the last 1,024 commands in memory. A state index is the cluster's one clock: every command
+counts, those that changed nothing too.")]
+pub struct Arguments {
+    /// How many at most
+    #[arg(short = 'n', long, default_value_t = 40)]
+    lines: usize,
+    /// Ask this server
+    #[arg(long, value_parser = output::parse_server)]
+    server: Option<ServerId>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Prints it.
+pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
+    let (place, server) = (place.clone(), arguments.server);
+    let mut lines = connect::block_on(async move {
+        let connection = Connection::open(&place).await?;
+        let connection = match server {
+            Some(_) => connection.to_all(&connection.state().await?).await?,
+            None => connection,
+        };
+        connection.log(server).await
+    })?;
+    let lines = lines.split_off(lines.len().saturating_sub(arguments.lines));
+    if arguments.json {
+        let line = |l: &LogLine| json!({"index": l.index, "text": l.text, "refused": l.refused});
+        return output::print_json(&Value::Array(lines.iter().map(line).collect()));
+    }
+    for LogLine { index, text, refused } in lines {
+        let why = refused.map_or_else(String::new, |why| format!(" (no effect: {why})"));
+        println!("{index:>8}  {text}{why}");
+    }
+    Ok(())
+}

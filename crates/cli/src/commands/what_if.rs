@@ -1,0 +1,137 @@
+//! `petal what-if`: what the loss of servers would cost, before they are stopped or fail (paper 2.13).
+
+use crate::connect::{self, Connection};
+use crate::output;
+use crate::place::Place;
+use crate::redundancy::{Counts, Redundancy};
+use anyhow::{Result, bail, ensure};
+use petal::global_state::State;
+use petal::ids::ServerId;
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+
+/// `petal what-if`
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  petal what-if --down s3          may s3 be stopped now?
+  petal what-if --down s1,s2       and if two fail together?
+
+It exits with 0 if everything would still be served and the ring could still decide, with 1 if not.
+Servers that are down now stay down in the answer. It asks the cluster's state as one server knows it.")]
+pub struct Arguments {
+    /// These servers are down
+    #[arg(long, required = true, value_delimiter = ',', value_parser = output::parse_server, value_name = "SERVER")]
+    down: Vec<ServerId>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Answers it.
+pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
+    let place = place.clone();
+    let state = connect::block_on(async move { Connection::open(&place).await?.state().await })?;
+    let down: BTreeSet<ServerId> = arguments.down.iter().copied().collect();
+    for server in &down {
+        ensure!(state.servers.contains_key(server), "there is no server {server}; `petal status` shows the servers");
+    }
+    let loss = Loss::of(&state, &down);
+    if arguments.json {
+        output::print_json(&loss.json())?
+    } else {
+        loss.print()
+    }
+    if !loss.is_harmless() {
+        bail!("{}", loss.complaint());
+    }
+    Ok(())
+}
+
+struct Loss {
+    down: Vec<String>,
+    now: Redundancy,
+    then: Redundancy,
+    /// Ring members that would be up, and all.
+    ring: (usize, usize),
+    disks: Vec<(String, Counts)>,
+}
+
+impl Loss {
+    fn of(state: &State, down: &BTreeSet<ServerId>) -> Loss {
+        let then = Redundancy::of(state, down);
+        let is_up = |server: &ServerId| !down.contains(server) && state.servers.get(server).is_some_and(|s| !s.down);
+        let members = &state.ring.members;
+        Loss {
+            down: down.iter().map(ToString::to_string).collect(),
+            now: Redundancy::of(state, &BTreeSet::new()),
+            ring: (members.iter().filter(|m| is_up(&m.server)).count(), members.len()),
+            disks: state.vdisks.values().map(|d| (d.name.clone(), then.of_disk(state, d))).collect(),
+            then,
+        }
+    }
+
+    fn ring_decides(&self) -> bool {
+        self.ring.0 > self.ring.1 / 2
+    }
+
+    fn is_harmless(&self) -> bool {
+        self.then.unavailable() == 0 && self.ring_decides()
+    }
+
+    fn complaint(&self) -> String {
+        let down = self.down.join(", ");
+        match (self.then.unavailable(), self.ring_decides()) {
+            (0, _) => format!("without {down} the ring could decide nothing, and leases would end"),
+            (_, true) => format!("without {down} a part of the data would be unavailable"),
+            (_, false) => {
+                format!("without {down} a part of the data would be unavailable, and the ring without a majority")
+            }
+        }
+    }
+
+    fn print(&self) {
+        let (up, all) = self.ring;
+        println!("If {} went down:", self.down.join(" and "));
+        println!(
+            "  Ring: {up} of {all} members up, {}.",
+            if self.ring_decides() {
+                "a majority"
+            } else {
+                "NO MAJORITY: after a second nothing could be read or written"
+            }
+        );
+        for (copies, counts) in &self.then.schemes {
+            let before = self.now.schemes.get(copies).copied().unwrap_or_default();
+            println!(
+                "  {copies} copies: of {} slots {} would have fewer in sync (now {}), {} would be unavailable (now {}).",
+                counts.slots, counts.degraded, before.degraded, counts.unavailable, before.unavailable
+            );
+        }
+        for (name, counts) in &self.disks {
+            let what = match counts {
+                Counts { unavailable: 0, degraded: 0, .. } => "as before".into(),
+                Counts { unavailable: 0, degraded, slots } if degraded == slots => "all of it with fewer copies".into(),
+                Counts { unavailable: 0, degraded, slots } => format!("{} with fewer copies", share(*degraded, *slots)),
+                Counts { unavailable, slots, .. } => format!("{} UNAVAILABLE", share(*unavailable, *slots)),
+            };
+            println!("  disk {name}: {what}.");
+        }
+    }
+
+    fn json(&self) -> Value {
+        let disk = |(name, c): &(String, Counts)| json!({"name": name, "slots": c.slots, "degraded": c.degraded, "unavailable": c.unavailable});
+        json!({
+            "down": self.down,
+            "harmless": self.is_harmless(),
+            "ring": {"up": self.ring.0, "members": self.ring.1, "majority": self.ring_decides()},
+            "now": self.now.json(),
+            "then": self.then.json(),
+            "disks": self.disks.iter().map(disk).collect::<Vec<_>>(),
+        })
+    }
+}
+
+fn share(part: u64, of: u64) -> String {
+    format!("{} %", (part * 100).div_ceil(of.max(1)))
+}
