@@ -212,7 +212,8 @@ impl DataAccess {
         slot.in_sync = in_sync;
         if primary == Some(self.me) {
             let unaware = ctx.state.slots[&id.gmap][id.slot as usize].has_unaware(&ctx.state.servers);
-            self.begin_to_act(index, unaware.then(|| ctx.now + LEASE_SURELY_OVER), asks);
+            let waits = unaware && self.sabotage != Sabotage::TakeOutWithoutWait;
+            self.begin_to_act(index, waits.then(|| ctx.now + LEASE_SURELY_OVER), asks);
             self.on_outstanding_changed(ctx, index);
         } else {
             self.unpark_operations(ctx, index);

@@ -30,6 +30,7 @@ use crate::global_state::Command;
 use crate::ids::*;
 use crate::message::*;
 use crate::promise::lacking;
+use crate::sabotage::Sabotage;
 use crate::server::Peer;
 use crate::store::{ElementImage, Loaded, ReadBlocks, ReadError};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -349,6 +350,9 @@ impl DataAccess {
         };
         let mut stale: BTreeMap<ElementKey, Theirs> =
             std::mem::take(theirs).into_iter().map(|(key, image)| (key, Theirs::Image(image))).collect();
+        if self.sabotage == Sabotage::SurvivorsListOnly {
+            stale.clear();
+        }
         for key in std::mem::take(mine).into_iter().chain(std::mem::take(written)) {
             stale.entry(key).or_insert(Theirs::Unknown);
         }
@@ -477,6 +481,9 @@ impl DataAccess {
         if image == *theirs && image.version != Version::ZERO {
             return self.end_copy(ctx, number, true);
         }
+        if self.sabotage == Sabotage::CopyOnlyIfNewer && theirs.version >= image.version {
+            return self.end_copy(ctx, number, true);
+        }
         let blocks = lacking(&image, Some(theirs));
         let read = ctx.stores.read_image(element, &blocks);
         let copy = self.copies.get_mut(&number).expect("just seen");
@@ -531,7 +538,10 @@ impl DataAccess {
             return;
         }
         let m = joiner.outgoing.push(slot.id, slot.term, slot.watermark, Part::CaughtUp, Payload::default(), None);
-        joiner.stage = Stage::Closing { number: m.number };
+        joiner.stage = match self.sabotage {
+            Sabotage::InSyncWithSendsOutstanding => Stage::Proposing { key: None },
+            _ => Stage::Closing { number: m.number },
+        };
         if self.connected.contains(&server) {
             ctx.send(Peer::Server(server), Body::Replicate(m));
         }

@@ -233,6 +233,11 @@ impl Server {
         self.cluster
     }
 
+    /// True if this server brings members back at the moment: that one, or any.
+    pub fn is_recovering(&self, member: Option<ServerId>) -> bool {
+        self.data.joining.iter().any(|(_, server)| member.is_none_or(|m| m == *server))
+    }
+
     /// The state as applied; `None` while the disks are being opened.
     pub fn state(&self) -> Option<&State> {
         self.global.as_ref().map(GlobalState::state)
@@ -606,6 +611,7 @@ impl Server {
             addresses: self.addresses.clone(),
             disks: self.disks_found.clone(),
         };
+        global.leave_out(self.sabotage);
         let server_up = global.propose_own(self.now, command);
         self.stage = Stage::Joining { server_up };
         self.global = Some(global);

@@ -474,10 +474,15 @@ impl DataAccess {
         let s = &self.slots[index];
         match s.primary {
             Some(primary) if primary == self.me => {}
-            _ if !writes && s.in_sync.contains(&self.me) => {}
+            _ if !writes && self.may_read(s) => {}
             _ => return Err(Refusal::StaleMap),
         }
         Ok((ElementKey { family: vdisk.family, element }, index))
+    }
+
+    /// Reads are served by members in sync only.
+    fn may_read(&self, slot: &Slot) -> bool {
+        slot.in_sync.contains(&self.me) || self.sabotage == Sabotage::ReadWhileCatchingUp
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -534,8 +539,9 @@ impl DataAccess {
 
     /// Begins an operation, or begins it again in a new term.
     fn admit(&mut self, ctx: &mut Context, number: OpNumber) {
+        let slot = self.operations[&number].slot;
+        let (slot, may_read) = (&self.slots[slot], self.may_read(&self.slots[slot]));
         let op = self.operations.get_mut(&number).expect("admitted operations exist");
-        let slot = &self.slots[op.slot];
         let writes = matches!(op.kind, Kind::Write(_));
         let acts = slot.primary == Some(self.me);
         if acts && !slot.acting.as_ref().is_some_and(|a| a.is_serving()) {
@@ -543,7 +549,7 @@ impl DataAccess {
             op.phase = Phase::Parked;
             return;
         }
-        if !acts && (writes || !slot.in_sync.contains(&self.me)) {
+        if !acts && (writes || !may_read) {
             return self.refuse(ctx, number, Refusal::StaleMap);
         }
         match ctx.stores.load(op.element) {
@@ -598,7 +604,8 @@ impl DataAccess {
         // it served, a write of a fenced client could still become visible after the fence (P5).
         let unsettled = slot.watermark.term < slot.term;
         let busy = unsettled || ctx.stores.version(op.element) > slot.watermark;
-        if busy && !self.is_sabotaged(Sabotage::ServeBusy) {
+        let catches_up = !slot.in_sync.contains(&self.me); // Only with the rule left out.
+        if busy && !catches_up && !self.is_sabotaged(Sabotage::ServeBusy) {
             return self.refuse(ctx, number, Refusal::Busy);
         }
         self.capture(ctx, number);
@@ -804,7 +811,7 @@ impl DataAccess {
             let counts = match joiner.share(op.element, window.admits(cost)) {
                 Share::Nothing => continue,
                 Share::Sent => false,
-                Share::Counts => true,
+                Share::Counts => self.sabotage != Sabotage::NewcomerNotCounted,
             };
             if counts {
                 waits.push(*member);
