@@ -131,8 +131,8 @@ impl World {
             }
             (Some(Trap::Answer), Body::WriteReply(_)) => self.chaos.chance(1, 5),
             (Some(Trap::Relapse), Body::Replicate(m)) => {
-                let often = if matches!(m.part, Part::CaughtUp) { 2 } else { 10 };
-                self.is_out(host, to, m.slot) && self.chaos.chance(1, often)
+                // Where there is something to lose.
+                self.is_out(host, to, m.slot) && self.has_data(m.slot) && self.chaos.chance(1, 2)
             }
             _ => false,
         };
@@ -206,13 +206,18 @@ impl World {
         state.and_then(|s| s.slot(slot)).and_then(|s| s.member(to)).is_some_and(|m| !m.in_sync)
     }
 
+    /// Something was written in the slot.
+    fn has_data(&self, slot: SlotId) -> bool {
+        self.written.contains(&slot)
+    }
+
     fn lag_behind(&mut self, trap: Trap, host: usize, connection: ConnectionId, side: Side, message: &Message) {
         let Body::Replicate(m) = &message.body else { return };
         let Some(to) = self.net.ends(connection).map(|ends| ends[side.other() as usize].node) else { return };
         let Node::Server(to) = to else { return };
         let Some(to) = self.servers[to].id else { return };
         let springs = match trap {
-            Trap::Lag if matches!(m.part, Part::CaughtUp) => {
+            Trap::Lag if matches!(m.part, Part::CaughtUp) && self.has_data(m.slot) => {
                 let now = self.chaos.chance(1, 2);
                 if !now {
                     self.trap = Some(Trap::Counted { slot: m.slot, to });
@@ -245,7 +250,8 @@ impl World {
     fn come_late(&mut self, host: usize, server: ServerId, message: &Message) {
         let Body::Promise(promise) = &message.body else { return };
         let Some((slot, term)) = promise.slots.iter().copied().find(|(slot, _)| {
-            self.is_out(host, Peer::Server(server), *slot) && self.caught_up.contains_key(&(*slot, server))
+            let to = Peer::Server(server);
+            self.has_data(*slot) && self.is_out(host, to, *slot) && self.caught_up.contains_key(&(*slot, server))
         }) else {
             return;
         };

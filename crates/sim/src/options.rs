@@ -230,6 +230,10 @@ impl Options {
             options.recovering = true;
             options.restart_delay = Duration::from_millis(*more.pick(&[100, 200, 400]));
             options.bury_after = Some(Duration::from_millis(1));
+            let interval = Duration::from_millis(*more.pick(&[100, 200, 400]));
+            options.fault_interval = overrides.fault_interval.or(Some(interval));
+            options.faulty = Duration::from_millis(more.between(2000, 4000));
+            options.operations = options.faulty.as_millis() as u64;
         }
         options
     }

@@ -26,7 +26,7 @@ use petal::ids::{ClusterId, DiskId, Incarnation, ServerId, SlotId, Term};
 use petal::message::{Body, Message, Part, Replicate};
 use petal::server::{self, Peer, Server};
 use petal::store::{DiskCommand, OpId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use stdx::{Duration, Instant, Machine, Prng};
 
 /// When a server whose connection broke looks whether the other end is there, as the real driver does.
@@ -70,6 +70,8 @@ pub struct World {
     pub chaos: Prng,
     /// When members caught up last: the term and the life that it was proposed for.
     pub caught_up: BTreeMap<(SlotId, ServerId), (Term, Incarnation)>,
+    /// Slots in which something was written.
+    pub written: BTreeSet<SlotId>,
     /// What an assassin waits for.
     pub trap: Option<Trap>,
     prng: Prng,
@@ -102,6 +104,7 @@ impl World {
             ending: Ending::default(),
             chaos,
             caught_up: BTreeMap::new(),
+            written: BTreeSet::new(),
             trap: None,
             prng,
             frames: 0,
@@ -659,6 +662,9 @@ impl World {
                         Body::Replicate(Replicate { part: Part::CaughtUp, slot, term, .. }) => {
                             self.counters.count(Kind::CaughtUp);
                             self.note_caught_up(host, to, *slot, *term);
+                        }
+                        Body::Replicate(Replicate { part: Part::Write { .. }, slot, .. }) => {
+                            self.written.insert(*slot);
                         }
                         Body::Replicate(Replicate { part: Part::Copy { settles: false, .. }, .. }) => {
                             self.counters.count(Kind::CopiedBack);
