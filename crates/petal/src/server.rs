@@ -505,6 +505,7 @@ impl Server {
                 counter("settlements", counters.settlements),
                 counter("settled_elements", counters.settled_elements),
                 counter("bad_blocks", counters.bad_blocks),
+                counter("repaired_blocks", counters.repaired_blocks),
                 counter("recovering_slots", self.data.recovery().0 as u64),
                 counter("recovering_elements_left", self.data.recovery().1 as u64),
                 counter("recovered_elements", counters.recovered_elements),

@@ -179,6 +179,7 @@ pub(crate) enum LoadWaiter {
     Settling(SlotIndex, ElementKey),
     Fetch(u64),
     Copy(OpNumber),
+    Repair,
     Drop,
     Verify,
 }
@@ -188,6 +189,7 @@ pub(crate) enum TicketOwner {
     Write { slot: SlotIndex, term: Term, sequence: u64 },
     Incoming { slot: SlotIndex, term: Term, number: u64, from: ServerId, cost: u64 },
     Settling { slot: SlotIndex, term: Term, element: ElementKey },
+    Repair { slot: SlotIndex, element: ElementKey },
     Background { slot: SlotIndex },
 }
 
@@ -198,6 +200,7 @@ pub(crate) enum ReadOwner {
     Settling { slot: SlotIndex, term: Term, element: ElementKey },
     Fetch(u64),
     Copy(OpNumber),
+    Repair(ElementKey),
 }
 
 /// Somebody asked when an index is settled here.
@@ -224,6 +227,8 @@ pub struct DataAccess {
     queues: FastMap<ElementKey, ElementQueue>,
     /// Elements being copied to members that are brought back; numbered like operations.
     pub(crate) copies: BTreeMap<OpNumber, crate::resync::Copy>,
+    /// Elements whose bad blocks are made good (`repair.rs`).
+    pub(crate) repairs: crate::repair::Repairs,
     /// Slots and members in which that goes on.
     pub(crate) joining: BTreeSet<(SlotIndex, ServerId)>,
     /// Somebody came, went, or was brought back: look through all slots.
@@ -291,6 +296,8 @@ pub struct Counters {
     pub settled_elements: u64,
     /// Blocks whose checksum did not match, or that could not be read.
     pub bad_blocks: u64,
+    /// Of these, made good from another copy.
+    pub repaired_blocks: u64,
     /// Elements copied to members that were brought back.
     pub recovered_elements: u64,
     /// Blocks that travelled for that.
@@ -309,6 +316,7 @@ impl DataAccess {
             next_operation: 1,
             queues: FastMap::new(),
             copies: BTreeMap::new(),
+            repairs: crate::repair::Repairs::default(),
             joining: BTreeSet::new(),
             joins_due: false,
             wake_at: None,
@@ -671,8 +679,11 @@ impl DataAccess {
         let old = match result {
             Ok(old) => old,
             Err(_) => {
-                self.counters.bad_blocks += 1;
-                return self.refuse(ctx, number, Refusal::BadCopy);
+                let (slot, element) = (op.slot, op.element);
+                if !self.repair_for(ctx, slot, element, number) {
+                    self.refuse(ctx, number, Refusal::BadCopy);
+                }
+                return;
             }
         };
         let Kind::Write(w) = &mut op.kind else { unreachable!("only writes are modified") };
@@ -697,6 +708,15 @@ impl DataAccess {
         w.offset = u32::from(first) * BLOCK_SIZE as u32;
         w.length = u32::from(count) * BLOCK_SIZE as u32;
         self.assign(ctx, number);
+    }
+
+    /// What an unaligned write could not read is repaired, or cannot be at the moment.
+    pub(crate) fn on_repaired_for(&mut self, ctx: &mut Context, number: OpNumber, is_good: bool) {
+        match self.operations.get(&number) {
+            Some(op) if op.phase == Phase::Modifying && is_good => self.modify(ctx, number),
+            Some(op) if op.phase == Phase::Modifying => self.refuse(ctx, number, Refusal::BadCopy),
+            _ => {}
+        }
     }
 
     /// Step 2 and 3 of 2.6: the write gets its version, is staged here, and sent to the others.
@@ -1035,6 +1055,7 @@ impl DataAccess {
                 LoadWaiter::Settling(slot, element) => self.advance_settling(ctx, slot, element),
                 LoadWaiter::Fetch(job) => self.advance_fetch(ctx, job),
                 LoadWaiter::Copy(number) => self.start_copy(ctx, number),
+                LoadWaiter::Repair => self.look(ctx, element),
                 LoadWaiter::Drop => self.drop_element(ctx, element),
                 LoadWaiter::Verify => self.verify_element(ctx, element),
             }
@@ -1062,6 +1083,7 @@ impl DataAccess {
         let (TicketOwner::Write { slot: index, .. }
         | TicketOwner::Incoming { slot: index, .. }
         | TicketOwner::Settling { slot: index, .. }
+        | TicketOwner::Repair { slot: index, .. }
         | TicketOwner::Background { slot: index }) = owner;
         self.slots[index].outstanding -= 1;
         match owner {
@@ -1078,6 +1100,7 @@ impl DataAccess {
                     self.on_settling_stable(ctx, slot, element);
                 }
             }
+            TicketOwner::Repair { element, .. } => self.on_repair_stable(ctx, element),
             TicketOwner::Background { .. } => {}
         }
         self.on_outstanding_changed(ctx, index);
@@ -1091,11 +1114,12 @@ impl DataAccess {
                 if !self.operations.get(&number).is_some_and(|op| op.phase == Phase::Reading) {
                     return;
                 }
-                let result = result.map_err(|_| {
-                    self.counters.bad_blocks += 1;
-                    Refusal::BadCopy
-                });
-                self.finish_read(ctx, number, result);
+                if result.is_err() {
+                    let op = &self.operations[&number];
+                    let (slot, element) = (op.slot, op.element);
+                    self.begin_repair(ctx, slot, element);
+                }
+                self.finish_read(ctx, number, result.map_err(|_| Refusal::BadCopy));
             }
             Some(ReadOwner::Modify(number)) => self.on_modify_read(ctx, number, result),
             Some(ReadOwner::Settling { slot, term, element }) => {
@@ -1105,6 +1129,7 @@ impl DataAccess {
             }
             Some(ReadOwner::Fetch(job)) => self.on_fetch_read(ctx, job, result),
             Some(ReadOwner::Copy(number)) => self.on_copy_read(ctx, number, result),
+            Some(ReadOwner::Repair(element)) => self.on_repair_read(ctx, element, read, result),
             None => {
                 self.on_verify_read(ctx, read, &result);
             }
@@ -1300,6 +1325,7 @@ impl DataAccess {
         self.serve_what_waited(ctx);
         self.watch_silence(ctx);
         self.review_joiners(ctx);
+        self.advance_repairs(ctx);
         self.advance_copies(ctx);
         self.send_promised(ctx);
         self.send_acks(ctx);
@@ -1359,12 +1385,17 @@ impl DataAccess {
 
     /// When something is due although nothing else happens.
     pub fn next_timeout(&self) -> Option<Instant> {
-        [self.watermark_timer, self.wake_at, self.silence.next_look()].into_iter().flatten().min()
+        [self.watermark_timer, self.wake_at, self.silence.next_look(), self.repairs.next_timeout()].into_iter().flatten().min()
     }
 
     /// A session is over: nothing of it will be asked again.
     pub fn on_session_ended(&mut self, session: SessionId) {
         self.session_low.remove(&session);
+    }
+
+    /// Elements with bad blocks that are not repaired yet.
+    pub fn repairs(&self) -> usize {
+        self.repairs.len()
     }
 
     /// Operations in progress.
