@@ -236,6 +236,11 @@ impl Server {
         self.cluster
     }
 
+    /// True if this server brings members back at the moment: that one, or any.
+    pub fn is_recovering(&self, member: Option<ServerId>) -> bool {
+        self.data.joining.iter().any(|(_, server)| member.is_none_or(|m| m == *server))
+    }
+
     /// The state as applied; `None` while the disks are being opened.
     pub fn state(&self) -> Option<&State> {
         self.global.as_ref().map(GlobalState::state)
@@ -543,6 +548,7 @@ impl Server {
                 counter("settlements", counters.settlements),
                 counter("settled_elements", counters.settled_elements),
                 counter("bad_blocks", counters.bad_blocks),
+                counter("repaired_blocks", counters.repaired_blocks),
                 counter("recovering_slots", self.data.recovery().0 as u64),
                 counter("recovering_elements_left", self.data.recovery().1 as u64),
                 counter("recovered_elements", counters.recovered_elements),
@@ -649,6 +655,7 @@ impl Server {
             addresses: self.addresses.clone(),
             disks: self.disks_found.clone(),
         };
+        global.leave_out(self.sabotage);
         let server_up = global.propose_own(self.now, command);
         self.stage = Stage::Joining { server_up };
         self.global = Some(global);

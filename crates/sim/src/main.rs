@@ -19,9 +19,9 @@ petal-sim: whole clusters in one thread, in virtual time, decided by a seed
   --coverage             fail if a kind of fault never happened
   --sabotage NAME        leave out a rule, to see that it is caught (list: --sabotage help)
   --servers N  --disks N  --copies N  --operations N   instead of what the seed draws
-  --no-faults  --only-crashes  --crowded  --busy  --full  --no-shrink  likewise
+  --no-faults  --only-crashes  --crowded  --busy  --full  --recovering  --no-shrink  likewise
   --only-fault KIND      this kind of fault only (again for more): crash-one, crash-all, reset, stall, ambush,
-                         cut, hold, strand, differ, ghost
+                         cut, hold, strand, differ, ghost, crash-client, partition, freeze, sever, relapse, lag, late
   --options              print what is drawn for each seed
   --judge FILE           judge what `petal history` recorded of a real cluster, instead
 
@@ -135,6 +135,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Arguments>, S
             "--crowded" => a.overrides.crowded = true,
             "--full" => a.overrides.full = true,
             "--busy" => a.overrides.busy = true,
+            "--recovering" => a.overrides.recovering = true,
             "--only-fault" => {
                 let mut faults = a.overrides.faults.unwrap_or(FaultWeights::NONE);
                 let name = value()?;
@@ -149,6 +150,13 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Arguments>, S
                     "strand" => &mut faults.strand,
                     "differ" => &mut faults.differ,
                     "ghost" => &mut faults.ghost,
+                    "crash-client" => &mut faults.crash_client,
+                    "partition" => &mut faults.partition,
+                    "freeze" => &mut faults.freeze,
+                    "sever" => &mut faults.sever,
+                    "relapse" => &mut faults.relapse,
+                    "lag" => &mut faults.lag,
+                    "late" => &mut faults.late,
                     other => return Err(format!("there is no fault '{other}' to ask for")),
                 };
                 *weight += 1;
