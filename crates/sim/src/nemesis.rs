@@ -3,7 +3,7 @@
 use crate::codec;
 use crate::counters::Kind;
 use crate::event::Event;
-use crate::net::{ConnectionId, Node, Side};
+use crate::net::{ConnectionId, EndPoint, Node, Side};
 use crate::workload::draw_weighted;
 use crate::world::World;
 use bytes::Bytes;
@@ -441,23 +441,26 @@ impl World {
         }
     }
 
-    /// Nothing gets through between a server and the others; clients reach it.
+    /// Nothing gets through between two servers; all others reach both.
     fn sever(&mut self) {
         let running = self.running();
         if running.is_empty() {
             return;
         }
-        self.counters.count(Kind::Sever);
         let host = *self.chaos.pick(&running);
         let Some(at) = self.servers[host].end_point(host) else { return };
-        let until = self.now + Duration::from_millis(self.chaos.between(400, 1600));
-        for (connection, side) in self.net.of(at) {
-            let ends = self.net.ends(connection);
-            if ends.is_some_and(|ends| ends.iter().all(|e| matches!(e.node, Node::Server(_)))) {
-                self.net.stall(connection, side, until);
-                self.net.stall(connection, side.other(), until);
-            }
+        let is_between = |ends: [EndPoint; 2]| ends.iter().all(|e| matches!(e.node, Node::Server(_)));
+        let mut links = self.net.of(at);
+        links.retain(|(connection, _)| self.net.ends(*connection).is_some_and(is_between));
+        if links.is_empty() {
+            return;
         }
+        self.counters.count(Kind::Sever);
+        let (connection, side) = *self.chaos.pick(&links);
+        // Long enough for the silent one to be taken out, though connected.
+        let until = self.now + Duration::from_millis(self.chaos.between(1500, 3000));
+        self.net.stall(connection, side, until);
+        self.net.stall(connection, side.other(), until);
     }
 
     fn freeze_one(&mut self) {
