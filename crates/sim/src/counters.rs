@@ -32,6 +32,14 @@ kinds! {
     CopiedBack => "an element was copied to a member that came back",
     /// A member had everything again.
     CaughtUp => "a member caught up",
+    /// A bit of a block turned over.
+    Rotten => "a block rotted",
+    /// A block could not be read any more.
+    Unreadable => "a block became unreadable",
+    /// A server met one.
+    BadMet => "a bad block was met",
+    /// And repaired it.
+    Repaired => "a bad block was repaired from another copy",
     /// A server died while it was brought back.
     DiedCatchingUp => "a member that was being brought back died",
     /// The primary of a slot died while it brought somebody back.

@@ -102,7 +102,8 @@ impl World {
             17 => self.sever(),
             18 => self.trap = Some(Trap::Relapse),
             19 => self.trap = Some(Trap::Lag),
-            _ => self.trap = Some(Trap::Late),
+            20 => self.trap = Some(Trap::Late),
+            _ => self.spoil_blocks(),
         }
     }
 
@@ -461,6 +462,23 @@ impl World {
         let until = self.now + Duration::from_millis(self.chaos.between(1500, 3000));
         self.net.stall(connection, side, until);
         self.net.stall(connection, side.other(), until);
+    }
+
+    /// Some blocks become bad, each where another server has a good copy.
+    fn spoil_blocks(&mut self) {
+        for _ in 0..20 {
+            let host = self.chaos.below(self.servers.len() as u64) as usize;
+            let disk = self.chaos.below(self.servers[host].disks.len() as u64) as usize;
+            let Some((page, content)) = self.servers[host].disks[disk].draw_page() else { continue };
+            let content = *content;
+            let others = self.servers.iter().enumerate().filter(|(h, _)| *h != host);
+            if others.flat_map(|(_, s)| &s.disks).any(|d| d.has(&content)) {
+                let how = *self.chaos.pick(&[Kind::Rotten, Kind::Unreadable]);
+                self.counters.count(how);
+                self.trace.words(self.now, || format!("host {host} disk {disk}: page {page} is bad: {how:?}"));
+                self.servers[host].disks[disk].spoil(page, how);
+            }
+        }
     }
 
     fn freeze_one(&mut self) {

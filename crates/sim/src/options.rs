@@ -123,6 +123,8 @@ pub struct FaultWeights {
     /// An `InSync` of an older term or life is decided when its member is being brought back again, and the slot's
     /// primary dies.
     pub late: u64,
+    /// A block on some disk, of which another server has a good copy, rots or cannot be read any more.
+    pub spoil: u64,
 }
 
 /// How likely each operation is, relative to the others.
@@ -324,6 +326,7 @@ impl FaultWeights {
         relapse: 0,
         lag: 0,
         late: 0,
+        spoil: 0,
     };
 
     fn draw(prng: &mut Prng) -> FaultWeights {
@@ -350,11 +353,12 @@ impl FaultWeights {
             relapse: some(6),
             lag: some(3),
             late: some(2),
+            spoil: some(8),
         }
     }
 
     /// The weights in the order of the fields.
-    pub fn list(&self) -> [u64; 21] {
+    pub fn list(&self) -> [u64; 22] {
         [
             self.crash_one,
             self.crash_several,
@@ -377,6 +381,7 @@ impl FaultWeights {
             self.relapse,
             self.lag,
             self.late,
+            self.spoil,
         ]
     }
 }
