@@ -48,8 +48,8 @@ kinds! {
     Lag => "the last messages to a member that came back were late, and their sender died",
     /// An `InSync` came that was not true any more.
     Late => "a proposal to be in sync came too late",
-    /// Two servers were cut off from each other.
-    Sever => "two servers were cut off from each other",
+    /// A server was cut off from other servers only.
+    Sever => "a server was cut off from servers, not from clients",
     /// A server was cut off, from one other node or from all, in one direction or both.
     Partition => "a server was partitioned from others",
     /// A server was stopped and went on later, as by SIGSTOP.

@@ -442,7 +442,7 @@ impl World {
         }
     }
 
-    /// Nothing gets through between two servers; all others reach both.
+    /// Nothing gets through between a server and another one, or all others; clients reach it.
     fn sever(&mut self) {
         let running = self.running();
         if running.is_empty() {
@@ -457,11 +457,20 @@ impl World {
             return;
         }
         self.counters.count(Kind::Sever);
-        let (connection, side) = *self.chaos.pick(&links);
-        // Long enough for the silent one to be taken out, though connected.
-        let until = self.now + Duration::from_millis(self.chaos.between(1500, 3000));
-        self.net.stall(connection, side, until);
-        self.net.stall(connection, side.other(), until);
+        // All of them until it is silent for half a lease or more; or one for so long that the silent one is taken out
+        // though connected.
+        let millis = match self.chaos.chance(1, 2) {
+            true => self.chaos.between(400, 1600),
+            false => {
+                links = vec![*self.chaos.pick(&links)];
+                self.chaos.between(1500, 3000)
+            }
+        };
+        let until = self.now + Duration::from_millis(millis);
+        for (connection, side) in links {
+            self.net.stall(connection, side, until);
+            self.net.stall(connection, side.other(), until);
+        }
     }
 
     /// Some blocks become bad, each where another server has a good copy.

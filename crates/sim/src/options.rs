@@ -114,7 +114,7 @@ pub struct FaultWeights {
     pub partition: u64,
     /// Stop a server for as long, and let it go on.
     pub freeze: u64,
-    /// Cut two servers off from each other, but from nobody else.
+    /// Cut a server off from another one, or from all others, but not from clients.
     pub sever: u64,
     /// Lie in wait for what is sent to a member that is being brought back, and kill it, its source, or everybody.
     pub relapse: u64,
