@@ -235,7 +235,7 @@ impl Options {
             let interval = Duration::from_millis(*more.pick(&[100, 200, 400]));
             options.fault_interval = overrides.fault_interval.or(Some(interval));
             options.faulty = Duration::from_millis(more.between(2000, 4000));
-            options.operations = options.faulty.as_millis() as u64;
+            options.operations = overrides.operations.unwrap_or(options.faulty.as_millis() as u64);
         }
         options
     }

@@ -103,7 +103,9 @@ fn reads_while_catching_up() {
 /// A server that its primary does not hear, but others do, has a lease for a while after it was taken out.
 #[test]
 fn taking_a_server_out_without_waiting_for_its_lease() {
-    must_be_caught(Sabotage::TakeOutWithoutWait, 150, recovering(FaultWeights { sever: 1, ..FaultWeights::NONE }));
+    let ground = recovering(FaultWeights { sever: 1, ..FaultWeights::NONE });
+    let ground = Overrides { fault_interval: Some(Duration::from_millis(200)), ..ground };
+    must_be_caught(Sabotage::TakeOutWithoutWait, 150, ground);
 }
 
 /// Both replicas have a version of an element, with different blocks.
