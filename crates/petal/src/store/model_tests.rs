@@ -938,7 +938,7 @@ impl Walk {
         }
         let watermark = self.next_watermark(slot);
         if needed > 0 && self.prng.chance(1, 10) {
-            let change = Change::Replace { element: key, slot, image, data: Vec::new(), watermark };
+            let change = Change::Replace { element: key, slot, image, data: Vec::new(), again: false, watermark };
             let refused = self.stores.stage(change);
             ensure!(
                 matches!(refused, Err(StageError::MissingData | StageError::NoSpace)),
@@ -946,7 +946,7 @@ impl Walk {
             );
             return Ok(());
         }
-        let change = Change::Replace { element: key, slot, image, data, watermark };
+        let change = Change::Replace { element: key, slot, image, data, again: false, watermark };
         self.stage(key, change, Some(element))
     }
 
@@ -1405,7 +1405,8 @@ fn a_rotten_block_that_is_given_again_is_written_to_another_place() {
     let element = walk.present(key).unwrap().clone();
     let (image, slot) = (walk.stores.image(key), element.slot);
     let watermark = walk.next_watermark(slot);
-    let change = Change::Replace { element: key, slot, image, data: vec![(r as u16, b as u8, bytes)], watermark };
+    let change =
+        Change::Replace { element: key, slot, image, data: vec![(r as u16, b as u8, bytes)], again: true, watermark };
     walk.stage(key, change, Some(element)).unwrap();
     walk.quiet().unwrap();
     walk.ready(key).unwrap();
