@@ -85,7 +85,7 @@ fn a_watermark_that_moves_while_out_of_sync() {
 fn recovery_from_the_survivors_list_only() {
     let faults = FaultWeights { strand: 1, crash_client: 1, ..FaultWeights::NONE };
     let ground = Overrides { operations: Some(500), ..often(recovering(faults)) };
-    must_be_caught(Sabotage::SurvivorsListOnly, 300, ground);
+    must_be_caught(Sabotage::SurvivorsListOnly, 150, ground);
 }
 
 /// The same: its version is the higher one.
