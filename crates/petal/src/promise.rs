@@ -622,7 +622,8 @@ impl DataAccess {
                 if self.sabotage == Sabotage::IdsNotCopied {
                     image.ids = ctx.stores.ids(element).to_vec();
                 }
-                let change = Change::Replace { element, slot: slot.id, image, data, watermark: slot.watermark };
+                let change =
+                    Change::Replace { element, slot: slot.id, image, data, again: false, watermark: slot.watermark };
                 // Space was reserved by the write that made the difference; the reserve pays otherwise.
                 let ticket = match ctx.stores.stage(change) {
                     Ok(ticket) => ticket,

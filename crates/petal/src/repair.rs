@@ -312,7 +312,7 @@ impl DataAccess {
         }
         let slot = &mut self.slots[repair.slot];
         let data = data.iter().map(|((row, block, _), bytes)| (*row, *block, bytes.clone())).collect();
-        let change = Change::Replace { element, slot: slot.id, image, data, watermark: slot.watermark };
+        let change = Change::Replace { element, slot: slot.id, image, data, again: true, watermark: slot.watermark };
         let Ok(ticket) = ctx.stores.stage(change) else { return };
         repair.stage = Stage::Writing { blocks };
         slot.outstanding += 1;

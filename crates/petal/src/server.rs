@@ -236,6 +236,16 @@ impl Server {
         self.cluster
     }
 
+    /// What data access has counted since the start.
+    pub fn counters(&self) -> &crate::data_access::Counters {
+        &self.data.counters
+    }
+
+    /// Elements with bad blocks that are not repaired yet.
+    pub fn repairs(&self) -> usize {
+        self.data.repairs()
+    }
+
     /// True if this server brings members back at the moment: that one, or any.
     pub fn is_recovering(&self, member: Option<ServerId>) -> bool {
         self.data.joining.iter().any(|(_, server)| member.is_none_or(|m| m == *server))

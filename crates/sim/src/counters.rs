@@ -32,6 +32,14 @@ kinds! {
     CopiedBack => "an element was copied to a member that came back",
     /// A member had everything again.
     CaughtUp => "a member caught up",
+    /// A bit of a block turned over.
+    Rotten => "a block rotted",
+    /// A block could not be read any more.
+    Unreadable => "a block became unreadable",
+    /// A server met one.
+    BadMet => "a bad block was met",
+    /// And repaired it.
+    Repaired => "a bad block was repaired from another copy",
     /// A server died while it was brought back.
     DiedCatchingUp => "a member that was being brought back died",
     /// The primary of a slot died while it brought somebody back.
@@ -41,7 +49,7 @@ kinds! {
     /// An `InSync` came that was not true any more.
     Late => "a proposal to be in sync came too late",
     /// A server was cut off from other servers only.
-    Sever => "a server was cut off from the other servers, not from clients",
+    Sever => "a server was cut off from servers, not from clients",
     /// A server was cut off, from one other node or from all, in one direction or both.
     Partition => "a server was partitioned from others",
     /// A server was stopped and went on later, as by SIGSTOP.

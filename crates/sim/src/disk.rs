@@ -19,6 +19,8 @@ use stdx::{Duration, FastMap, Instant, Prng};
 pub const SECTOR: usize = 512;
 const PAGE: usize = 4096;
 const TABLES: usize = 5;
+/// Writes after which a page was written a while ago: several batches.
+const OLD: u64 = 12;
 
 /// Number of a command in flight on one disk; grows with each.
 pub type Ticket = u64;
@@ -34,13 +36,27 @@ pub struct DiskTimes {
     pub commit_factor: u32,
 }
 
+/// What is wrong with a page.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Bad {
+    /// A bit was turned over.
+    Rotten { at: usize, bit: u64 },
+    /// Reads of it fail.
+    Unreadable,
+}
+
 /// One physical disk: what is durable, and what is in flight.
 pub struct SimDisk {
     prng: Prng,
     times: DiskTimes,
     /// Slower by this factor until that moment.
     slow: (u32, Instant),
-    pages: FastMap<u64, Box<[u8; PAGE]>>,
+    pages: BTreeMap<u64, Box<[u8; PAGE]>>,
+    /// Pages that cannot be read as they were written.
+    bad: BTreeMap<u64, Bad>,
+    /// Write commands done, and the number of the last one of each page.
+    writes: u64,
+    written: FastMap<u64, u64>,
     pmap: [BTreeMap<Bytes, Bytes>; TABLES],
     frontier: u64,
     size: u64,
@@ -60,7 +76,10 @@ impl SimDisk {
             prng,
             times,
             slow: (1, Instant::ZERO),
-            pages: FastMap::new(),
+            pages: BTreeMap::new(),
+            bad: BTreeMap::new(),
+            writes: 0,
+            written: FastMap::new(),
             pmap: Default::default(),
             frontier,
             size,
@@ -126,7 +145,13 @@ impl SimDisk {
             return failed(&command, broken());
         }
         match command {
-            DiskCommand::Read { offset, length } => DiskResult::Read(Ok(self.read(offset, length))),
+            DiskCommand::Read { offset, length } => {
+                let pages = offset / PAGE as u64..(offset + length) / PAGE as u64;
+                match self.bad.range(pages).any(|(_, bad)| *bad == Bad::Unreadable) {
+                    true => DiskResult::Read(Err(DiskError::Io("this block cannot be read".into()))),
+                    false => DiskResult::Read(Ok(self.read(offset, length))),
+                }
+            }
             DiskCommand::Write { offset, pieces } => {
                 self.write(offset, &gather(&pieces), |_| true);
                 DiskResult::Written(Ok(()))
@@ -189,10 +214,44 @@ impl SimDisk {
         self.slow = (1, Instant::ZERO);
     }
 
-    /// Flips one bit at rest: the point where bit rot will be injected.
-    pub fn rot(&mut self, offset: u64, bit: u8) {
-        let page = self.page_mut(offset / PAGE as u64);
-        page[(offset % PAGE as u64) as usize] ^= 1 << (bit % 8);
+    /// Draws a page that was written a while ago, is good, and is not empty.
+    pub fn draw_page(&mut self) -> Option<(u64, &[u8; PAGE])> {
+        let count = self.pages.len() as u64;
+        if count == 0 {
+            return None;
+        }
+        let at = self.prng.below(count) as usize;
+        let (number, page) = self.pages.iter().nth(at).expect("counted");
+        // The blocks of the last batches are read when the disk is opened, to see where its journal ends: one that
+        // is bad then is a disk that loses acknowledged writes, which is another fault.
+        let is_old = self.written.get(number).is_some_and(|written| self.writes - written >= OLD);
+        let is_empty = page.iter().all(|b| *b == 0);
+        (is_old && !is_empty && !self.bad.contains_key(number)).then_some((*number, page))
+    }
+
+    /// True if some good page has this content.
+    pub fn has(&self, content: &[u8; PAGE]) -> bool {
+        self.pages.iter().any(|(number, page)| **page == *content && !self.bad.contains_key(number))
+    }
+
+    /// Makes a page bad: a bit of it turns over, or it cannot be read any more, until it is written again.
+    pub fn spoil(&mut self, number: u64, how: Kind) {
+        if how == Kind::Unreadable {
+            self.bad.insert(number, Bad::Unreadable);
+            return;
+        }
+        let (at, bit) = (self.prng.below(PAGE as u64) as usize, self.prng.below(8));
+        self.page_mut(number)[at] ^= 1 << bit;
+        self.bad.insert(number, Bad::Rotten { at, bit });
+    }
+
+    /// Makes all pages good again.
+    pub fn mend(&mut self) {
+        for (number, bad) in std::mem::take(&mut self.bad) {
+            if let Bad::Rotten { at, bit } = bad {
+                self.page_mut(number)[at] ^= 1 << bit;
+            }
+        }
     }
 
     fn crash_write(&mut self, offset: u64, data: &[u8], weights: [u64; 3], counters: &mut Counters) {
@@ -270,8 +329,12 @@ impl SimDisk {
 
     /// Writes the sectors that `keep` wants.
     fn write(&mut self, offset: u64, data: &[u8], mut keep: impl FnMut(u64) -> bool) {
+        self.writes += 1;
         for (i, chunk) in data.chunks(PAGE).enumerate() {
-            let page = self.page_mut(offset / PAGE as u64 + i as u64);
+            let number = offset / PAGE as u64 + i as u64;
+            self.bad.remove(&number);
+            self.written.insert(number, self.writes);
+            let page = self.page_mut(number);
             for (s, sector) in chunk.chunks(SECTOR).enumerate() {
                 if keep((i * PAGE / SECTOR + s) as u64) {
                     page[s * SECTOR..s * SECTOR + sector.len()].copy_from_slice(sector);
@@ -281,7 +344,7 @@ impl SimDisk {
     }
 
     fn page_mut(&mut self, number: u64) -> &mut [u8; PAGE] {
-        self.pages.get_or_insert_with(number, || Box::new([0; PAGE]))
+        self.pages.entry(number).or_insert_with(|| Box::new([0; PAGE]))
     }
 
     fn table(&self, table: Table) -> &BTreeMap<Bytes, Bytes> {

@@ -147,6 +147,11 @@ impl World {
         }
     }
 
+    /// Servers may still be away.
+    pub(crate) fn is_before_judgement(&self) -> bool {
+        matches!(self.ending.phase, Phase::Faulty | Phase::Draining)
+    }
+
     fn unready(&self) -> Option<String> {
         if !self.workload.is_set_up() {
             return Some("not every server has joined, or no disk could be made".into());
@@ -256,6 +261,12 @@ impl World {
         for complaint in checkers::global_state::all_equal(&self.servers) {
             self.complain(complaint);
         }
+        for host in 0..self.servers.len() {
+            let left = self.servers[host].life.as_ref().map_or(0, |l| l.server.repairs());
+            if left > 0 {
+                self.complain(format!("host {host} has {left} elements that it could not repair"));
+            }
+        }
         let state = self.newest_state().cloned();
         for host in 0..self.servers.len() {
             self.crash_server(host);
@@ -264,6 +275,8 @@ impl World {
         let mut found = BTreeMap::new();
         for host in 0..self.servers.len() {
             let Some(id) = self.servers[host].id else { continue };
+            // What nobody has read nobody has noticed.
+            self.servers[host].disks.iter_mut().for_each(crate::disk::SimDisk::mend);
             let examined = checkers::addresses::examine(&mut self.servers[host], &self.options);
             for complaint in &examined.complaints {
                 self.complain(format!("the disks of {id}: {complaint}"));

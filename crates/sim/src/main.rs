@@ -19,9 +19,11 @@ petal-sim: whole clusters in one thread, in virtual time, decided by a seed
   --coverage             fail if a kind of fault never happened
   --sabotage NAME        leave out a rule, to see that it is caught (list: --sabotage help)
   --servers N  --disks N  --copies N  --operations N   instead of what the seed draws
+  --fault-interval MILLISECONDS   mean time between two faults
   --no-faults  --only-crashes  --crowded  --busy  --full  --recovering  --no-shrink  likewise
   --only-fault KIND      this kind of fault only (again for more): crash-one, crash-all, reset, stall, ambush,
-                         cut, hold, strand, differ, ghost, crash-client, partition, freeze, sever, relapse, lag, late
+                         cut, hold, strand, differ, ghost, crash-client, partition, freeze, sever, relapse, lag, late,
+                         spoil
   --options              print what is drawn for each seed
   --judge FILE           judge what `petal history` recorded of a real cluster, instead
 
@@ -119,6 +121,11 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Arguments>, S
                 })?;
                 a.again.push_str(&format!(" --sabotage {name}"));
             }
+            "--fault-interval" => {
+                let millis = number(&word, value()?)?;
+                a.overrides.fault_interval = Some(stdx::Duration::from_millis(millis));
+                a.again.push_str(&format!(" {word} {millis}"));
+            }
             "--servers" | "--disks" | "--copies" | "--operations" => {
                 let n = number(&word, value()?)?;
                 match word.as_str() {
@@ -157,6 +164,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Arguments>, S
                     "relapse" => &mut faults.relapse,
                     "lag" => &mut faults.lag,
                     "late" => &mut faults.late,
+                    "spoil" => &mut faults.spoil,
                     other => return Err(format!("there is no fault '{other}' to ask for")),
                 };
                 *weight += 1;

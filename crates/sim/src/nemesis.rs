@@ -3,7 +3,7 @@
 use crate::codec;
 use crate::counters::Kind;
 use crate::event::Event;
-use crate::net::{ConnectionId, Node, Side};
+use crate::net::{ConnectionId, EndPoint, Node, Side};
 use crate::workload::draw_weighted;
 use crate::world::World;
 use bytes::Bytes;
@@ -102,7 +102,8 @@ impl World {
             17 => self.sever(),
             18 => self.trap = Some(Trap::Relapse),
             19 => self.trap = Some(Trap::Lag),
-            _ => self.trap = Some(Trap::Late),
+            20 => self.trap = Some(Trap::Late),
+            _ => self.spoil_blocks(),
         }
     }
 
@@ -441,21 +442,50 @@ impl World {
         }
     }
 
-    /// Nothing gets through between a server and the others; clients reach it.
+    /// Nothing gets through between a server and another one, or all others; clients reach it.
     fn sever(&mut self) {
         let running = self.running();
         if running.is_empty() {
             return;
         }
-        self.counters.count(Kind::Sever);
         let host = *self.chaos.pick(&running);
         let Some(at) = self.servers[host].end_point(host) else { return };
-        let until = self.now + Duration::from_millis(self.chaos.between(400, 1600));
-        for (connection, side) in self.net.of(at) {
-            let ends = self.net.ends(connection);
-            if ends.is_some_and(|ends| ends.iter().all(|e| matches!(e.node, Node::Server(_)))) {
-                self.net.stall(connection, side, until);
-                self.net.stall(connection, side.other(), until);
+        let is_between = |ends: [EndPoint; 2]| ends.iter().all(|e| matches!(e.node, Node::Server(_)));
+        let mut links = self.net.of(at);
+        links.retain(|(connection, _)| self.net.ends(*connection).is_some_and(is_between));
+        if links.is_empty() {
+            return;
+        }
+        self.counters.count(Kind::Sever);
+        // All of them until it is silent for half a lease or more; or one for so long that the silent one is taken out
+        // though connected.
+        let millis = match self.chaos.chance(1, 2) {
+            true => self.chaos.between(400, 1600),
+            false => {
+                links = vec![*self.chaos.pick(&links)];
+                self.chaos.between(1500, 3000)
+            }
+        };
+        let until = self.now + Duration::from_millis(millis);
+        for (connection, side) in links {
+            self.net.stall(connection, side, until);
+            self.net.stall(connection, side.other(), until);
+        }
+    }
+
+    /// Some blocks become bad, each where another server has a good copy.
+    fn spoil_blocks(&mut self) {
+        for _ in 0..20 {
+            let host = self.chaos.below(self.servers.len() as u64) as usize;
+            let disk = self.chaos.below(self.servers[host].disks.len() as u64) as usize;
+            let Some((page, content)) = self.servers[host].disks[disk].draw_page() else { continue };
+            let content = *content;
+            let others = self.servers.iter().enumerate().filter(|(h, _)| *h != host);
+            if others.flat_map(|(_, s)| &s.disks).any(|d| d.has(&content)) {
+                let how = *self.chaos.pick(&[Kind::Rotten, Kind::Unreadable]);
+                self.counters.count(how);
+                self.trace.words(self.now, || format!("host {host} disk {disk}: page {page} is bad: {how:?}"));
+                self.servers[host].disks[disk].spoil(page, how);
             }
         }
     }

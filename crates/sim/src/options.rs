@@ -114,7 +114,7 @@ pub struct FaultWeights {
     pub partition: u64,
     /// Stop a server for as long, and let it go on.
     pub freeze: u64,
-    /// Cut a server off from the other servers, but not from clients.
+    /// Cut a server off from another one, or from all others, but not from clients.
     pub sever: u64,
     /// Lie in wait for what is sent to a member that is being brought back, and kill it, its source, or everybody.
     pub relapse: u64,
@@ -123,6 +123,8 @@ pub struct FaultWeights {
     /// An `InSync` of an older term or life is decided when its member is being brought back again, and the slot's
     /// primary dies.
     pub late: u64,
+    /// A block on some disk, of which another server has a good copy, rots or cannot be read any more.
+    pub spoil: u64,
 }
 
 /// How likely each operation is, relative to the others.
@@ -233,7 +235,7 @@ impl Options {
             let interval = Duration::from_millis(*more.pick(&[100, 200, 400]));
             options.fault_interval = overrides.fault_interval.or(Some(interval));
             options.faulty = Duration::from_millis(more.between(2000, 4000));
-            options.operations = options.faulty.as_millis() as u64;
+            options.operations = overrides.operations.unwrap_or(options.faulty.as_millis() as u64);
         }
         options
     }
@@ -324,6 +326,7 @@ impl FaultWeights {
         relapse: 0,
         lag: 0,
         late: 0,
+        spoil: 0,
     };
 
     fn draw(prng: &mut Prng) -> FaultWeights {
@@ -350,11 +353,12 @@ impl FaultWeights {
             relapse: some(6),
             lag: some(3),
             late: some(2),
+            spoil: some(8),
         }
     }
 
     /// The weights in the order of the fields.
-    pub fn list(&self) -> [u64; 21] {
+    pub fn list(&self) -> [u64; 22] {
         [
             self.crash_one,
             self.crash_several,
@@ -377,6 +381,7 @@ impl FaultWeights {
             self.relapse,
             self.lag,
             self.late,
+            self.spoil,
         ]
     }
 }

@@ -553,6 +553,8 @@ impl World {
                 held.mode == Attachment::ReadOnly && !matches!(what, What::Read(..) | What::Extents(..))
             }
             RequestError::Refused(Refusal::BeyondEnd) => disk.resized,
+            // The other copy is away.
+            RequestError::Refused(Refusal::BadCopy) => self.options.faults.spoil > 0 && self.is_before_judgement(),
             RequestError::Deadline { .. } => self.options.client_deadline.is_some(),
             RequestError::Refused(Refusal::NoSpace) => {
                 self.counters.count(Kind::NoSpace);

@@ -281,6 +281,9 @@ impl World {
         let lives = || self.servers.iter().enumerate().filter_map(|(h, s)| Some((h, s.life.as_ref()?)));
         let is_source = lives().any(|(h, l)| h == host && l.server.is_recovering(None));
         let is_member = lives().any(|(h, l)| h != host && l.server.is_recovering(Some(id)));
+        let met = lives().find(|(h, _)| *h == host).map(|(_, l)| l.server.counters().clone()).unwrap_or_default();
+        self.counters.add(Kind::BadMet, met.bad_blocks);
+        self.counters.add(Kind::Repaired, met.repaired_blocks);
         self.counters.add(Kind::SourceDied, u64::from(is_source));
         self.counters.add(Kind::DiedCatchingUp, u64::from(is_member));
     }

@@ -1,6 +1,7 @@
 //! Whole clusters: a few seeds in every test run; `cargo xtask sim` runs many.
 
-use petal_sim::options::Overrides;
+use petal_sim::counters::Kind;
+use petal_sim::options::{FaultWeights, Overrides};
 use petal_sim::trace::Keep;
 use petal_sim::{compare_runs, run_seed};
 
@@ -22,6 +23,22 @@ fn clusters_with_faults_keep_every_promise() {
         let report = run_seed(seed, &Overrides::default(), Keep::Hash);
         assert!(report.complaints.is_empty(), "seed {seed}: {:#?}", report.complaints);
     }
+}
+
+/// Clients, settlements and recovery meet blocks that rot or cannot be read: nobody ever sees them, and they are
+/// repaired from another copy.
+#[test]
+fn bad_blocks_are_repaired_from_another_copy() {
+    let faults = FaultWeights { spoil: 2, crash_one: 1, ..FaultWeights::NONE };
+    let ground = Overrides { servers: Some(3), copies: Some(2), crowded: true, busy: true, ..Overrides::default() };
+    let ground = Overrides { recovering: true, faults: Some(faults), ..ground };
+    let mut repaired = 0;
+    for seed in 1..=15 {
+        let report = run_seed(seed, &ground, Keep::Hash);
+        assert!(report.complaints.is_empty(), "seed {seed}: {:#?}", report.complaints);
+        repaired += report.counters.get(Kind::Repaired);
+    }
+    assert!(repaired > 5, "only {repaired} blocks were repaired");
 }
 
 #[test]

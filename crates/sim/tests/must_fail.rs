@@ -11,6 +11,7 @@ use petal::sabotage::Sabotage;
 use petal_sim::options::{FaultWeights, Overrides};
 use petal_sim::run_seed;
 use petal_sim::trace::Keep;
+use stdx::Duration;
 
 fn must_be_caught(sabotage: Sabotage, seeds: u64, ground: Overrides) {
     for seed in 1..=seeds {
@@ -47,6 +48,17 @@ fn recovering(faults: FaultWeights) -> Overrides {
     Overrides { recovering: true, ..busy(2, faults) }
 }
 
+fn often(ground: Overrides) -> Overrides {
+    Overrides { fault_interval: Some(Duration::from_millis(50)), ..ground }
+}
+
+/// A proposal that a member is in sync is decided when it has died, missed much, and come back.
+#[test]
+fn in_sync_whenever_it_is_decided() {
+    let faults = FaultWeights { crash_one: 1, late: 1, ..FaultWeights::NONE };
+    must_be_caught(Sabotage::InSyncUnconditional, 150, recovering(faults));
+}
+
 /// A write is acknowledged while it is on its way to a member that is being declared in sync; then its primary dies.
 #[test]
 fn a_newcomer_that_does_not_count() {
@@ -72,14 +84,15 @@ fn a_watermark_that_moves_while_out_of_sync() {
 #[test]
 fn recovery_from_the_survivors_list_only() {
     let faults = FaultWeights { strand: 1, crash_client: 1, ..FaultWeights::NONE };
-    must_be_caught(Sabotage::SurvivorsListOnly, 120, recovering(faults));
+    let ground = Overrides { operations: Some(500), ..often(recovering(faults)) };
+    must_be_caught(Sabotage::SurvivorsListOnly, 150, ground);
 }
 
 /// The same: its version is the higher one.
 #[test]
 fn copies_of_newer_versions_only() {
     let faults = FaultWeights { strand: 1, crash_client: 1, ..FaultWeights::NONE };
-    must_be_caught(Sabotage::CopyOnlyIfNewer, 120, recovering(faults));
+    must_be_caught(Sabotage::CopyOnlyIfNewer, 150, often(recovering(faults)));
 }
 
 /// A client that has not heard that a server is out of sync asks it.
@@ -88,10 +101,12 @@ fn reads_while_catching_up() {
     must_be_caught(Sabotage::ReadWhileCatchingUp, 150, recovering(FaultWeights { crash_one: 1, ..FaultWeights::NONE }));
 }
 
-/// A server that is cut off from the others, but not from clients, has a lease for a while after it was taken out.
+/// A server that its primary does not hear, but others do, has a lease for a while after it was taken out.
 #[test]
 fn taking_a_server_out_without_waiting_for_its_lease() {
-    must_be_caught(Sabotage::TakeOutWithoutWait, 150, recovering(FaultWeights { sever: 1, ..FaultWeights::NONE }));
+    let ground = recovering(FaultWeights { sever: 1, ..FaultWeights::NONE });
+    let ground = Overrides { fault_interval: Some(Duration::from_millis(200)), ..ground };
+    must_be_caught(Sabotage::TakeOutWithoutWait, 150, ground);
 }
 
 /// Both replicas have a version of an element, with different blocks.

@@ -145,7 +145,7 @@ impl DataAccess {
                     return None;
                 }
                 let data = places.into_iter().zip(blocks).map(|((row, block), bytes)| (row, block, bytes)).collect();
-                Some(Change::Replace { element, slot: slot.id, image, data, watermark: slot.watermark })
+                Some(Change::Replace { element, slot: slot.id, image, data, again: false, watermark: slot.watermark })
             }
             Part::SettlementDone => {
                 slot.watermark = slot.watermark.max(Version { term: m.term, sequence: 0 });

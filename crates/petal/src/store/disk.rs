@@ -484,8 +484,8 @@ impl Disk {
                 self.append(&record);
                 self.apply(record);
             }
-            Change::Replace { element, slot, image, data, watermark } => {
-                let (rows, fresh) = self.build_rows(element, &image, data)?;
+            Change::Replace { element, slot, image, data, again, watermark } => {
+                let (rows, fresh) = self.build_rows(element, &image, data, again)?;
                 let ElementImage { version, ids, .. } = image;
                 let record = Record::Replace { element, slot, version, ids, rows, fresh, watermark };
                 self.append(&record);
@@ -569,11 +569,11 @@ impl Disk {
         element: ElementKey,
         image: &ElementImage,
         data: Vec<(u16, u8, Bytes)>,
+        again: bool,
     ) -> Result<(Vec<Row>, Fresh), StageError> {
         let mut rows: Vec<Row> = image.rows.iter().map(|r| Row::zeros(r.lineage, r.epoch)).collect();
         let mut missing: BTreeSet<(u16, u8)> = BTreeSet::new();
-        // What has data is written even where the checksum is the same: what is there may be bad.
-        let given: BTreeSet<(u16, u8)> = data.iter().map(|(r, b, _)| (*r, *b)).collect();
+        let given: BTreeSet<(u16, u8)> = data.iter().filter(|_| again).map(|(r, b, _)| (*r, *b)).collect();
         let absent = Entry::absent();
         let present = self.cache.get(&element).map_or(&absent, |c| &c.entry);
         for (r, (row, want)) in rows.iter_mut().zip(&image.rows).enumerate() {

@@ -213,7 +213,7 @@ pub enum Change {
         watermark: Version,
     },
     /// The whole element as it must be. Blocks whose checksum equals that of the present block at the
-    /// same row and place, and that have no data here, keep their address.
+    /// same row and place keep their address, unless they are to be written again.
     Replace {
         /// The element.
         element: ElementKey,
@@ -223,6 +223,8 @@ pub enum Change {
         image: ElementImage,
         /// `(row index in the image, block, bytes)`.
         data: Vec<(u16, u8, Bytes)>,
+        /// All blocks that have data are written, to other places: what is at the present ones is bad.
+        again: bool,
         /// The slot's watermark at this replica.
         watermark: Version,
     },

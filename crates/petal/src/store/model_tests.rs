@@ -938,7 +938,7 @@ impl Walk {
         }
         let watermark = self.next_watermark(slot);
         if needed > 0 && self.prng.chance(1, 10) {
-            let change = Change::Replace { element: key, slot, image, data: Vec::new(), watermark };
+            let change = Change::Replace { element: key, slot, image, data: Vec::new(), again: false, watermark };
             let refused = self.stores.stage(change);
             ensure!(
                 matches!(refused, Err(StageError::MissingData | StageError::NoSpace)),
@@ -946,7 +946,7 @@ impl Walk {
             );
             return Ok(());
         }
-        let change = Change::Replace { element: key, slot, image, data, watermark };
+        let change = Change::Replace { element: key, slot, image, data, again: false, watermark };
         self.stage(key, change, Some(element))
     }
 
@@ -1374,6 +1374,44 @@ fn calm(journal: u64, blocks: u64) -> Walk {
     let mut walk = Walk::with(prng, options);
     walk.start().unwrap();
     walk
+}
+
+/// Repair (P7): the entry stays what it was, and the block is at another place and readable again.
+#[test]
+fn a_rotten_block_that_is_given_again_is_written_to_another_place() {
+    let mut walk = calm(64 << 10, 60_000);
+    let key = walk.any_key();
+    let place = loop {
+        walk.ready(key).unwrap();
+        walk.write(key).unwrap();
+        walk.quiet().unwrap();
+        walk.ready(key).unwrap();
+        let rows = walk.stores.image(key).rows;
+        let blocks = rows.iter().enumerate().flat_map(|(r, row)| row.sums.iter().enumerate().map(move |s| (r, s)));
+        let data = blocks.filter_map(|(r, (b, sum))| match sum {
+            BlockSum::Crc(crc) => Some((r, b, *crc)),
+            BlockSum::Zero => None,
+        });
+        if let Some(place) = data.last() {
+            break place;
+        }
+    };
+    let (r, b, crc) = place;
+    let address = |walk: &Walk| walk.stores.disks[0].entry(key).unwrap().rows[r].addresses[b];
+    let before = address(&walk);
+    let page = walk.stores.disks[0].superblock.layout.data.offset / PAGE as u64 + before;
+    walk.disks[0].pages.get_mut(&page).unwrap()[7] ^= 1;
+    let bytes = contents().iter().find(|(_, c)| *c == crc).unwrap().0.clone();
+    let element = walk.present(key).unwrap().clone();
+    let (image, slot) = (walk.stores.image(key), element.slot);
+    let watermark = walk.next_watermark(slot);
+    let change =
+        Change::Replace { element: key, slot, image, data: vec![(r as u16, b as u8, bytes)], again: true, watermark };
+    walk.stage(key, change, Some(element)).unwrap();
+    walk.quiet().unwrap();
+    walk.ready(key).unwrap();
+    assert_ne!(address(&walk), before);
+    walk.read_everything(key).unwrap();
 }
 
 #[test]
