@@ -74,6 +74,8 @@ enum Command {
     Detach(commands::detach::Arguments),
     /// Put a load on a disk and measure it
     Bench(commands::bench::Arguments),
+    /// Record what clients see of a disk, to judge it afterwards
+    History(commands::history::Arguments),
     /// Check that replicas agree and that every block matches its checksum
     Verify(commands::verify::Arguments),
     /// Look into a server's disk file
@@ -99,6 +101,7 @@ fn main() -> ExitCode {
         Command::Attach(arguments) => commands::attach::run(&place, arguments),
         Command::Detach(arguments) => commands::detach::run(&place, arguments),
         Command::Bench(arguments) => commands::bench::run(&place, arguments),
+        Command::History(arguments) => commands::history::run(&place, arguments),
         Command::Verify(arguments) => commands::verify::run(&place, arguments),
         Command::Inspect(command) => commands::inspect::run(command),
     };

@@ -173,3 +173,50 @@ fn reply(
         out.push_back(Output::Send { to: Peer::Client(client), message: Message { state_index, body } });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use stdx::Duration;
+
+    const ID: CommandId = CommandId { proposer: 1, number: 1, finished_below: 1 };
+
+    fn settling() -> (Desk, VecDeque<Output>) {
+        let (mut desk, mut out) = (Desk::default(), VecDeque::new());
+        desk.expect(7, 1, ID, Instant::ZERO + Duration::from_secs(10));
+        let servers = vec![ServerId(1), ServerId(2), ServerId(3)];
+        assert!(desk.on_executed(ID, 20, Ok(Outcome::Done), Some(servers), &mut out));
+        (desk, out)
+    }
+
+    #[test]
+    fn a_call_is_answered_when_every_server_has_settled_its_command() {
+        let (mut desk, mut out) = settling();
+        for server in [1, 2, 3] {
+            assert!(out.is_empty());
+            desk.on_settled(ServerId(server), 20, &mut out);
+        }
+        assert_eq!(out.len(), 1);
+    }
+
+    #[test]
+    fn who_is_down_is_not_waited_for_but_all_others_must_have_settled_that() {
+        let (mut desk, mut out) = settling();
+        desk.on_settled(ServerId(1), 20, &mut out);
+        let left = [ServerId(1), ServerId(2)];
+        assert_eq!(desk.on_downs(25, &[ServerId(3)], &left), left);
+        assert_eq!(desk.unsettled_at(ServerId(1)), [25], "it has settled the command, not the end of s3");
+        desk.on_settled(ServerId(2), 20, &mut out);
+        desk.on_settled(ServerId(1), 25, &mut out);
+        assert!(out.is_empty());
+        desk.on_settled(ServerId(2), 25, &mut out);
+        assert_eq!(out.len(), 1);
+    }
+
+    #[test]
+    fn the_end_of_a_server_that_nobody_waits_for_changes_nothing() {
+        let (mut desk, _) = settling();
+        assert_eq!(desk.on_downs(25, &[ServerId(9)], &[ServerId(1)]), []);
+        assert_eq!(desk.unsettled_at(ServerId(3)), [20]);
+    }
+}

@@ -17,6 +17,7 @@ pub mod liveness;
 pub mod message;
 pub mod placement;
 pub mod promise;
+mod repair;
 mod resync;
 pub mod sabotage;
 pub mod server;

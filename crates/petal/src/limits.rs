@@ -107,3 +107,6 @@ pub const BAD_COPY_ROUNDS_MAX: u32 = 3;
 pub const WARNING_FIRST: Duration = Duration::from_secs(10);
 /// Time between two such warnings.
 pub const WARNING_AGAIN: Duration = Duration::from_secs(60);
+/// Elements of one slot whose change is remembered by version, on one disk: 50 bytes each while a member of
+/// the slot is away, so 100 MiB for 256 slots in the worst case. What was forgotten is found by a scan.
+pub const CHANGES_PER_SLOT_MAX: usize = 8192;

@@ -9,6 +9,7 @@ use stdx::{Duration, Prng};
 
 type Write = (Bytes, Option<Bytes>);
 
+#[allow(clippy::large_enum_variant)]
 enum Event {
     Deliver { from: ServerId, to: ServerId, index: StateIndex, body: Body },
     Persisted { server: ServerId, life: u64, number: u64 },

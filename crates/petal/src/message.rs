@@ -414,8 +414,10 @@ pub enum AdminError {
     /// There is no disk with that id any more.
     #[error("the disk {0} is gone")]
     DiskGone(VdiskId),
-    /// The server has not yet caught up with the cluster since it started.
-    #[error("{0} is starting and does not know the cluster's state yet; try again, or ask another server")]
+    /// The server has not yet caught up with the cluster since it started, or was cut off.
+    #[error(
+        "{0} is starting, or cut off, and does not know the cluster's present state; try again, or ask another server"
+    )]
     Starting(ServerId),
 }
 

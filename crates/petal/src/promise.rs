@@ -23,6 +23,7 @@ use crate::data_access::{
 use crate::ids::*;
 use crate::limits::{LEASE_SURELY_OVER, LIST_ELEMENTS_MAX};
 use crate::message::*;
+use crate::repair::Retry;
 use crate::resync::Joiner;
 use crate::sabotage::Sabotage;
 use crate::server::{Output, Peer};
@@ -212,7 +213,8 @@ impl DataAccess {
         slot.in_sync = in_sync;
         if primary == Some(self.me) {
             let unaware = ctx.state.slots[&id.gmap][id.slot as usize].has_unaware(&ctx.state.servers);
-            self.begin_to_act(index, unaware.then(|| ctx.now + LEASE_SURELY_OVER), asks);
+            let waits = unaware && self.sabotage != Sabotage::TakeOutWithoutWait;
+            self.begin_to_act(index, waits.then(|| ctx.now + LEASE_SURELY_OVER), asks);
             self.on_outstanding_changed(ctx, index);
         } else {
             self.unpark_operations(ctx, index);
@@ -649,6 +651,9 @@ impl DataAccess {
     /// Blocks that this server lacked have come.
     pub fn on_fetched(&mut self, ctx: &mut Context, from: ServerId, m: Fetched) {
         self.silence.heard(from);
+        if self.on_repair_fetched(ctx, from, &m) {
+            return;
+        }
         let Some(&index) = self.by_id.get(&m.slot) else { return };
         let slot = &mut self.slots[index];
         if slot.term != m.term {
@@ -665,9 +670,9 @@ impl DataAccess {
                 image.rows[usize::from(*row)].sums[usize::from(*block)] == BlockSum::Crc(stdx::checksum::crc32c(bytes))
             });
         if !good {
-            // The winner's copy cannot be read: the slot is not served, rather than wrong.
-            self.counters.bad_blocks += 1;
-            return;
+            // The winner's copy cannot be read. The slot is not served, rather than wrong, until the winner has
+            // repaired it.
+            return self.retry_in_a_while(ctx.now, Retry::Settling(index, m.element));
         }
         let pieces = blocks.iter().enumerate().map(|(i, (row, block))| {
             (*row, *block, data.slice(i * BLOCK_SIZE as usize..(i + 1) * BLOCK_SIZE as usize))
@@ -697,8 +702,9 @@ impl DataAccess {
         let Some(settling) = active.get(&element) else { return };
         let Step::Reading { blocks } = &settling.step else { return };
         let Ok(read) = result else {
-            self.counters.bad_blocks += 1;
-            return; // As above: not served, rather than wrong.
+            // As above: not served, rather than wrong.
+            self.begin_repair(ctx, index, element);
+            return self.retry_in_a_while(ctx.now, Retry::Settling(index, element));
         };
         let bytes = read.data.iter().flat_map(|piece| {
             (0..piece.len() / BLOCK_SIZE as usize)
@@ -720,6 +726,25 @@ impl DataAccess {
         }
         self.settle_more(ctx, index);
         self.settlement_may_be_done(ctx, index);
+    }
+
+    /// A block that could not be read has perhaps been repaired.
+    pub(crate) fn settle_again(&mut self, ctx: &mut Context, index: SlotIndex, element: ElementKey) {
+        let slot = &mut self.slots[index];
+        let (id, term) = (slot.id, slot.term);
+        let Some(Phase::Settling { active, .. }) = slot.acting.as_mut().map(|a| &mut a.phase) else { return };
+        let Some(settling) = active.get_mut(&element) else { return };
+        match &settling.step {
+            Step::Fetching { blocks } => {
+                let (winner, blocks) = (settling.difference.winner, blocks.clone());
+                ctx.send(Peer::Server(winner), Body::Fetch(Fetch { slot: id, term, element, blocks }));
+            }
+            Step::Reading { .. } => {
+                settling.step = Step::ToRead;
+                self.advance_settling(ctx, index, element);
+            }
+            _ => {}
+        }
     }
 
     /// The settlement is finished when everything is equal and stable everywhere.
@@ -782,11 +807,13 @@ impl DataAccess {
     // --------------------------------------------------------------------------------------------
     // Fetches, at the replica.
 
-    /// The primary reads an element here. Answered with what is there, never bounced.
+    /// The primary reads an element here, or another member repairs its own copy of one (`repair.rs`). Answered with
+    /// what is there, never bounced.
     pub fn on_fetch(&mut self, ctx: &mut Context, from: ServerId, m: Fetch) {
         let Some(&index) = self.by_id.get(&m.slot) else { return };
         let slot = &self.slots[index];
-        if slot.promised != m.term || slot.term != m.term || slot.primary != Some(from) {
+        let is_member = ctx.state.slot(slot.id).is_some_and(|s| s.member(from).is_some());
+        if slot.promised != m.term || slot.term != m.term || !is_member {
             return;
         }
         let job = self.next_job;
@@ -815,8 +842,12 @@ impl DataAccess {
     }
 
     pub(crate) fn on_fetch_read(&mut self, ctx: &mut Context, job: u64, result: Result<ReadBlocks, ReadError>) {
-        if result.is_err() {
-            self.counters.bad_blocks += 1;
+        if result.is_err()
+            && let Some(fetch) = self.fetches.get(&job)
+            && let Some(&index) = self.by_id.get(&fetch.request.slot)
+        {
+            let element = fetch.request.element;
+            self.begin_repair(ctx, index, element);
         }
         self.answer_fetch(ctx, job, result.map_err(|_| Refusal::BadCopy));
     }

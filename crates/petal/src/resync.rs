@@ -17,7 +17,7 @@
 //! still stale get no writes; all others get every write from then on.
 //!
 //! Only blocks whose checksums differ travel. A copy that cannot be read leaves its element stale, so
-//! the member does not come back with less than all; the next term or connection tries again.
+//! the member does not come back with less than all; it is tried again when it may be repaired.
 //!
 //! What is lost with a connection: before Closing everything is begun anew (what was copied compares as
 //! equal then, so nothing travels twice); from Closing on the stream resends by itself.
@@ -30,6 +30,8 @@ use crate::global_state::Command;
 use crate::ids::*;
 use crate::message::*;
 use crate::promise::lacking;
+use crate::repair::Retry;
+use crate::sabotage::Sabotage;
 use crate::server::Peer;
 use crate::store::{ElementImage, Loaded, ReadBlocks, ReadError};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -349,6 +351,9 @@ impl DataAccess {
         };
         let mut stale: BTreeMap<ElementKey, Theirs> =
             std::mem::take(theirs).into_iter().map(|(key, image)| (key, Theirs::Image(image))).collect();
+        if self.sabotage == Sabotage::SurvivorsListOnly {
+            stale.clear();
+        }
         for key in std::mem::take(mine).into_iter().chain(std::mem::take(written)) {
             stale.entry(key).or_insert(Theirs::Unknown);
         }
@@ -477,6 +482,9 @@ impl DataAccess {
         if image == *theirs && image.version != Version::ZERO {
             return self.end_copy(ctx, number, true);
         }
+        if self.sabotage == Sabotage::CopyOnlyIfNewer && theirs.version >= image.version {
+            return self.end_copy(ctx, number, true);
+        }
         let blocks = lacking(&image, Some(theirs));
         let read = ctx.stores.read_image(element, &blocks);
         let copy = self.copies.get_mut(&number).expect("just seen");
@@ -487,7 +495,9 @@ impl DataAccess {
     pub(crate) fn on_copy_read(&mut self, ctx: &mut Context, number: OpNumber, result: Result<ReadBlocks, ReadError>) {
         let Some(copy) = self.copies.get_mut(&number) else { return };
         let Ok(read) = result else {
-            self.counters.bad_blocks += 1;
+            let (index, to, element) = (copy.slot, copy.to, copy.element);
+            self.begin_repair(ctx, index, element);
+            self.retry_in_a_while(ctx.now, Retry::Copy(index, to, element));
             return self.end_copy(ctx, number, false);
         };
         let (index, to, element) = (copy.slot, copy.to, copy.element);
@@ -505,6 +515,17 @@ impl DataAccess {
             ctx.send(Peer::Server(to), Body::Replicate(m));
         }
         self.end_copy(ctx, number, true);
+    }
+
+    /// An element could not be read and has perhaps been repaired: its copy is made again.
+    pub(crate) fn copy_again(&mut self, ctx: &mut Context, index: SlotIndex, to: ServerId, element: ElementKey) {
+        let joiner = self.slots[index].acting.as_mut().and_then(|a| a.joiners.get_mut(&to));
+        let Some(Stage::Copying { stale, todo, comparing, .. }) = joiner.map(|j| &mut j.stage) else { return };
+        let is_under_way = self.copies.values().any(|c| (c.slot, c.to, c.element) == (index, to, element));
+        if stale.contains_key(&element) && !comparing.contains(&element) && !is_under_way && !todo.contains(&element) {
+            todo.push_back(element);
+            self.copy_more(ctx, index, to);
+        }
     }
 
     /// A copy is in the stream, or was not needed (`equal`); or it could not be made, and its element
@@ -531,7 +552,10 @@ impl DataAccess {
             return;
         }
         let m = joiner.outgoing.push(slot.id, slot.term, slot.watermark, Part::CaughtUp, Payload::default(), None);
-        joiner.stage = Stage::Closing { number: m.number };
+        joiner.stage = match self.sabotage {
+            Sabotage::InSyncWithSendsOutstanding => Stage::Proposing { key: None },
+            _ => Stage::Closing { number: m.number },
+        };
         if self.connected.contains(&server) {
             ctx.send(Peer::Server(server), Body::Replicate(m));
         }

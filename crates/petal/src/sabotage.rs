@@ -52,6 +52,26 @@ pub enum Sabotage {
     /// forbids nothing (counterexample F2).
     GrantByAppliedLog,
 
+    // ---- recovery
+    /// `InSync` has its effect whatever the term and the incarnation that it was proposed for (without I4): the
+    /// leader appends it with those of the present moment.
+    InSyncUnconditional,
+    /// Writes do not wait for a member that is proposed to be in sync.
+    NewcomerNotCounted,
+    /// A member is proposed to be in sync before it has told that everything sent to it is stable there.
+    InSyncWithSendsOutstanding,
+    /// An element is not copied to a member whose version of it is not lower.
+    CopyOnlyIfNewer,
+    /// What a member has above its watermark is not asked: only what its primary knows to be newer is copied.
+    SurvivorsListOnly,
+    /// A member that is not in sync serves reads of what it has.
+    ReadWhileCatchingUp,
+    /// A member that is not in sync takes its primary's watermark for its own.
+    WatermarkWhileOut,
+    /// A slot is served at once in the term that took a member out, though that one may not know it and still
+    /// have a lease.
+    TakeOutWithoutWait,
+
     // ---- the store
     /// Replay drops single records whose data does not match its CRC, wherever they are, and goes on
     /// behind them.
@@ -70,7 +90,7 @@ pub enum Sabotage {
 
 impl Sabotage {
     /// Every rule that can be left out.
-    pub const ALL: [Sabotage; 17] = [
+    pub const ALL: [Sabotage; 25] = [
         Sabotage::AckBeforeSecondary,
         Sabotage::NoSettlement,
         Sabotage::SettleByVersion,
@@ -83,6 +103,14 @@ impl Sabotage {
         Sabotage::ReadWithoutLease,
         Sabotage::DownWithoutSuspectIndex,
         Sabotage::GrantByAppliedLog,
+        Sabotage::InSyncUnconditional,
+        Sabotage::NewcomerNotCounted,
+        Sabotage::InSyncWithSendsOutstanding,
+        Sabotage::CopyOnlyIfNewer,
+        Sabotage::SurvivorsListOnly,
+        Sabotage::ReadWhileCatchingUp,
+        Sabotage::WatermarkWhileOut,
+        Sabotage::TakeOutWithoutWait,
         Sabotage::ReplayDropsRecords,
         Sabotage::AckBatchesOutOfOrder,
         Sabotage::NoChain,
@@ -106,6 +134,14 @@ impl Sabotage {
             Sabotage::ReadWithoutLease => "read-without-lease",
             Sabotage::DownWithoutSuspectIndex => "down-without-suspect-index",
             Sabotage::GrantByAppliedLog => "grant-by-applied-log",
+            Sabotage::InSyncUnconditional => "in-sync-unconditional",
+            Sabotage::NewcomerNotCounted => "newcomer-not-counted",
+            Sabotage::InSyncWithSendsOutstanding => "in-sync-with-sends-outstanding",
+            Sabotage::CopyOnlyIfNewer => "copy-only-if-newer",
+            Sabotage::SurvivorsListOnly => "survivors-list-only",
+            Sabotage::ReadWhileCatchingUp => "read-while-catching-up",
+            Sabotage::WatermarkWhileOut => "watermark-while-out",
+            Sabotage::TakeOutWithoutWait => "take-out-without-wait",
             Sabotage::ReplayDropsRecords => "replay-drops-records",
             Sabotage::AckBatchesOutOfOrder => "ack-batches-out-of-order",
             Sabotage::NoChain => "no-chain",

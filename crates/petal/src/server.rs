@@ -236,6 +236,11 @@ impl Server {
         self.cluster
     }
 
+    /// True if this server brings members back at the moment: that one, or any.
+    pub fn is_recovering(&self, member: Option<ServerId>) -> bool {
+        self.data.joining.iter().any(|(_, server)| member.is_none_or(|m| m == *server))
+    }
+
     /// The state as applied; `None` while the disks are being opened.
     pub fn state(&self) -> Option<&State> {
         self.global.as_ref().map(GlobalState::state)
@@ -452,11 +457,12 @@ impl Server {
             AdminRequest::Log => Ok(AdminResponse::Log(self.log())),
             _ if matches!(self.stage, Stage::Opening | Stage::Joining { .. }) => Err(AdminError::Starting(self.me)),
             AdminRequest::Hints { name } => {
-                let state = self.global().state();
-                state.hints_by_name(&name).map(hints).ok_or(AdminError::NoSuchDisk(name))
+                let gone = self.unless_behind(AdminError::NoSuchDisk(name.clone()));
+                self.global().state().hints_by_name(&name).map(hints).ok_or(gone)
             }
             AdminRequest::HintsById { vdisk } => {
-                self.global().state().hints(vdisk).map(hints).ok_or(AdminError::DiskGone(vdisk))
+                let gone = self.unless_behind(AdminError::DiskGone(vdisk));
+                self.global().state().hints(vdisk).map(hints).ok_or(gone)
             }
             AdminRequest::State => Ok(AdminResponse::State(self.global().state().encode())),
             AdminRequest::Verify { after } => {
@@ -464,6 +470,11 @@ impl Server {
             }
         };
         self.reply_admin(client, tag, result);
+    }
+
+    /// Who has no lease may have been away for long: that there is no such disk is for others to say.
+    fn unless_behind(&self, error: AdminError) -> AdminError {
+        if self.liveness.lease(self.now).is_some() { error } else { AdminError::Starting(self.me) }
     }
 
     fn log(&self) -> Vec<LogLine> {
@@ -539,6 +550,7 @@ impl Server {
                 counter("settlements", counters.settlements),
                 counter("settled_elements", counters.settled_elements),
                 counter("bad_blocks", counters.bad_blocks),
+                counter("repaired_blocks", counters.repaired_blocks),
                 counter("recovering_slots", self.data.recovery().0 as u64),
                 counter("recovering_elements_left", self.data.recovery().1 as u64),
                 counter("recovered_elements", counters.recovered_elements),
@@ -645,6 +657,7 @@ impl Server {
             addresses: self.addresses.clone(),
             disks: self.disks_found.clone(),
         };
+        global.leave_out(self.sabotage);
         let server_up = global.propose_own(self.now, command);
         self.stage = Stage::Joining { server_up };
         self.global = Some(global);

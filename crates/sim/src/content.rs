@@ -47,6 +47,19 @@ impl Layout {
         Layout { spots: vec![cut(prng, 0, blocks, size)] }
     }
 
+    /// A block or two in each of many elements that are in one slot.
+    pub fn scattered(prng: &mut Prng, size: u64) -> Layout {
+        let elements = prng.between(6, 15);
+        let per_element = ELEMENT_SIZE / BLOCK_SIZE;
+        let spot = |prng: &mut Prng, e: u64| {
+            let first = e * per_element + prng.below(per_element - 2);
+            let blocks = prng.between(1, 2);
+            cut(prng, first, blocks, size)
+        };
+        let spots: Vec<Vec<u64>> = (0..elements).map(|e| spot(prng, e)).filter(|s| s.len() >= 2).collect();
+        if spots.is_empty() { Layout::crowded(prng, size) } else { Layout { spots } }
+    }
+
     fn draw_spots(prng: &mut Prng, size: u64, stripe_unit: u64) -> Layout {
         let mut bases = vec![
             0,

@@ -32,6 +32,16 @@ kinds! {
     CopiedBack => "an element was copied to a member that came back",
     /// A member had everything again.
     CaughtUp => "a member caught up",
+    /// A server died while it was brought back.
+    DiedCatchingUp => "a member that was being brought back died",
+    /// The primary of a slot died while it brought somebody back.
+    SourceDied => "a primary died while it brought a member back",
+    /// What a member lacked last was held up, and its sender killed.
+    Lag => "the last messages to a member that came back were late, and their sender died",
+    /// An `InSync` came that was not true any more.
+    Late => "a proposal to be in sync came too late",
+    /// A server was cut off from other servers only.
+    Sever => "a server was cut off from the other servers, not from clients",
     /// A server was cut off, from one other node or from all, in one direction or both.
     Partition => "a server was partitioned from others",
     /// A server was stopped and went on later, as by SIGSTOP.
@@ -54,6 +64,10 @@ kinds! {
     Restart => "a server started again",
     /// A server that had been declared down began a new life.
     NewLife => "a server declared down began a new life",
+    /// A server was suspected.
+    Suspected => "a server was suspected",
+    /// A server was declared down.
+    DeclaredDown => "a server was declared down",
     /// A server found that nobody listens where another one was.
     Refused => "a server refused connections",
     /// A disk write in flight at a crash is there afterwards.

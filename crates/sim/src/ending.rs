@@ -129,7 +129,12 @@ impl World {
         self.net.heal();
         for host in 0..self.servers.len() {
             self.servers[host].slow_until = Instant::ZERO;
-            self.servers[host].frozen_until = Instant::ZERO;
+            // What it was about to do when it froze was planned for the end of that.
+            let frozen = std::mem::replace(&mut self.servers[host].frozen_until, Instant::ZERO) > self.now;
+            if let Some(life) = self.servers[host].life.as_ref().filter(|_| frozen) {
+                let (node, life) = (Node::Server(host), life.driver.life);
+                self.queue.plan(self.now, Event::Run { node, life });
+            }
             for disk in &mut self.servers[host].disks {
                 disk.slow_down(1, Instant::ZERO);
             }

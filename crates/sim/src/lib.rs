@@ -19,6 +19,7 @@ mod event;
 mod formatting;
 pub mod history;
 mod host;
+pub mod judge;
 mod nemesis;
 pub mod net;
 pub mod options;

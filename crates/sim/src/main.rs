@@ -19,10 +19,11 @@ petal-sim: whole clusters in one thread, in virtual time, decided by a seed
   --coverage             fail if a kind of fault never happened
   --sabotage NAME        leave out a rule, to see that it is caught (list: --sabotage help)
   --servers N  --disks N  --copies N  --operations N   instead of what the seed draws
-  --no-faults  --only-crashes  --crowded  --busy  --full  --no-shrink  likewise
+  --no-faults  --only-crashes  --crowded  --busy  --full  --recovering  --no-shrink  likewise
   --only-fault KIND      this kind of fault only (again for more): crash-one, crash-all, reset, stall, ambush,
-                         cut, hold, strand, differ, ghost
+                         cut, hold, strand, differ, ghost, crash-client, partition, freeze, sever, relapse, lag, late
   --options              print what is drawn for each seed
+  --judge FILE           judge what `petal history` recorded of a real cluster, instead
 
 Ends with 0 if no checker complained, else with 1 and how to see it again. See docs/testing.md.
 ";
@@ -37,12 +38,14 @@ struct Arguments {
     coverage: bool,
     options: bool,
     overrides: Overrides,
+    judge: Option<String>,
     /// Words that make the same choice again.
     again: String,
 }
 
 fn main() -> ExitCode {
     match parse(std::env::args().skip(1)) {
+        Ok(Some(Arguments { judge: Some(path), .. })) => judge(&path),
         Ok(Some(arguments)) => run(&arguments),
         Ok(None) => {
             print!("{HELP}");
@@ -51,6 +54,20 @@ fn main() -> ExitCode {
         Err(why) => {
             eprintln!("petal-sim: {why}\n\n{HELP}");
             ExitCode::from(2)
+        }
+    }
+}
+
+fn judge(path: &str) -> ExitCode {
+    let file = std::fs::File::open(path).map_err(|e| format!("cannot read {path}: {e}"));
+    match file.and_then(|file| petal_sim::judge::judge(std::io::BufReader::new(file))) {
+        Ok(said) => {
+            println!("{said}");
+            ExitCode::SUCCESS
+        }
+        Err(why) => {
+            println!("{why}");
+            ExitCode::from(1)
         }
     }
 }
@@ -67,6 +84,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Arguments>, S
         coverage: false,
         options: false,
         overrides: Overrides::default(),
+        judge: None,
         again: String::new(),
     };
     while let Some(word) = words.next() {
@@ -111,11 +129,13 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Arguments>, S
                 }
                 a.again.push_str(&format!(" {word} {n}"));
             }
+            "--judge" => a.judge = Some(value()?),
             "--no-faults" => a.overrides.no_faults = true,
             "--only-crashes" => a.overrides.only_crashes = true,
             "--crowded" => a.overrides.crowded = true,
             "--full" => a.overrides.full = true,
             "--busy" => a.overrides.busy = true,
+            "--recovering" => a.overrides.recovering = true,
             "--only-fault" => {
                 let mut faults = a.overrides.faults.unwrap_or(FaultWeights::NONE);
                 let name = value()?;
@@ -130,6 +150,13 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Arguments>, S
                     "strand" => &mut faults.strand,
                     "differ" => &mut faults.differ,
                     "ghost" => &mut faults.ghost,
+                    "crash-client" => &mut faults.crash_client,
+                    "partition" => &mut faults.partition,
+                    "freeze" => &mut faults.freeze,
+                    "sever" => &mut faults.sever,
+                    "relapse" => &mut faults.relapse,
+                    "lag" => &mut faults.lag,
+                    "late" => &mut faults.late,
                     other => return Err(format!("there is no fault '{other}' to ask for")),
                 };
                 *weight += 1;

@@ -8,7 +8,7 @@ use crate::workload::draw_weighted;
 use crate::world::World;
 use bytes::Bytes;
 use petal::global_state::Command;
-use petal::ids::ServerId;
+use petal::ids::{ServerId, SlotId, Term};
 use petal::message::{Admin, AdminRequest, Body, CommandId, Message, Part, Payload};
 use petal::server::{self, Peer};
 use petal::store::{BlockSum, DiskCommand};
@@ -42,6 +42,19 @@ pub enum Trap {
     Differ,
     /// A write goes to a secondary: it will come again later.
     Ghost,
+    /// Anything goes to a member that is being brought back: one of the two ends is killed, or everybody.
+    Relapse,
+    /// A member is told that it has everything: this is held up and its sender killed, or `Counted` follows.
+    Lag,
+    /// A write goes to that member: the same.
+    Counted {
+        /// The slot.
+        slot: SlotId,
+        /// The member.
+        to: ServerId,
+    },
+    /// A member is asked for its promise: an older proposal about it comes.
+    Late,
 }
 
 impl Trap {
@@ -85,7 +98,11 @@ impl World {
             13 => self.trap = Some(Trap::Differ),
             14 => self.trap = Some(Trap::Ghost),
             15 => self.partition(),
-            _ => self.freeze_one(),
+            16 => self.freeze_one(),
+            17 => self.sever(),
+            18 => self.trap = Some(Trap::Relapse),
+            19 => self.trap = Some(Trap::Lag),
+            _ => self.trap = Some(Trap::Late),
         }
     }
 
@@ -113,6 +130,10 @@ impl World {
                 self.chaos.chance(1, 3)
             }
             (Some(Trap::Answer), Body::WriteReply(_)) => self.chaos.chance(1, 5),
+            (Some(Trap::Relapse), Body::Replicate(m)) => {
+                // Where there is something to lose.
+                self.is_out(host, to, m.slot) && self.has_data(m.slot) && self.chaos.chance(1, 2)
+            }
             _ => false,
         };
         if caught {
@@ -140,6 +161,8 @@ impl World {
         let Some(other) = self.servers.iter().position(|s| s.id == Some(server)) else { return };
         let is_write = matches!(&message.body, Body::Replicate(m) if matches!(m.part, Part::Write { .. }));
         match trap {
+            Trap::Lag | Trap::Counted { .. } => self.lag_behind(trap, host, connection, side, message),
+            Trap::Late => self.come_late(host, server, message),
             Trap::Cut if matches!(message.body, Body::Replicate(_) | Body::StreamAck(_)) => {
                 let most = self.options.net.max * 2;
                 self.trap = None;
@@ -174,6 +197,75 @@ impl World {
             }
             _ => {}
         }
+    }
+
+    /// True if `to` is a member of the slot that is not in sync, as the server on `host` knows.
+    fn is_out(&self, host: usize, to: Peer, slot: SlotId) -> bool {
+        let state = self.servers[host].life.as_ref().and_then(|l| l.server.state());
+        let Peer::Server(to) = to else { return false };
+        state.and_then(|s| s.slot(slot)).and_then(|s| s.member(to)).is_some_and(|m| !m.in_sync)
+    }
+
+    /// Something was written in the slot.
+    fn has_data(&self, slot: SlotId) -> bool {
+        self.written.contains(&slot)
+    }
+
+    fn lag_behind(&mut self, trap: Trap, host: usize, connection: ConnectionId, side: Side, message: &Message) {
+        let Body::Replicate(m) = &message.body else { return };
+        let Some(to) = self.net.ends(connection).map(|ends| ends[side.other() as usize].node) else { return };
+        let Node::Server(to) = to else { return };
+        let Some(to) = self.servers[to].id else { return };
+        let springs = match trap {
+            Trap::Lag if matches!(m.part, Part::CaughtUp) && self.has_data(m.slot) => {
+                let now = self.chaos.chance(1, 2);
+                if !now {
+                    self.trap = Some(Trap::Counted { slot: m.slot, to });
+                }
+                now
+            }
+            Trap::Counted { slot, to: member } => {
+                matches!(m.part, Part::Write { .. }) && (slot, member) == (m.slot, to)
+            }
+            _ => false,
+        };
+        if !springs {
+            return;
+        }
+        self.trap = None;
+        self.counters.count(Kind::Lag);
+        self.net.stall(connection, side.other(), self.now + Duration::from_millis(500));
+        let at = self.now + Duration::from_micros(self.chaos.between(5_000, 150_000));
+        self.queue.plan(at, Event::Ambush { host: Some(host) });
+    }
+
+    /// Notes what will be proposed, to propose it again when it is not true any more.
+    pub(crate) fn note_caught_up(&mut self, host: usize, to: Peer, slot: SlotId, term: Term) {
+        let state = self.servers[host].life.as_ref().and_then(|l| l.server.state());
+        let Peer::Server(server) = to else { return };
+        let Some(life) = state.and_then(|s| s.servers.get(&server)) else { return };
+        self.caught_up.insert((slot, server), (term, life.incarnation));
+    }
+
+    fn come_late(&mut self, host: usize, server: ServerId, message: &Message) {
+        let Body::Promise(promise) = &message.body else { return };
+        let Some((slot, term)) = promise.slots.iter().copied().find(|(slot, _)| {
+            let to = Peer::Server(server);
+            self.has_data(*slot) && self.is_out(host, to, *slot) && self.caught_up.contains_key(&(*slot, server))
+        }) else {
+            return;
+        };
+        let (proposed, incarnation) = self.caught_up[&(slot, server)];
+        let state = self.servers[host].life.as_ref().and_then(|l| l.server.state());
+        let present = state.and_then(|s| s.servers.get(&server)).map(|s| s.incarnation);
+        if proposed == term && present == Some(incarnation) {
+            return;
+        }
+        self.trap = None;
+        self.counters.count(Kind::Late);
+        self.execute_anywhere(Command::InSync { server, incarnation, slots: vec![(slot, proposed)] });
+        let at = self.now + Duration::from_micros(self.chaos.between(5_000, 150_000));
+        self.queue.plan(at, Event::Ambush { host: Some(host) });
     }
 
     pub(crate) fn on_cut(&mut self, connection: ConnectionId) {
@@ -241,6 +333,13 @@ impl World {
             None => Command::Suspect { server, incarnation },
             Some(suspect) => Command::ServerDown { server, incarnation, suspect },
         };
+        self.execute_anywhere(command);
+        self.queue.plan(self.now + Duration::from_millis(20), Event::Bury { host, life });
+    }
+
+    /// Has a command decided, as an operator could.
+    fn execute_anywhere(&mut self, command: Command) {
+        let running = self.running();
         let number = self.chaos.below(1 << 40) + 1;
         let id = CommandId { proposer: self.chaos.next_u64(), number, finished_below: 0 };
         let request = AdminRequest::Execute { id, command, deadline_millis: 1000 };
@@ -253,7 +352,6 @@ impl World {
             alive.server.handle(machine.clock.local(self.now), server::Input::Message { from, message });
             self.plan_run(Node::Server(at));
         }
-        self.queue.plan(self.now + Duration::from_millis(20), Event::Bury { host, life });
     }
 
     fn running(&self) -> Vec<usize> {
@@ -338,6 +436,25 @@ impl World {
                 self.net.stall(connection, side, until);
             }
             if outwards {
+                self.net.stall(connection, side.other(), until);
+            }
+        }
+    }
+
+    /// Nothing gets through between a server and the others; clients reach it.
+    fn sever(&mut self) {
+        let running = self.running();
+        if running.is_empty() {
+            return;
+        }
+        self.counters.count(Kind::Sever);
+        let host = *self.chaos.pick(&running);
+        let Some(at) = self.servers[host].end_point(host) else { return };
+        let until = self.now + Duration::from_millis(self.chaos.between(400, 1600));
+        for (connection, side) in self.net.of(at) {
+            let ends = self.net.ends(connection);
+            if ends.is_some_and(|ends| ends.iter().all(|e| matches!(e.node, Node::Server(_)))) {
+                self.net.stall(connection, side, until);
                 self.net.stall(connection, side.other(), until);
             }
         }

@@ -66,6 +66,9 @@ pub struct Options {
     pub crowded: bool,
     /// The hot blocks take nearly all of the space.
     pub full: bool,
+    /// Servers that die are declared down and stay away while writes go on, to many elements of one slot: much is
+    /// to be copied when they come back.
+    pub recovering: bool,
     /// Whether the end of the run is a loss of power before everything is read again.
     pub power_loss_at_end: bool,
     /// A rule that is left out on purpose.
@@ -111,6 +114,15 @@ pub struct FaultWeights {
     pub partition: u64,
     /// Stop a server for as long, and let it go on.
     pub freeze: u64,
+    /// Cut a server off from the other servers, but not from clients.
+    pub sever: u64,
+    /// Lie in wait for what is sent to a member that is being brought back, and kill it, its source, or everybody.
+    pub relapse: u64,
+    /// Lie in wait for the last messages before a member is in sync again, hold them up, and kill their sender.
+    pub lag: u64,
+    /// An `InSync` of an older term or life is decided when its member is being brought back again, and the slot's
+    /// primary dies.
+    pub late: u64,
 }
 
 /// How likely each operation is, relative to the others.
@@ -165,6 +177,8 @@ pub struct Overrides {
     /// With `crowded`: one small disk, of which the hot blocks take nearly all, so that what one write frees is
     /// soon used by another.
     pub full: bool,
+    /// With `crowded`: servers that die stay away for a while, and hot blocks lie in many elements of one slot.
+    pub recovering: bool,
     /// These faults only.
     pub faults: Option<FaultWeights>,
 }
@@ -202,11 +216,38 @@ impl Options {
             mix: Mix::draw(prng),
             crowded: false,
             full: false,
+            recovering: false,
             power_loss_at_end: prng.chance(1, 2),
             sabotage: overrides.sabotage,
         };
+        // Drawn apart, so that the rest of a seed's run stays what it was.
+        let mut more = Prng::new(prng.clone().next_u64() ^ 0x5ca1ab1e);
+        if servers > 1 && !overrides.crowded && more.chance(1, 3) {
+            options.recover(&mut more);
+        }
         options.apply(overrides);
+        if overrides.recovering {
+            options.recovering = true;
+            options.restart_delay = Duration::from_millis(*more.pick(&[100, 200, 400]));
+            options.bury_after = Some(Duration::from_millis(1));
+            let interval = Duration::from_millis(*more.pick(&[100, 200, 400]));
+            options.fault_interval = overrides.fault_interval.or(Some(interval));
+            options.faulty = Duration::from_millis(more.between(2000, 4000));
+            options.operations = options.faulty.as_millis() as u64;
+        }
         options
+    }
+
+    /// Servers stay away for a while and miss much.
+    fn recover(&mut self, prng: &mut Prng) {
+        self.recovering = true;
+        self.stripe_unit = 1 << 20;
+        self.operations = prng.between(1000, 3000);
+        self.faulty = Duration::from_millis(prng.between(3000, 8000));
+        self.fault_interval = Some(Duration::from_millis(*prng.pick(&[100, 300, 1000])));
+        self.restart_delay = Duration::from_millis(*prng.pick(&[300, 1000, 2000, 4000]));
+        self.bury_after = prng.chance(3, 4).then_some(Duration::from_millis(1));
+        self.mix = Mix { write: 40, ..self.mix };
     }
 
     fn apply(&mut self, overrides: &Overrides) {
@@ -279,6 +320,10 @@ impl FaultWeights {
         ghost: 0,
         partition: 0,
         freeze: 0,
+        sever: 0,
+        relapse: 0,
+        lag: 0,
+        late: 0,
     };
 
     fn draw(prng: &mut Prng) -> FaultWeights {
@@ -301,11 +346,15 @@ impl FaultWeights {
             ghost: 0,
             partition: some(3),
             freeze: some(3),
+            sever: some(2),
+            relapse: some(6),
+            lag: some(3),
+            late: some(2),
         }
     }
 
     /// The weights in the order of the fields.
-    pub fn list(&self) -> [u64; 17] {
+    pub fn list(&self) -> [u64; 21] {
         [
             self.crash_one,
             self.crash_several,
@@ -324,6 +373,10 @@ impl FaultWeights {
             self.ghost,
             self.partition,
             self.freeze,
+            self.sever,
+            self.relapse,
+            self.lag,
+            self.late,
         ]
     }
 }

@@ -689,6 +689,7 @@ impl World {
                 self.counters.count(Kind::Created);
                 self.workload.to_create = self.workload.to_create.saturating_sub(1);
                 let layout = match self.options.crowded {
+                    _ if self.options.recovering => Layout::scattered(&mut self.workload.prng, size),
                     true if self.options.full => Layout::full(&mut self.workload.prng, size),
                     true => Layout::crowded(&mut self.workload.prng, size),
                     false => Layout::draw(&mut self.workload.prng, size, self.options.stripe_unit),

@@ -22,10 +22,11 @@ use crate::{codec, formatting};
 use bytes::Bytes;
 use petal::client::{self, Client, ClientConfig};
 use petal::global_state::{Genesis, GenesisServer};
-use petal::ids::{ClusterId, DiskId, Incarnation, ServerId};
+use petal::ids::{ClusterId, DiskId, Incarnation, ServerId, SlotId, Term};
 use petal::message::{Body, Message, Part, Replicate};
 use petal::server::{self, Peer, Server};
 use petal::store::{DiskCommand, OpId};
+use std::collections::{BTreeMap, BTreeSet};
 use stdx::{Duration, Instant, Machine, Prng};
 
 /// When a server whose connection broke looks whether the other end is there, as the real driver does.
@@ -67,6 +68,10 @@ pub struct World {
     pub ending: Ending,
     /// For faults.
     pub chaos: Prng,
+    /// When members caught up last: the term and the life that it was proposed for.
+    pub caught_up: BTreeMap<(SlotId, ServerId), (Term, Incarnation)>,
+    /// Slots in which something was written.
+    pub written: BTreeSet<SlotId>,
     /// What an assassin waits for.
     pub trap: Option<Trap>,
     prng: Prng,
@@ -98,6 +103,8 @@ impl World {
             checkers: Checkers::default(),
             ending: Ending::default(),
             chaos,
+            caught_up: BTreeMap::new(),
+            written: BTreeSet::new(),
             trap: None,
             prng,
             frames: 0,
@@ -252,6 +259,7 @@ impl World {
     pub fn crash_server(&mut self, host: usize) {
         let Some(end) = self.servers[host].end_point(host) else { return };
         self.trace.event(self.now, &[20, host as u64], || format!("host {host} crashes"));
+        self.note_recovery_cut_short(host);
         let machine = &mut self.servers[host];
         if machine.life.take().is_some_and(|l| !l.ready) {
             self.counters.count(Kind::CrashInStart);
@@ -265,6 +273,16 @@ impl World {
             let (life, at) = (self.servers[host].lives, self.now + self.draw(after));
             self.queue.plan(at, Event::Bury { host, life });
         }
+    }
+
+    /// Counts whose death interrupts a recovery.
+    fn note_recovery_cut_short(&mut self, host: usize) {
+        let Some(id) = self.servers[host].id else { return };
+        let lives = || self.servers.iter().enumerate().filter_map(|(h, s)| Some((h, s.life.as_ref()?)));
+        let is_source = lives().any(|(h, l)| h == host && l.server.is_recovering(None));
+        let is_member = lives().any(|(h, l)| h != host && l.server.is_recovering(Some(id)));
+        self.counters.add(Kind::SourceDied, u64::from(is_source));
+        self.counters.add(Kind::DiedCatchingUp, u64::from(is_member));
     }
 
     /// Kills a client; nobody will ever know what became of its requests.
@@ -584,7 +602,10 @@ impl World {
         let wanted = life.server.next_timeout().map(|at| machine.clock.world(at));
         let lease = life.server.lease_until().map_or(Instant::ZERO, |at| machine.clock.world(at));
         let complaint = self.checkers.see_server(host, &life.server, self.now, lease);
-        if let Some(complaint) = complaint {
+        let state = self.servers[host].life.as_ref().and_then(|life| life.server.state());
+        let of_leases =
+            state.and_then(|state| self.checkers.leases.see(self.now, state, &self.servers, &mut self.counters));
+        for complaint in complaint.into_iter().chain(of_leases) {
             self.complain(complaint);
         }
         self.plan_tick(Node::Server(host), wanted);
@@ -641,7 +662,13 @@ impl World {
             server::Output::Send { to, mut message } => match life.driver.connections.get(&to).copied() {
                 Some((connection, side)) => {
                     match &message.body {
-                        Body::Replicate(Replicate { part: Part::CaughtUp, .. }) => self.counters.count(Kind::CaughtUp),
+                        Body::Replicate(Replicate { part: Part::CaughtUp, slot, term, .. }) => {
+                            self.counters.count(Kind::CaughtUp);
+                            self.note_caught_up(host, to, *slot, *term);
+                        }
+                        Body::Replicate(Replicate { part: Part::Write { .. }, slot, .. }) => {
+                            self.written.insert(*slot);
+                        }
                         Body::Replicate(Replicate { part: Part::Copy { settles: false, .. }, .. }) => {
                             self.counters.count(Kind::CopiedBack);
                         }

@@ -42,6 +42,58 @@ fn busy(copies: usize, faults: FaultWeights) -> Overrides {
     Overrides { servers: Some(3), copies: Some(copies), crowded: true, busy: true, faults, ..Overrides::default() }
 }
 
+/// Busy, and whoever dies misses much and has it copied when it comes back.
+fn recovering(faults: FaultWeights) -> Overrides {
+    Overrides { recovering: true, ..busy(2, faults) }
+}
+
+/// A write is acknowledged while it is on its way to a member that is being declared in sync; then its primary dies.
+#[test]
+fn a_newcomer_that_does_not_count() {
+    let faults = FaultWeights { crash_one: 1, lag: 3, ..FaultWeights::NONE };
+    must_be_caught(Sabotage::NewcomerNotCounted, 120, recovering(faults));
+}
+
+/// The last copies are on their way to a member that is declared in sync; then their sender dies.
+#[test]
+fn in_sync_before_everything_sent_is_stable() {
+    let faults = FaultWeights { crash_one: 1, lag: 3, ..FaultWeights::NONE };
+    must_be_caught(Sabotage::InSyncWithSendsOutstanding, 120, recovering(faults));
+}
+
+/// A member that has got new writes, and not yet copies of old ones, dies again; by its watermark it has all.
+#[test]
+fn a_watermark_that_moves_while_out_of_sync() {
+    let faults = FaultWeights { crash_one: 1, relapse: 3, ..FaultWeights::NONE };
+    must_be_caught(Sabotage::WatermarkWhileOut, 120, recovering(faults));
+}
+
+/// A primary died with a write that nobody else has and nobody asks for again.
+#[test]
+fn recovery_from_the_survivors_list_only() {
+    let faults = FaultWeights { strand: 1, crash_client: 1, ..FaultWeights::NONE };
+    must_be_caught(Sabotage::SurvivorsListOnly, 120, recovering(faults));
+}
+
+/// The same: its version is the higher one.
+#[test]
+fn copies_of_newer_versions_only() {
+    let faults = FaultWeights { strand: 1, crash_client: 1, ..FaultWeights::NONE };
+    must_be_caught(Sabotage::CopyOnlyIfNewer, 120, recovering(faults));
+}
+
+/// A client that has not heard that a server is out of sync asks it.
+#[test]
+fn reads_while_catching_up() {
+    must_be_caught(Sabotage::ReadWhileCatchingUp, 150, recovering(FaultWeights { crash_one: 1, ..FaultWeights::NONE }));
+}
+
+/// A server that is cut off from the others, but not from clients, has a lease for a while after it was taken out.
+#[test]
+fn taking_a_server_out_without_waiting_for_its_lease() {
+    must_be_caught(Sabotage::TakeOutWithoutWait, 150, recovering(FaultWeights { sever: 1, ..FaultWeights::NONE }));
+}
+
 /// Both replicas have a version of an element, with different blocks.
 #[test]
 fn settlement_that_compares_versions_only() {

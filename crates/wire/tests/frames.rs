@@ -259,6 +259,30 @@ fn messages_that_make_no_sense_are_refused_with_the_reason() {
     let case = |change: &dyn Fn(&mut Body), expected: &str| assert_eq!(refused(change), expected);
     case(
         &|b| {
+            if let Body::Heartbeat(m) = b {
+                m.silent.reverse();
+            }
+        },
+        "Heartbeat: its servers do not ascend",
+    );
+    case(
+        &|b| {
+            if let Body::Heartbeat(m) = b {
+                m.silent = (0..2000).map(ServerId).collect();
+            }
+        },
+        "Heartbeat: too many servers",
+    );
+    case(
+        &|b| match b {
+            Body::Heartbeat(m) => m.sequence = 0,
+            Body::Grant(m) => m.sequence = u64::MAX,
+            _ => {}
+        },
+        "Heartbeat: heartbeats begin with 1; Grant: a counter above 2^62",
+    );
+    case(
+        &|b| {
             if let Body::Read(m) = b {
                 m.first_block = 15
             }

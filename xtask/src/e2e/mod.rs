@@ -2,6 +2,7 @@
 //! that we did not write, and leaves nothing behind.
 
 mod bad_input;
+mod chaos;
 mod failures;
 mod nbd;
 mod processes;
@@ -53,6 +54,7 @@ const SCENARIOS: &[Scenario] = &[
     ("a_planned_stop_hands_over", failures::planned_stop),
     ("a_server_frozen_past_its_lease_begins_a_new_life", failures::frozen_past_its_lease),
     ("two_neighbours_killed_hold_up_their_common_slots_only", failures::two_neighbours_killed),
+    ("what_clients_see_while_servers_die_and_hang_is_linearizable", chaos::history_is_linearizable),
     ("damaged_and_foreign_disks_are_refused_by_name", bad_input::damaged_disks),
     ("bad_arguments_are_refused_with_a_remedy", bad_input::bad_arguments),
 ];

@@ -5,6 +5,7 @@ pub mod bench;
 pub mod detach;
 pub mod disk;
 pub mod down;
+pub mod history;
 pub mod init;
 pub mod inspect;
 pub mod join;

@@ -22,6 +22,7 @@
 
 mod map;
 mod queue;
+mod range;
 mod replica;
 mod stream;
 mod sweep;
@@ -40,6 +41,7 @@ use crate::server::{ClientId, Output, Peer};
 use crate::store::{BlockData, BlockSum, Change, Loaded, ReadBlocks, ReadError, ReadId, StageError, Stores, Ticket};
 use bytes::{Bytes, BytesMut};
 use queue::ElementQueue;
+use range::{ByteRange, block_mask, mask_range};
 pub(crate) use replica::family_ended;
 use smallvec::{SmallVec, smallvec};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -47,6 +49,7 @@ use stdx::checksum::crc32c;
 use stdx::{FastMap, FastSet, Instant};
 pub(crate) use stream::{Incoming, Outgoing};
 pub(crate) use window::Window;
+use window::{Room, room};
 
 /// Number of an operation in progress; grows by one with each.
 pub type OpNumber = u64;
@@ -179,6 +182,7 @@ pub(crate) enum LoadWaiter {
     Settling(SlotIndex, ElementKey),
     Fetch(u64),
     Copy(OpNumber),
+    Repair,
     Drop,
     Verify,
 }
@@ -188,6 +192,7 @@ pub(crate) enum TicketOwner {
     Write { slot: SlotIndex, term: Term, sequence: u64 },
     Incoming { slot: SlotIndex, term: Term, number: u64, from: ServerId, cost: u64 },
     Settling { slot: SlotIndex, term: Term, element: ElementKey },
+    Repair { slot: SlotIndex, element: ElementKey },
     Background { slot: SlotIndex },
 }
 
@@ -198,6 +203,7 @@ pub(crate) enum ReadOwner {
     Settling { slot: SlotIndex, term: Term, element: ElementKey },
     Fetch(u64),
     Copy(OpNumber),
+    Repair(ElementKey),
 }
 
 /// Somebody asked when an index is settled here.
@@ -224,6 +230,8 @@ pub struct DataAccess {
     queues: FastMap<ElementKey, ElementQueue>,
     /// Elements being copied to members that are brought back; numbered like operations.
     pub(crate) copies: BTreeMap<OpNumber, crate::resync::Copy>,
+    /// Elements whose bad blocks are made good (`repair.rs`).
+    pub(crate) repairs: crate::repair::Repairs,
     /// Slots and members in which that goes on.
     pub(crate) joining: BTreeSet<(SlotIndex, ServerId)>,
     /// Somebody came, went, or was brought back: look through all slots.
@@ -291,6 +299,8 @@ pub struct Counters {
     pub settled_elements: u64,
     /// Blocks whose checksum did not match, or that could not be read.
     pub bad_blocks: u64,
+    /// Of these, made good from another copy.
+    pub repaired_blocks: u64,
     /// Elements copied to members that were brought back.
     pub recovered_elements: u64,
     /// Blocks that travelled for that.
@@ -309,6 +319,7 @@ impl DataAccess {
             next_operation: 1,
             queues: FastMap::new(),
             copies: BTreeMap::new(),
+            repairs: crate::repair::Repairs::default(),
             joining: BTreeSet::new(),
             joins_due: false,
             wake_at: None,
@@ -474,10 +485,15 @@ impl DataAccess {
         let s = &self.slots[index];
         match s.primary {
             Some(primary) if primary == self.me => {}
-            _ if !writes && s.in_sync.contains(&self.me) => {}
+            _ if !writes && self.may_read(s) => {}
             _ => return Err(Refusal::StaleMap),
         }
         Ok((ElementKey { family: vdisk.family, element }, index))
+    }
+
+    /// Reads are served by members in sync only.
+    fn may_read(&self, slot: &Slot) -> bool {
+        slot.in_sync.contains(&self.me) || self.sabotage == Sabotage::ReadWhileCatchingUp
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -534,8 +550,9 @@ impl DataAccess {
 
     /// Begins an operation, or begins it again in a new term.
     fn admit(&mut self, ctx: &mut Context, number: OpNumber) {
+        let slot = self.operations[&number].slot;
+        let (slot, may_read) = (&self.slots[slot], self.may_read(&self.slots[slot]));
         let op = self.operations.get_mut(&number).expect("admitted operations exist");
-        let slot = &self.slots[op.slot];
         let writes = matches!(op.kind, Kind::Write(_));
         let acts = slot.primary == Some(self.me);
         if acts && !slot.acting.as_ref().is_some_and(|a| a.is_serving()) {
@@ -543,7 +560,7 @@ impl DataAccess {
             op.phase = Phase::Parked;
             return;
         }
-        if !acts && (writes || !slot.in_sync.contains(&self.me)) {
+        if !acts && (writes || !may_read) {
             return self.refuse(ctx, number, Refusal::StaleMap);
         }
         match ctx.stores.load(op.element) {
@@ -598,7 +615,8 @@ impl DataAccess {
         // it served, a write of a fenced client could still become visible after the fence (P5).
         let unsettled = slot.watermark.term < slot.term;
         let busy = unsettled || ctx.stores.version(op.element) > slot.watermark;
-        if busy && !self.is_sabotaged(Sabotage::ServeBusy) {
+        let catches_up = !slot.in_sync.contains(&self.me); // Only with the rule left out.
+        if busy && !catches_up && !self.is_sabotaged(Sabotage::ServeBusy) {
             return self.refuse(ctx, number, Refusal::Busy);
         }
         self.capture(ctx, number);
@@ -664,8 +682,11 @@ impl DataAccess {
         let old = match result {
             Ok(old) => old,
             Err(_) => {
-                self.counters.bad_blocks += 1;
-                return self.refuse(ctx, number, Refusal::BadCopy);
+                let (slot, element) = (op.slot, op.element);
+                if !self.repair_for(ctx, slot, element, number) {
+                    self.refuse(ctx, number, Refusal::BadCopy);
+                }
+                return;
             }
         };
         let Kind::Write(w) = &mut op.kind else { unreachable!("only writes are modified") };
@@ -690,6 +711,15 @@ impl DataAccess {
         w.offset = u32::from(first) * BLOCK_SIZE as u32;
         w.length = u32::from(count) * BLOCK_SIZE as u32;
         self.assign(ctx, number);
+    }
+
+    /// What an unaligned write could not read is repaired, or cannot be at the moment.
+    pub(crate) fn on_repaired_for(&mut self, ctx: &mut Context, number: OpNumber, is_good: bool) {
+        match self.operations.get(&number) {
+            Some(op) if op.phase == Phase::Modifying && is_good => self.modify(ctx, number),
+            Some(op) if op.phase == Phase::Modifying => self.refuse(ctx, number, Refusal::BadCopy),
+            _ => {}
+        }
     }
 
     /// Step 2 and 3 of 2.6: the write gets its version, is staged here, and sent to the others.
@@ -804,7 +834,7 @@ impl DataAccess {
             let counts = match joiner.share(op.element, window.admits(cost)) {
                 Share::Nothing => continue,
                 Share::Sent => false,
-                Share::Counts => true,
+                Share::Counts => self.sabotage != Sabotage::NewcomerNotCounted,
             };
             if counts {
                 waits.push(*member);
@@ -1028,6 +1058,7 @@ impl DataAccess {
                 LoadWaiter::Settling(slot, element) => self.advance_settling(ctx, slot, element),
                 LoadWaiter::Fetch(job) => self.advance_fetch(ctx, job),
                 LoadWaiter::Copy(number) => self.start_copy(ctx, number),
+                LoadWaiter::Repair => self.look(ctx, element),
                 LoadWaiter::Drop => self.drop_element(ctx, element),
                 LoadWaiter::Verify => self.verify_element(ctx, element),
             }
@@ -1055,6 +1086,7 @@ impl DataAccess {
         let (TicketOwner::Write { slot: index, .. }
         | TicketOwner::Incoming { slot: index, .. }
         | TicketOwner::Settling { slot: index, .. }
+        | TicketOwner::Repair { slot: index, .. }
         | TicketOwner::Background { slot: index }) = owner;
         self.slots[index].outstanding -= 1;
         match owner {
@@ -1071,6 +1103,7 @@ impl DataAccess {
                     self.on_settling_stable(ctx, slot, element);
                 }
             }
+            TicketOwner::Repair { element, .. } => self.on_repair_stable(ctx, element),
             TicketOwner::Background { .. } => {}
         }
         self.on_outstanding_changed(ctx, index);
@@ -1084,11 +1117,12 @@ impl DataAccess {
                 if !self.operations.get(&number).is_some_and(|op| op.phase == Phase::Reading) {
                     return;
                 }
-                let result = result.map_err(|_| {
-                    self.counters.bad_blocks += 1;
-                    Refusal::BadCopy
-                });
-                self.finish_read(ctx, number, result);
+                if result.is_err() {
+                    let op = &self.operations[&number];
+                    let (slot, element) = (op.slot, op.element);
+                    self.begin_repair(ctx, slot, element);
+                }
+                self.finish_read(ctx, number, result.map_err(|_| Refusal::BadCopy));
             }
             Some(ReadOwner::Modify(number)) => self.on_modify_read(ctx, number, result),
             Some(ReadOwner::Settling { slot, term, element }) => {
@@ -1098,6 +1132,7 @@ impl DataAccess {
             }
             Some(ReadOwner::Fetch(job)) => self.on_fetch_read(ctx, job, result),
             Some(ReadOwner::Copy(number)) => self.on_copy_read(ctx, number, result),
+            Some(ReadOwner::Repair(element)) => self.on_repair_read(ctx, element, read, result),
             None => {
                 self.on_verify_read(ctx, read, &result);
             }
@@ -1293,6 +1328,7 @@ impl DataAccess {
         self.serve_what_waited(ctx);
         self.watch_silence(ctx);
         self.review_joiners(ctx);
+        self.advance_repairs(ctx);
         self.advance_copies(ctx);
         self.send_promised(ctx);
         self.send_acks(ctx);
@@ -1352,12 +1388,17 @@ impl DataAccess {
 
     /// When something is due although nothing else happens.
     pub fn next_timeout(&self) -> Option<Instant> {
-        [self.watermark_timer, self.wake_at, self.silence.next_look()].into_iter().flatten().min()
+        [self.watermark_timer, self.wake_at, self.silence.next_look(), self.repairs.next_timeout()].into_iter().flatten().min()
     }
 
     /// A session is over: nothing of it will be asked again.
     pub fn on_session_ended(&mut self, session: SessionId) {
         self.session_low.remove(&session);
+    }
+
+    /// Elements with bad blocks that are not repaired yet.
+    pub fn repairs(&self) -> usize {
+        self.repairs.len()
     }
 
     /// Operations in progress.
@@ -1406,87 +1447,6 @@ enum Answer {
     Map(Refusal),
 }
 
-/// Is there room for a write, here and at every receiver?
-enum Room {
-    Yes,
-    /// Not now, but when what is on its way has been answered.
-    Later,
-    /// Somebody is full.
-    No,
-}
-
-fn room(
-    windows: &BTreeMap<ServerId, Window>,
-    me: ServerId,
-    receivers: &[ServerId],
-    unfinished: usize,
-    free: u64,
-    cost: u64,
-) -> Room {
-    if unfinished >= SLOT_UNFINISHED_MAX {
-        return Room::Later;
-    }
-    if cost == 0 {
-        return Room::Yes;
-    }
-    let reserved: u64 = windows.values().map(Window::reserved).sum();
-    if free < reserved + cost {
-        return Room::No;
-    }
-    for receiver in receivers.iter().filter(|r| **r != me) {
-        let Some(window) = windows.get(receiver) else { return Room::Later };
-        if !window.admits(cost) {
-            return if window.full && window.in_flight == 0 { Room::No } else { Room::Later };
-        }
-    }
-    Room::Yes
-}
-
-/// Bytes of an element, checked to be within it.
-#[derive(Clone, Copy)]
-struct ByteRange {
-    offset: u32,
-    length: u32,
-}
-
-impl ByteRange {
-    fn new(offset: u32, length: u64) -> Result<Self, Refusal> {
-        if length == 0 || u64::from(offset) + length > ELEMENT_SIZE {
-            return Err(Refusal::Malformed);
-        }
-        Ok(ByteRange { offset, length: length as u32 })
-    }
-    fn end(self) -> u64 {
-        u64::from(self.offset) + u64::from(self.length)
-    }
-    fn first_block(self) -> u8 {
-        (self.offset / BLOCK_SIZE as u32) as u8
-    }
-    fn blocks(self) -> u8 {
-        (self.end().div_ceil(BLOCK_SIZE) - u64::from(self.first_block())) as u8
-    }
-    fn mask(self) -> u16 {
-        block_mask(self.first_block(), self.blocks())
-    }
-    fn ragged(self) -> bool {
-        !u64::from(self.offset).is_multiple_of(BLOCK_SIZE) || !self.end().is_multiple_of(BLOCK_SIZE)
-    }
-    /// The data cut at block boundaries.
-    fn pieces(self, data: &[u8]) -> impl Iterator<Item = &[u8]> {
-        let head = (BLOCK_SIZE as usize - self.offset as usize % BLOCK_SIZE as usize) % BLOCK_SIZE as usize;
-        let (head, rest) = data.split_at(head.min(data.len()));
-        std::iter::once(head).filter(|h| !h.is_empty()).chain(rest.chunks(BLOCK_SIZE as usize))
-    }
-}
-
-fn block_mask(first: u8, count: u8) -> u16 {
-    (((1u32 << count) - 1) << first) as u16
-}
-
-fn mask_range(mask: u16) -> (u8, u8) {
-    (mask.trailing_zeros() as u8, mask.count_ones() as u8)
-}
-
 fn round_up(n: u64, unit: u64) -> u64 {
     n.div_ceil(unit).saturating_mul(unit)
 }
@@ -1525,23 +1485,4 @@ pub(crate) fn view_of(state: &State, vdisk: VdiskId) -> View {
 fn revision_of(state: &State, vdisk: VdiskId) -> Revision {
     let Some(v) = state.vdisks.get(&vdisk) else { return state.index };
     v.revision.max(state.families.get(&v.family).map_or(0, |f| f.revision))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ragged_ranges_are_cut_at_block_boundaries() {
-        let data = vec![7; 9000];
-        let range = ByteRange::new(4000, 9000).unwrap();
-        assert_eq!(range.pieces(&data).map(<[u8]>::len).collect::<Vec<_>>(), [96, 4096, 4096, 712]);
-        assert_eq!(range.blocks(), 4);
-        assert_eq!(range.mask(), 0b1111);
-        assert!(range.ragged());
-        let aligned = ByteRange::new(61440, 4096).unwrap();
-        assert_eq!((aligned.mask(), aligned.ragged()), (1 << 15, false));
-        assert!(ByteRange::new(61440, 4097).is_err());
-        assert_eq!(ByteRange::new(0, 65536).unwrap().mask(), u16::MAX);
-    }
 }

@@ -17,7 +17,8 @@ impl DataAccess {
             return; // Damaged on the way: as if it had not come. The connection's owner sends again.
         }
         let slot = &mut self.slots[index];
-        if slot.in_sync.contains(&self.me) && m.watermark > slot.watermark {
+        let moves = slot.in_sync.contains(&self.me) || self.sabotage == Sabotage::WatermarkWhileOut;
+        if moves && m.watermark > slot.watermark {
             slot.watermark = m.watermark;
         }
         let incoming = slot.incoming.get_or_insert_with(|| Incoming::new(from, m.term));
@@ -282,7 +283,8 @@ impl DataAccess {
         for told in m.slots {
             let Some(&index) = self.by_id.get(&told.slot) else { continue };
             let slot = &mut self.slots[index];
-            if slot.term != told.term || slot.primary != Some(from) || !slot.in_sync.contains(&self.me) {
+            let moves = slot.in_sync.contains(&self.me) || self.sabotage == Sabotage::WatermarkWhileOut;
+            if slot.term != told.term || slot.primary != Some(from) || !moves {
                 continue;
             }
             slot.watermark = slot.watermark.max(told.watermark);

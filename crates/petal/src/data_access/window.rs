@@ -7,6 +7,8 @@
 //! releases, so the primary's books and the replica's never contradict each other.
 
 use crate::ids::*;
+use crate::limits::SLOT_UNFINISHED_MAX;
+use std::collections::BTreeMap;
 
 /// The window between this server and one other, in both directions.
 #[derive(Debug, Default)]
@@ -52,6 +54,44 @@ impl Window {
         self.granted = if target > floor { floor + (target - floor).min(room) } else { floor };
         self.granted
     }
+}
+
+/// Is there room for a write, here and at every receiver?
+pub enum Room {
+    /// Yes.
+    Yes,
+    /// Not now, but when what is on its way has been answered.
+    Later,
+    /// Somebody is full.
+    No,
+}
+
+/// Room for a write of `cost` blocks here, where `free` are free, and at every receiver.
+pub fn room(
+    windows: &BTreeMap<ServerId, Window>,
+    me: ServerId,
+    receivers: &[ServerId],
+    unfinished: usize,
+    free: u64,
+    cost: u64,
+) -> Room {
+    if unfinished >= SLOT_UNFINISHED_MAX {
+        return Room::Later;
+    }
+    if cost == 0 {
+        return Room::Yes;
+    }
+    let reserved: u64 = windows.values().map(Window::reserved).sum();
+    if free < reserved + cost {
+        return Room::No;
+    }
+    for receiver in receivers.iter().filter(|r| **r != me) {
+        let Some(window) = windows.get(receiver) else { return Room::Later };
+        if !window.admits(cost) {
+            return if window.full && window.in_flight == 0 { Room::No } else { Room::Later };
+        }
+    }
+    Room::Yes
 }
 
 #[cfg(test)]

@@ -31,6 +31,7 @@ use super::{Command, Effects, Entry, Genesis, State};
 use crate::ids::*;
 use crate::limits::{ENTRIES_PER_MESSAGE_MAX, LOG_KEEP, PROPOSALS_MAX, RETRY_MAX, RETRY_MIN};
 use crate::message::{self, Body, CommandId};
+use crate::sabotage::Sabotage;
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use stdx::{Duration, Instant};
@@ -145,6 +146,7 @@ pub struct GlobalState {
     now: Instant,
     /// Something came in since the outputs were put together.
     dirty: bool,
+    sabotage: Sabotage,
     outputs: VecDeque<GlobalOutput>,
 }
 
@@ -185,6 +187,7 @@ impl GlobalState {
             announce_at: Instant::ZERO,
             now: Instant::ZERO,
             dirty: true,
+            sabotage: Sabotage::None,
             outputs: VecDeque::new(),
         };
         room.apply_decided();
@@ -193,6 +196,11 @@ impl GlobalState {
         room.dialled.clear();
         room.dial();
         Ok(room)
+    }
+
+    /// Leaves out a rule (`sabotage.rs`).
+    pub fn leave_out(&mut self, sabotage: Sabotage) {
+        self.sabotage = sabotage;
     }
 
     /// The state as applied.
@@ -658,7 +666,11 @@ impl GlobalState {
         if !small(command) || self.appended.get(&key).is_some_and(|at| self.now < *at + RETRY_MAX) {
             return true;
         }
-        if ring.propose(Entry { id, command: command.clone() }) {
+        let mut command = command.clone();
+        if self.sabotage == Sabotage::InSyncUnconditional {
+            make_unconditional(&self.state, &mut command);
+        }
+        if ring.propose(Entry { id, command }) {
             self.appended.insert(key, self.now);
         }
         true
@@ -699,6 +711,17 @@ impl GlobalState {
             (Some(leader), _) if tries % 2 == 1 => Some(leader),
             (_, reachable) => Some(reachable[tries as usize / 2 % reachable.len()]),
         }
+    }
+}
+
+/// An `InSync` of long ago becomes one of now.
+fn make_unconditional(state: &State, command: &mut Command) {
+    let Command::InSync { server, incarnation, slots } = command else { return };
+    if let Some(present) = state.servers.get(server) {
+        *incarnation = present.incarnation;
+    }
+    for (id, term) in slots {
+        *term = state.slot(*id).map_or(*term, |slot| slot.term);
     }
 }
 

@@ -23,7 +23,7 @@ use super::journal::{self, Header, Position, Record};
 use super::superblock::Superblock;
 use super::*;
 use super::{keys, recovery};
-use crate::limits::{BATCH_DATA_MAX, BATCHES_IN_FLIGHT_MAX};
+use crate::limits::{BATCH_DATA_MAX, BATCHES_IN_FLIGHT_MAX, CHANGES_PER_SLOT_MAX};
 use crate::sabotage::Sabotage;
 use scan::ScanJob;
 use smallvec::SmallVec;
@@ -572,6 +572,8 @@ impl Disk {
     ) -> Result<(Vec<Row>, Fresh), StageError> {
         let mut rows: Vec<Row> = image.rows.iter().map(|r| Row::zeros(r.lineage, r.epoch)).collect();
         let mut missing: BTreeSet<(u16, u8)> = BTreeSet::new();
+        // What has data is written even where the checksum is the same: what is there may be bad.
+        let given: BTreeSet<(u16, u8)> = data.iter().map(|(r, b, _)| (*r, *b)).collect();
         let absent = Entry::absent();
         let present = self.cache.get(&element).map_or(&absent, |c| &c.entry);
         for (r, (row, want)) in rows.iter_mut().zip(&image.rows).enumerate() {
@@ -579,7 +581,7 @@ impl Disk {
             for (b, sum) in want.sums.iter().enumerate() {
                 let BlockSum::Crc(crc) = sum else { continue };
                 match old {
-                    Some(old) if old.sum(b) == *sum => {
+                    Some(old) if old.sum(b) == *sum && !given.contains(&(r as u16, b as u8)) => {
                         row.addresses[b] = old.addresses[b];
                     }
                     _ => {
@@ -729,7 +731,14 @@ impl Disk {
             index.remove(&old.1);
         }
         if let Some((slot, version)) = new {
-            self.changes.entry(slot).or_default().insert(version, element);
+            let index = self.changes.entry(slot).or_default();
+            index.insert(version, element);
+            if index.len() > CHANGES_PER_SLOT_MAX {
+                // A member has been away for long: a scan will tell it what it missed.
+                let (version, _) = index.pop_first().expect("there are many");
+                let floor = self.floors.entry(slot).or_default();
+                *floor = (*floor).max(version);
+            }
         }
     }
 

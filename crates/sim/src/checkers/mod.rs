@@ -7,6 +7,7 @@ pub mod addresses;
 pub mod copies;
 pub mod durability;
 pub mod global_state;
+pub mod leases;
 pub mod linearizability;
 pub mod primaries;
 pub mod progress;
@@ -19,6 +20,8 @@ use stdx::Instant;
 pub struct Checkers {
     /// Equal states at equal indexes.
     pub states: global_state::States,
+    /// No lease of who is down.
+    pub leases: leases::Leases,
     /// One primary per slot.
     pub primaries: primaries::Primaries,
 }

@@ -138,6 +138,8 @@ pub fn samples() -> Vec<Message> {
             silent: vec![ServerId(2), ServerId(5)],
         }),
         Body::Grant(Grant { sequence: 40, configuration: 1, granted: true }),
+        Body::Compare(Compare { slot: slot(), term: 12, elements: vec![element()] }),
+        Body::Compared(Compared { slot: slot(), term: 12, elements: vec![(element(), image())] }),
     ];
     bodies.into_iter().map(|body| Message { state_index: 13, body }).collect()
 }

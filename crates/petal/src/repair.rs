@@ -1,0 +1,339 @@
+//! Repair (P7): a block that cannot be read here, or is not what its checksum says, is made good from a copy.
+//!
+//! ```text
+//!  noticed -> Looking -> Checking -> Asking -> Writing -> repaired
+//!               ^           |          |  ^       |
+//!               |    all blocks are    |  `-- the next member: no answer, or its copy is bad, too
+//!               |    good: nothing to  |
+//!               |    do                v
+//!               `---- a while ----- Resting: every other member was asked in vain
+//! ```
+//!
+//! Whoever reads a bad block repairs its own copy: a client's read at any replica, the reading half of an unaligned
+//! write, a settlement, a fetch, a copy for a member that comes back. Every block of the element is then read by
+//! itself, and what is bad is asked of the other members of the slot, in sync or not: only bytes with the checksum
+//! that this replica's own entry has are taken. So a repair changes no version, no entry and nothing that another
+//! replica could see; it needs no place in the stream, and may run beside writes of the element. It only writes the
+//! same bytes to another place.
+//!
+//! How it fails: with no good copy within reach the block stays bad, and is answered as such (`BadCopy`); what must
+//! have it (settlement, recovery) asks again, and so begins the repair again. A write that was staged and is not
+//! durable yet may look bad: then the same bytes are written twice.
+//!
+//! Memory is bounded by `REPAIRS_MAX`; what is noticed beyond that is noticed again at the next read.
+
+use crate::data_access::{Context, DataAccess, LoadWaiter, OpNumber, ReadOwner, SlotIndex, TicketOwner, family_ended};
+use crate::ids::*;
+use crate::message::*;
+use crate::server::Peer;
+use crate::store::{BlockSum, Change, Loaded, ReadBlocks, ReadError, ReadId};
+use bytes::Bytes;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use stdx::checksum::crc32c;
+use stdx::{Duration, Instant};
+
+/// Elements that are repaired at one time: 16 blocks of each are in memory at most, 16 MiB.
+const REPAIRS_MAX: usize = 256;
+/// A member that has not answered for so long is passed over.
+const ANSWER_MAX: Duration = Duration::from_millis(300);
+/// Time before all of them are asked once more.
+const REST: Duration = Duration::from_millis(500);
+/// How often they are.
+const ROUNDS_MAX: u32 = 20;
+/// What could not be read is tried again after so long by settlement and recovery.
+const RETRY_AFTER: Duration = Duration::from_millis(100);
+
+/// A block of an image, and what it must be.
+type Wanted = (u16, u8, u32);
+
+/// An element that is being repaired.
+pub(crate) struct Repair {
+    slot: SlotIndex,
+    stage: Stage,
+    /// Members that have not been asked in this round.
+    sources: VecDeque<ServerId>,
+    rounds: u32,
+    /// Unaligned writes that need it.
+    waiters: Vec<OpNumber>,
+}
+
+enum Stage {
+    /// The entry is to be in memory.
+    Looking,
+    /// Each block is read by itself.
+    Checking { reads: BTreeMap<ReadId, Wanted>, bad: Vec<Wanted> },
+    /// A member was asked for the bad ones.
+    Asking { bad: Vec<Wanted>, of: ServerId, until: Instant },
+    /// They have come, and there is no room for them at the moment, or the entry is not in memory.
+    Fetched { data: Vec<(Wanted, Bytes)>, again_at: Instant },
+    /// They are being made durable.
+    Writing { blocks: u64 },
+    /// Nobody has them at the moment.
+    Resting { until: Instant },
+}
+
+/// Something else that could not go on for a bad block, and tries again in a while.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) enum Retry {
+    /// An element's settlement.
+    Settling(SlotIndex, ElementKey),
+    /// An element's copy for a member that is brought back.
+    Copy(SlotIndex, ServerId, ElementKey),
+}
+
+/// All repairs of a server.
+#[derive(Default)]
+pub(crate) struct Repairs {
+    elements: BTreeMap<ElementKey, Repair>,
+    retries: BTreeSet<Retry>,
+    retry_at: Option<Instant>,
+}
+
+impl Repairs {
+    /// When something is due.
+    pub fn next_timeout(&self) -> Option<Instant> {
+        let due = |r: &Repair| match r.stage {
+            Stage::Asking { until, .. } | Stage::Resting { until } | Stage::Fetched { again_at: until, .. } => {
+                Some(until)
+            }
+            _ => None,
+        };
+        self.elements.values().filter_map(due).chain(self.retry_at).min()
+    }
+
+    /// Elements that are not repaired yet.
+    pub fn len(&self) -> usize {
+        self.elements.len()
+    }
+}
+
+impl DataAccess {
+    /// A block of the element could not be read here.
+    pub(crate) fn begin_repair(&mut self, ctx: &mut Context, slot: SlotIndex, element: ElementKey) {
+        self.counters.bad_blocks += 1;
+        if self.repairs.elements.contains_key(&element) || self.repairs.elements.len() >= REPAIRS_MAX {
+            return;
+        }
+        let repair = Repair { slot, stage: Stage::Looking, sources: VecDeque::new(), rounds: 0, waiters: Vec::new() };
+        self.repairs.elements.insert(element, repair);
+        self.look(ctx, element);
+    }
+
+    /// The same for a write that cannot go on without it. False if it is not being repaired.
+    pub(crate) fn repair_for(
+        &mut self,
+        ctx: &mut Context,
+        slot: SlotIndex,
+        element: ElementKey,
+        number: OpNumber,
+    ) -> bool {
+        self.begin_repair(ctx, slot, element);
+        match self.repairs.elements.get_mut(&element) {
+            Some(repair) => repair.waiters.push(number),
+            None => return false,
+        }
+        true
+    }
+
+    /// Something waits for a block to be repaired, here or at another replica.
+    pub(crate) fn retry_in_a_while(&mut self, now: Instant, retry: Retry) {
+        self.repairs.retries.insert(retry);
+        self.repairs.retry_at.get_or_insert(now + RETRY_AFTER);
+    }
+
+    /// What is due.
+    pub(crate) fn advance_repairs(&mut self, ctx: &mut Context) {
+        if self.repairs.retry_at.is_some_and(|at| at <= ctx.now) {
+            self.repairs.retry_at = None;
+            for retry in std::mem::take(&mut self.repairs.retries) {
+                match retry {
+                    Retry::Settling(index, element) => self.settle_again(ctx, index, element),
+                    Retry::Copy(index, to, element) => self.copy_again(ctx, index, to, element),
+                }
+            }
+        }
+        let is_due = |r: &Repair| match r.stage {
+            Stage::Asking { until, .. } | Stage::Resting { until } | Stage::Fetched { again_at: until, .. } => {
+                until <= ctx.now
+            }
+            _ => false,
+        };
+        let due: Vec<ElementKey> =
+            self.repairs.elements.iter().filter(|(_, r)| is_due(r)).map(|(element, _)| *element).collect();
+        for element in due {
+            match &self.repairs.elements[&element].stage {
+                Stage::Asking { .. } => self.ask_next(ctx, element),
+                Stage::Fetched { .. } => self.write_repaired(ctx, element),
+                _ => self.look(ctx, element),
+            }
+        }
+    }
+
+    /// Looking -> Checking: what is bad, and what must it be?
+    pub(crate) fn look(&mut self, ctx: &mut Context, element: ElementKey) {
+        let Some(repair) = self.repairs.elements.get_mut(&element) else { return };
+        if let Stage::Fetched { .. } = repair.stage {
+            return self.write_repaired(ctx, element);
+        }
+        if !matches!(repair.stage, Stage::Looking | Stage::Resting { .. }) {
+            return;
+        }
+        repair.stage = Stage::Looking;
+        match ctx.stores.load(element) {
+            Loaded::Ready => {}
+            Loaded::Pending => return self.wait_for_load(element, LoadWaiter::Repair),
+            Loaded::Failed => return self.end_repair(ctx, element, false),
+        }
+        let image = ctx.stores.image(element);
+        if image.version == Version::ZERO || family_ended(ctx.state, element.family) {
+            return self.end_repair(ctx, element, true);
+        }
+        let mut reads = BTreeMap::new();
+        for (r, row) in image.rows.iter().enumerate() {
+            for (b, sum) in row.sums.iter().enumerate() {
+                if let BlockSum::Crc(crc) = sum {
+                    let wanted = (r as u16, b as u8, *crc);
+                    let read = ctx.stores.read_image(element, &[(wanted.0, wanted.1)]);
+                    self.reads.insert(read, ReadOwner::Repair(element));
+                    reads.insert(read, wanted);
+                }
+            }
+        }
+        let is_empty = reads.is_empty();
+        let repair = self.repairs.elements.get_mut(&element).expect("just seen");
+        repair.stage = Stage::Checking { reads, bad: Vec::new() };
+        if is_empty {
+            self.end_repair(ctx, element, true);
+        }
+    }
+
+    /// Checking -> Asking, or nothing is bad any more.
+    pub(crate) fn on_repair_read(
+        &mut self,
+        ctx: &mut Context,
+        element: ElementKey,
+        read: ReadId,
+        result: Result<ReadBlocks, ReadError>,
+    ) {
+        let Some(repair) = self.repairs.elements.get_mut(&element) else { return };
+        let Stage::Checking { reads, bad } = &mut repair.stage else { return };
+        let Some(wanted) = reads.remove(&read) else { return };
+        if result.is_err() {
+            bad.push(wanted);
+        }
+        if !reads.is_empty() {
+            return;
+        }
+        if bad.is_empty() {
+            return self.end_repair(ctx, element, true);
+        }
+        bad.sort_unstable();
+        let slot = self.slots[repair.slot].id;
+        let members = ctx.state.slot(slot).map(|s| &s.tuple[..]).unwrap_or_default();
+        // Who is in sync is likely to have it.
+        let mut others: Vec<_> = members.iter().filter(|m| m.server != self.me).collect();
+        others.sort_by_key(|m| !m.in_sync);
+        repair.sources = others.into_iter().map(|m| m.server).collect();
+        self.ask_next(ctx, element);
+    }
+
+    /// Asks the next member for what is bad.
+    fn ask_next(&mut self, ctx: &mut Context, element: ElementKey) {
+        let Some(repair) = self.repairs.elements.get_mut(&element) else { return };
+        let bad = match &mut repair.stage {
+            Stage::Checking { bad, .. } | Stage::Asking { bad, .. } => std::mem::take(bad),
+            _ => return,
+        };
+        let slot = &self.slots[repair.slot];
+        while let Some(of) = repair.sources.pop_front() {
+            if self.connected.contains(&of) {
+                let blocks = bad.iter().map(|(row, block, _)| (*row, *block)).collect();
+                let fetch = Fetch { slot: slot.id, term: slot.term, element, blocks };
+                repair.stage = Stage::Asking { bad, of, until: ctx.now + ANSWER_MAX };
+                return ctx.send(Peer::Server(of), Body::Fetch(fetch));
+            }
+        }
+        repair.rounds += 1;
+        if repair.rounds >= ROUNDS_MAX {
+            return self.end_repair(ctx, element, false);
+        }
+        repair.stage = Stage::Resting { until: ctx.now + REST };
+        let waiters = std::mem::take(&mut repair.waiters);
+        self.tell_waiters(ctx, waiters, false);
+    }
+
+    /// A member has answered; true if the answer was for a repair.
+    pub(crate) fn on_repair_fetched(&mut self, ctx: &mut Context, from: ServerId, m: &Fetched) -> bool {
+        let Some(repair) = self.repairs.elements.get_mut(&m.element) else { return false };
+        let Stage::Asking { bad, of, .. } = &repair.stage else { return false };
+        if *of != from {
+            return false;
+        }
+        let data = m.data.to_bytes();
+        let size = BLOCK_SIZE as usize;
+        let is_good = m.result.is_ok()
+            && data.len() == bad.len() * size
+            && bad.iter().zip(data.chunks(size)).all(|(wanted, bytes)| crc32c(bytes) == wanted.2);
+        if !is_good {
+            // It may have something else there, or a bad copy, too; or this is the answer to a settlement.
+            self.ask_next(ctx, m.element);
+            return false;
+        }
+        let pieces = bad.iter().enumerate().map(|(i, wanted)| (*wanted, data.slice(i * size..(i + 1) * size)));
+        repair.stage = Stage::Fetched { data: pieces.collect(), again_at: ctx.now };
+        self.write_repaired(ctx, m.element);
+        true
+    }
+
+    /// Fetched -> Writing: what is still wanted is written to another place.
+    fn write_repaired(&mut self, ctx: &mut Context, element: ElementKey) {
+        let Some(repair) = self.repairs.elements.get_mut(&element) else { return };
+        let Stage::Fetched { data, again_at } = &mut repair.stage else { return };
+        *again_at = ctx.now + RETRY_AFTER;
+        match ctx.stores.load(element) {
+            Loaded::Ready => {}
+            Loaded::Pending => return self.wait_for_load(element, LoadWaiter::Repair),
+            Loaded::Failed => return self.end_repair(ctx, element, false),
+        }
+        let image = ctx.stores.image(element);
+        let is_wanted = |(row, block, crc): &Wanted| {
+            let row = image.rows.get(usize::from(*row));
+            row.is_some_and(|r| r.sums[usize::from(*block)] == BlockSum::Crc(*crc))
+        };
+        data.retain(|(wanted, _)| is_wanted(wanted));
+        if data.is_empty() || family_ended(ctx.state, element.family) {
+            return self.end_repair(ctx, element, true); // Written over meanwhile.
+        }
+        // What is promised to others stays free for them.
+        let blocks = data.len() as u64;
+        let reserved: u64 = self.windows.values().map(crate::data_access::Window::reserved).sum();
+        if ctx.stores.free_blocks() < reserved + blocks || !ctx.stores.is_ready_for(blocks) {
+            return;
+        }
+        let slot = &mut self.slots[repair.slot];
+        let data = data.iter().map(|((row, block, _), bytes)| (*row, *block, bytes.clone())).collect();
+        let change = Change::Replace { element, slot: slot.id, image, data, watermark: slot.watermark };
+        let Ok(ticket) = ctx.stores.stage(change) else { return };
+        repair.stage = Stage::Writing { blocks };
+        slot.outstanding += 1;
+        self.tickets.insert(ticket, TicketOwner::Repair { slot: repair.slot, element });
+    }
+
+    /// Writing -> repaired.
+    pub(crate) fn on_repair_stable(&mut self, ctx: &mut Context, element: ElementKey) {
+        let Some(Repair { stage: Stage::Writing { blocks }, .. }) = self.repairs.elements.get(&element) else { return };
+        self.counters.repaired_blocks += blocks;
+        self.end_repair(ctx, element, true);
+    }
+
+    fn end_repair(&mut self, ctx: &mut Context, element: ElementKey, is_good: bool) {
+        let Some(repair) = self.repairs.elements.remove(&element) else { return };
+        self.tell_waiters(ctx, repair.waiters, is_good);
+    }
+
+    fn tell_waiters(&mut self, ctx: &mut Context, waiters: Vec<OpNumber>, is_good: bool) {
+        for number in waiters {
+            self.on_repaired_for(ctx, number, is_good);
+        }
+    }
+}
