@@ -1388,7 +1388,10 @@ impl DataAccess {
 
     /// When something is due although nothing else happens.
     pub fn next_timeout(&self) -> Option<Instant> {
-        [self.watermark_timer, self.wake_at, self.silence.next_look(), self.repairs.next_timeout()].into_iter().flatten().min()
+        [self.watermark_timer, self.wake_at, self.silence.next_look(), self.repairs.next_timeout()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// A session is over: nothing of it will be asked again.
