@@ -53,25 +53,25 @@ impl Desk {
         call.askers.push((client, tag));
     }
 
-    /// A command was applied. With `settle_at` its callers wait until these servers have settled it; true
-    /// if somebody does (then the caller asks the servers).
+    /// A command was applied. With `settle_at` its callers wait until these servers have settled that index;
+    /// returned if somebody does (then the caller asks the servers).
     pub fn on_executed(
         &mut self,
         id: CommandId,
         index: StateIndex,
         result: CommandResult,
-        settle_at: Option<Vec<ServerId>>,
+        settle_at: Option<(StateIndex, Vec<ServerId>)>,
         out: &mut VecDeque<Output>,
-    ) -> bool {
+    ) -> Option<StateIndex> {
         let key = (id.proposer, id.number);
-        let Some(call) = self.calls.get_mut(&key) else { return false };
-        if let Stage::Settling { .. } = call.stage {
-            return true; // Asked for again: the servers are asked again too.
+        let Some(call) = self.calls.get_mut(&key) else { return None };
+        if let Stage::Settling { settles, .. } = call.stage {
+            return Some(settles); // Asked for again: the servers are asked again too.
         }
         match (result, settle_at) {
-            (Ok(outcome), Some(servers)) if !servers.is_empty() => {
-                call.stage = Stage::Settling { index, outcome, settles: index, waits: servers.into_iter().collect() };
-                true
+            (Ok(outcome), Some((settles, servers))) if !servers.is_empty() => {
+                call.stage = Stage::Settling { index, outcome, settles, waits: servers.into_iter().collect() };
+                Some(settles)
             }
             (result, _) => {
                 let call = self.calls.remove(&key).expect("just found");
@@ -79,7 +79,7 @@ impl Desk {
                     .map(|outcome| AdminResponse::Executed { index, outcome, unsettled: Vec::new() })
                     .map_err(AdminError::Refused);
                 reply(call.askers, answer, index, out);
-                false
+                None
             }
         }
     }

@@ -77,7 +77,7 @@ pub const STALL: Duration = Duration::from_millis(100);
 /// while it is but stays silent.
 pub const SILENCE_DISCONNECTED: Duration = Duration::from_millis(500);
 /// The second of these.
-pub const SILENCE_CONNECTED: Duration = Duration::from_millis(1500);
+pub const SILENCE_CONNECTED: Duration = Duration::from_millis(1000);
 /// First delay before something unanswered is sent again.
 pub const RETRY_MIN: Duration = Duration::from_millis(20);
 /// Longest delay between two tries.

@@ -575,6 +575,8 @@ pub enum Part {
         blocks: Vec<(u16, u8)>,
         /// True when it settles the slot, false when it brings a candidate up to date.
         settles: bool,
+        /// Of each session with an id in the image: requests below this number are finished (I6).
+        finished_below: Vec<(SessionId, u64)>,
     },
     /// The settlement is finished: the watermark moves to (term, 0).
     SettlementDone,
@@ -668,6 +670,8 @@ pub struct List {
     pub above: Version,
     /// Only elements after this one.
     pub after: Option<ElementKey>,
+    /// Echoed: which attempt to bring a member back it belongs to; 0 in a settlement.
+    pub attempt: u64,
 }
 
 /// Answer to `List`.
@@ -681,6 +685,8 @@ pub struct Listed {
     pub elements: Vec<(ElementKey, ElementImage)>,
     /// Ask again after this one; `None` = all told.
     pub next: Option<ElementKey>,
+    /// As asked.
+    pub attempt: u64,
 }
 
 /// Asks what a member that is being brought back has of some elements, in a promised term.
@@ -692,6 +698,8 @@ pub struct Compare {
     pub term: Term,
     /// The elements.
     pub elements: Vec<ElementKey>,
+    /// Echoed: which attempt it belongs to.
+    pub attempt: u64,
 }
 
 /// Answer to `Compare`.
@@ -703,6 +711,8 @@ pub struct Compared {
     pub term: Term,
     /// What is there of each, whatever its version.
     pub elements: Vec<(ElementKey, ElementImage)>,
+    /// As asked.
+    pub attempt: u64,
 }
 
 /// Reads an element at a replica. Answered with what is there, never bounced.
@@ -753,6 +763,8 @@ pub struct Propose {
     pub id: CommandId,
     /// What.
     pub command: Command,
+    /// It was handed on once by a ring member: not again.
+    pub forwarded: bool,
 }
 
 /// Asks for decided entries.

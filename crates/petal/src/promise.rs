@@ -31,7 +31,7 @@ use crate::store::{BlockSum, Change, DiskError, ElementImage, Loaded, ReadBlocks
 use bytes::Bytes;
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use stdx::Instant;
+use stdx::{FastMap, Instant};
 
 /// Elements of a slot that are settled side by side.
 const SETTLING_MAX: usize = 8;
@@ -114,11 +114,11 @@ enum Purpose {
     /// This server's own part of a settlement.
     Own,
     /// The primary asked what is newer.
-    Answer { to: ServerId },
+    Answer { to: ServerId, attempt: u64 },
     /// The primary asked about single elements.
-    Compare { to: ServerId },
+    Compare { to: ServerId, attempt: u64 },
     /// Keys only: what a member may lack that this primary brings back.
-    Joiner { server: ServerId },
+    Joiner { server: ServerId, attempt: u64 },
 }
 
 /// A list being put together, for the primary or for oneself.
@@ -281,7 +281,10 @@ impl DataAccess {
                 Some((_, present)) if present > term => {} // It will learn.
                 // This server is behind: it answers when it has caught up.
                 _ => {
-                    self.early_promises.insert(id, (from, term));
+                    let early = self.early_promises.entry(id).or_insert((from, term));
+                    if early.1 <= term {
+                        *early = (from, term);
+                    }
                 }
             }
         }
@@ -362,7 +365,7 @@ impl DataAccess {
         let lowest = promised.values().copied().min().expect("its own at least");
         acting.phase = Phase::Listing { lowest, lists: Lists::new(), done: BTreeSet::new() };
         for to in acting.receivers.clone() {
-            ctx.send(Peer::Server(to), Body::List(List { slot: id, term, above: lowest, after: None }));
+            ctx.send(Peer::Server(to), Body::List(List { slot: id, term, above: lowest, after: None, attempt: 0 }));
         }
         self.begin_listing(ctx, index, lowest, None, Purpose::Own);
     }
@@ -406,10 +409,10 @@ impl DataAccess {
         &mut self,
         ctx: &mut Context,
         index: SlotIndex,
-        to: ServerId,
+        (to, attempt): (ServerId, u64),
         elements: Vec<ElementKey>,
     ) {
-        let mut listing = Listing::new(index, self.slots[index].term, Version::ZERO, Purpose::Compare { to });
+        let mut listing = Listing::new(index, self.slots[index].term, Version::ZERO, Purpose::Compare { to, attempt });
         listing.keys = elements.into();
         self.run_listing(ctx, listing);
     }
@@ -419,11 +422,11 @@ impl DataAccess {
         &mut self,
         ctx: &mut Context,
         index: SlotIndex,
-        server: ServerId,
+        (server, attempt): (ServerId, u64),
         above: Version,
         after: Option<ElementKey>,
     ) {
-        let mut listing = Listing::new(index, self.slots[index].term, above, Purpose::Joiner { server });
+        let mut listing = Listing::new(index, self.slots[index].term, above, Purpose::Joiner { server, attempt });
         listing.scan = Some(ctx.stores.scan_all(after, LIST_ELEMENTS_MAX));
         self.run_listing(ctx, listing);
     }
@@ -454,9 +457,9 @@ impl DataAccess {
         if listing.scan.is_some() {
             return;
         }
-        if let Purpose::Joiner { server } = listing.purpose {
+        if let Purpose::Joiner { server, attempt } = listing.purpose {
             let listing = self.listings.remove(&job).expect("just found");
-            return self.on_joiner_mine(ctx, listing.slot, server, listing.keys.into(), listing.next);
+            return self.on_joiner_mine(ctx, listing.slot, (server, attempt), listing.keys.into(), listing.next);
         }
         while let Some(&key) = listing.keys.front() {
             match ctx.stores.load(key) {
@@ -475,11 +478,11 @@ impl DataAccess {
         let slot = self.slots[listing.slot].id;
         let (term, elements, next) = (listing.term, listing.images, listing.next);
         match listing.purpose {
-            Purpose::Answer { to } => {
-                ctx.send(Peer::Server(to), Body::Listed(Listed { slot, term, elements, next }));
+            Purpose::Answer { to, attempt } => {
+                ctx.send(Peer::Server(to), Body::Listed(Listed { slot, term, elements, next, attempt }));
             }
-            Purpose::Compare { to } => {
-                ctx.send(Peer::Server(to), Body::Compared(Compared { slot, term, elements }));
+            Purpose::Compare { to, attempt } => {
+                ctx.send(Peer::Server(to), Body::Compared(Compared { slot, term, elements, attempt }));
             }
             Purpose::Own => self.on_list_part(ctx, listing.slot, self.me, elements, next),
             Purpose::Joiner { .. } => unreachable!("told above"),
@@ -491,7 +494,7 @@ impl DataAccess {
         let Some(&index) = self.by_id.get(&m.slot) else { return };
         let slot = &self.slots[index];
         if slot.promised == m.term && slot.term == m.term && slot.primary == Some(from) {
-            self.begin_listing(ctx, index, m.above, m.after, Purpose::Answer { to: from });
+            self.begin_listing(ctx, index, m.above, m.after, Purpose::Answer { to: from, attempt: m.attempt });
         }
     }
 
@@ -504,7 +507,7 @@ impl DataAccess {
             return;
         }
         if slot.acting.as_ref().is_some_and(|a| a.joiners.contains_key(&from)) {
-            self.on_joiner_listed(ctx, index, from, m.elements, m.next);
+            self.on_joiner_listed(ctx, index, (from, m.attempt), m.elements, m.next);
         } else {
             self.on_list_part(ctx, index, from, m.elements, m.next);
         }
@@ -530,7 +533,7 @@ impl DataAccess {
         match next {
             Some(after) if from == self.me => self.begin_listing(ctx, index, above, Some(after), Purpose::Own),
             Some(after) => {
-                let list = List { slot: id, term, above, after: Some(after) };
+                let list = List { slot: id, term, above, after: Some(after), attempt: 0 };
                 ctx.send(Peer::Server(from), Body::List(list));
             }
             None => {
@@ -713,10 +716,12 @@ impl DataAccess {
         let data: BTreeMap<(u16, u8), Bytes> = blocks.iter().copied().zip(bytes).collect();
         let settling = active.remove(&element).expect("just found");
         let image = settling.difference.image;
+        let finished = finished_below(&self.session_low, &image);
         for (server, other) in settling.difference.others.iter().filter(|(s, _)| **s != self.me) {
             let blocks = lacking(&image, other.as_ref());
             let payload = Payload(blocks.iter().filter_map(|place| data.get(place).cloned()).collect());
-            let part = Part::Copy { element, image: image.clone(), blocks, settles: true };
+            let finished_below = finished.clone();
+            let part = Part::Copy { element, image: image.clone(), blocks, settles: true, finished_below };
             let outgoing = acting.streams.get_mut(server).expect("a stream to every other in-sync member");
             self.windows.entry(*server).or_default().in_flight += payload.len() as u64 / BLOCK_SIZE;
             let m = outgoing.push(slot.id, slot.term, slot.watermark, part, payload, None);
@@ -870,7 +875,7 @@ impl DataAccess {
         match &acting.phase {
             Phase::Listing { lowest, lists, done } if !done.contains(&server) => {
                 let after = lists.get(&server).and_then(|l| l.last_key_value()).map(|(k, _)| *k);
-                ctx.send(Peer::Server(server), Body::List(List { slot: id, term, above: *lowest, after }));
+                ctx.send(Peer::Server(server), Body::List(List { slot: id, term, above: *lowest, after, attempt: 0 }));
             }
             Phase::Settling { active, .. } => {
                 for settling in active.values().filter(|s| s.difference.winner == server) {
@@ -931,6 +936,12 @@ pub(crate) fn lacking(image: &ElementImage, present: Option<&ElementImage>) -> V
         }
     }
     blocks
+}
+
+/// Of each session with an id in the image: the number below which its requests are finished (I6).
+pub(crate) fn finished_below(lows: &FastMap<SessionId, u64>, image: &ElementImage) -> Vec<(SessionId, u64)> {
+    let sessions: BTreeSet<SessionId> = image.ids.iter().map(|id| id.session).collect();
+    sessions.into_iter().filter_map(|s| Some((s, *lows.get(&s)?))).collect()
 }
 
 fn slot_of(state: &crate::global_state::State, key: ElementKey) -> Option<SlotId> {

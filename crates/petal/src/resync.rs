@@ -29,7 +29,7 @@ use crate::data_access::{Context, DataAccess, LoadWaiter, OpNumber, Outgoing, Re
 use crate::global_state::Command;
 use crate::ids::*;
 use crate::message::*;
-use crate::promise::lacking;
+use crate::promise::{finished_below, lacking};
 use crate::repair::Retry;
 use crate::sabotage::Sabotage;
 use crate::server::Peer;
@@ -53,6 +53,8 @@ pub(crate) const WHOLE: u16 = u16::MAX;
 /// A member of a slot that is not in sync, as its acting primary sees it.
 pub(crate) struct Joiner {
     incarnation: Incarnation,
+    /// Which attempt this is: answers to earlier ones are of no interest.
+    attempt: u64,
     stage: Stage,
     /// The stream to it.
     pub outgoing: Outgoing,
@@ -149,6 +151,21 @@ impl Joiner {
         matches!(self.stage, Stage::Proposing { key: Some(_) })
     }
 
+    /// Writes wait for it, and it could still be left out.
+    pub fn is_closing(&self) -> bool {
+        self.counts() && !self.is_proposed()
+    }
+
+    /// What it lacks cannot be read here: it stays as it is until something changes.
+    fn is_stuck(&self) -> bool {
+        match &self.stage {
+            Stage::Copying { stale, todo, comparing, active: 0 } => {
+                !stale.is_empty() && todo.is_empty() && comparing.is_empty()
+            }
+            _ => false,
+        }
+    }
+
     /// Elements that it still lacks, as far as known.
     pub fn left(&self) -> usize {
         match &self.stage {
@@ -171,8 +188,8 @@ impl DataAccess {
         let mut joining: BTreeMap<ServerId, usize> = BTreeMap::new();
         for index in 0..self.slots.len() {
             self.drop_lost_joiners(ctx, index);
-            for server in self.slots[index].acting.iter().flat_map(|a| a.joiners.keys()) {
-                *joining.entry(*server).or_default() += 1;
+            for (server, joiner) in self.slots[index].acting.iter().flat_map(|a| &a.joiners) {
+                *joining.entry(*server).or_default() += usize::from(!joiner.is_stuck());
             }
         }
         let mut asks: BTreeMap<ServerId, Vec<(SlotId, Term)>> = BTreeMap::new();
@@ -199,7 +216,8 @@ impl DataAccess {
                 self.next_stream += 1;
                 let outgoing = Outgoing::new(self.next_stream);
                 let slot = &mut self.slots[index];
-                let joiner = Joiner { incarnation, stage: Stage::Promising, outgoing };
+                let (attempt, stage) = (self.next_stream, Stage::Promising);
+                let joiner = Joiner { incarnation, attempt, stage, outgoing };
                 slot.acting.as_mut().expect("just seen").joiners.insert(server, joiner);
                 asks.entry(server).or_default().push((slot.id, slot.term));
                 self.joining.insert((index, server));
@@ -213,7 +231,8 @@ impl DataAccess {
         let Some(acting) = &self.slots[index].acting else { return };
         let is_lost = |server: &ServerId, joiner: &Joiner| {
             let Some(state) = ctx.state.servers.get(server) else { return true };
-            state.incarnation != joiner.incarnation || state.down || (state.suspect.is_some() && !joiner.is_proposed())
+            let is_away = state.suspect.is_some() || !self.connected.contains(server);
+            state.incarnation != joiner.incarnation || state.down || (is_away && !joiner.is_proposed())
         };
         let lost: Vec<ServerId> = acting.joiners.iter().filter(|(s, j)| is_lost(s, j)).map(|(s, _)| *s).collect();
         for server in lost {
@@ -222,7 +241,7 @@ impl DataAccess {
     }
 
     /// Forgets a joiner; what waited for it waits no more.
-    fn drop_joiner(&mut self, ctx: &mut Context, index: SlotIndex, server: ServerId) {
+    pub(crate) fn drop_joiner(&mut self, ctx: &mut Context, index: SlotIndex, server: ServerId) {
         self.joining.remove(&(index, server));
         self.joins_due = true;
         let Some(acting) = self.slots[index].acting.as_mut() else { return };
@@ -288,10 +307,11 @@ impl DataAccess {
             mine_done: false,
             written: BTreeSet::new(),
         };
-        ctx.send(Peer::Server(from), Body::List(List { slot: id, term, above, after: None }));
+        let attempt = joiner.attempt;
+        ctx.send(Peer::Server(from), Body::List(List { slot: id, term, above, after: None, attempt }));
         match ctx.stores.newer(id, above) {
-            Some(keys) => self.on_joiner_mine(ctx, index, from, keys, None),
-            None => self.scan_for_joiner(ctx, index, from, above, None),
+            Some(keys) => self.on_joiner_mine(ctx, index, (from, attempt), keys, None),
+            None => self.scan_for_joiner(ctx, index, (from, attempt), above, None),
         }
     }
 
@@ -300,16 +320,17 @@ impl DataAccess {
         &mut self,
         ctx: &mut Context,
         index: SlotIndex,
-        to: ServerId,
+        (to, attempt): (ServerId, u64),
         keys: Vec<ElementKey>,
         next: Option<ElementKey>,
     ) {
         let joiner = self.slots[index].acting.as_mut().and_then(|a| a.joiners.get_mut(&to));
+        let joiner = joiner.filter(|j| j.attempt == attempt);
         let Some(Stage::Listing { above, mine, mine_done, .. }) = joiner.map(|j| &mut j.stage) else { return };
         mine.extend(keys);
         let above = *above;
         match next {
-            Some(after) => self.scan_for_joiner(ctx, index, to, above, Some(after)),
+            Some(after) => self.scan_for_joiner(ctx, index, (to, attempt), above, Some(after)),
             None => {
                 *mine_done = true;
                 self.copy_if_listed(ctx, index, to);
@@ -322,18 +343,18 @@ impl DataAccess {
         &mut self,
         ctx: &mut Context,
         index: SlotIndex,
-        from: ServerId,
+        (from, attempt): (ServerId, u64),
         elements: Vec<(ElementKey, ElementImage)>,
         next: Option<ElementKey>,
     ) {
         let slot = &mut self.slots[index];
         let (id, term) = (slot.id, slot.term);
-        let joiner = slot.acting.as_mut().and_then(|a| a.joiners.get_mut(&from));
+        let joiner = slot.acting.as_mut().and_then(|a| a.joiners.get_mut(&from)).filter(|j| j.attempt == attempt);
         let Some(Stage::Listing { above, theirs, theirs_done, .. }) = joiner.map(|j| &mut j.stage) else { return };
         theirs.extend(elements);
         match next {
             Some(after) => {
-                let list = List { slot: id, term, above: *above, after: Some(after) };
+                let list = List { slot: id, term, above: *above, after: Some(after), attempt };
                 ctx.send(Peer::Server(from), Body::List(list));
             }
             None => {
@@ -391,6 +412,7 @@ impl DataAccess {
         let slot = &mut self.slots[index];
         let (id, term) = (slot.id, slot.term);
         let Some(joiner) = slot.acting.as_mut().and_then(|a| a.joiners.get_mut(&server)) else { return };
+        let attempt = joiner.attempt;
         let window = self.windows.entry(server).or_default();
         let has_room = joiner.outgoing.cost() < BLOCKS_MAX && window.admits(BLOCKS_PER_ELEMENT as u64);
         let Stage::Copying { stale, todo, comparing, active } = &mut joiner.stage else { return };
@@ -426,7 +448,7 @@ impl DataAccess {
         }
         asked.sort_unstable();
         if !asked.is_empty() {
-            ctx.send(Peer::Server(server), Body::Compare(Compare { slot: id, term, elements: asked }));
+            ctx.send(Peer::Server(server), Body::Compare(Compare { slot: id, term, elements: asked, attempt }));
         }
         for element in begun {
             self.begin_copy(ctx, index, server, element);
@@ -441,7 +463,8 @@ impl DataAccess {
         if slot.term != m.term {
             return;
         }
-        let Some(joiner) = slot.acting.as_mut().and_then(|a| a.joiners.get_mut(&from)) else { return };
+        let joiner = slot.acting.as_mut().and_then(|a| a.joiners.get_mut(&from));
+        let Some(joiner) = joiner.filter(|j| j.attempt == m.attempt) else { return };
         let Stage::Copying { stale, todo, comparing, .. } = &mut joiner.stage else { return };
         for (element, image) in m.elements {
             if comparing.remove(&element) {
@@ -509,7 +532,8 @@ impl DataAccess {
         self.windows.entry(to).or_default().in_flight += cost;
         self.counters.recovered_elements += 1;
         self.counters.recovered_blocks += cost;
-        let part = Part::Copy { element, image, blocks, settles: false };
+        let finished_below = finished_below(&self.session_low, &image);
+        let part = Part::Copy { element, image, blocks, settles: false, finished_below };
         let m = joiner.outgoing.push(slot.id, slot.term, slot.watermark, part, payload, None);
         if self.connected.contains(&to) {
             ctx.send(Peer::Server(to), Body::Replicate(m));
@@ -579,7 +603,7 @@ impl DataAccess {
 
     fn propose_due(&mut self, ctx: &mut Context) {
         let mut due: BTreeMap<(ServerId, Incarnation), Vec<(SlotId, Term)>> = BTreeMap::new();
-        let key = self.next_job;
+        let mut keys: BTreeMap<ServerId, u64> = BTreeMap::new();
         for (index, server) in &self.joining {
             let slot = &mut self.slots[*index];
             let Some(joiner) = slot.acting.as_mut().and_then(|a| a.joiners.get_mut(server)) else { continue };
@@ -590,16 +614,16 @@ impl DataAccess {
                 let slots = due.entry((*server, joiner.incarnation)).or_default();
                 if slots.len() < PROPOSAL_MAX {
                     slots.push((slot.id, slot.term));
-                    *none = Some(key);
+                    // One for each command: one that is decided says nothing of another.
+                    *none = Some(*keys.entry(*server).or_insert_with(|| {
+                        self.next_job += 1;
+                        self.next_job - 1
+                    }));
                 }
             }
         }
-        if due.is_empty() {
-            return;
-        }
-        self.next_job += 1;
         for ((server, incarnation), slots) in due {
-            self.proposals.push((key, Command::InSync { server, incarnation, slots }));
+            self.proposals.push((keys[&server], Command::InSync { server, incarnation, slots }));
         }
     }
 
@@ -643,7 +667,7 @@ impl DataAccess {
         let Some(&index) = self.by_id.get(&m.slot) else { return };
         let slot = &self.slots[index];
         if slot.promised == m.term && slot.term == m.term && slot.primary == Some(from) {
-            self.begin_comparing(ctx, index, from, m.elements);
+            self.begin_comparing(ctx, index, (from, m.attempt), m.elements);
         }
     }
 }

@@ -514,14 +514,15 @@ impl Server {
         let global = self.global.as_ref().expect("commands are applied when the disks are open");
         let state = global.state();
         let Some(&(index, ref result)) = state.result(&id) else { return };
-        let servers = settlers(state);
+        // Who is asked follows from the present state, so that is what they must have settled: somebody who is
+        // down by a later command is not waited for, and the others must know that command (2.1).
+        let (servers, settled) = (settlers(state), state.index);
         let settles = narrows && result.is_ok();
         let result = result.clone();
-        if !self.admin.on_executed(id, index, result, settles.then(|| servers.clone()), &mut self.out) {
-            return;
-        }
+        let settle_at = settles.then(|| (settled, servers.clone()));
+        let Some(asked) = self.admin.on_executed(id, index, result, settle_at, &mut self.out) else { return };
         for server in servers {
-            self.ask_to_settle(server, index);
+            self.ask_to_settle(server, asked);
         }
     }
 

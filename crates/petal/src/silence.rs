@@ -8,10 +8,12 @@
 //! What was taken out may not know it for as long as a lease: until then nothing new is served
 //! (`Acting::not_before`).
 
-use crate::data_access::{Context, DataAccess};
+use crate::data_access::{Context, DataAccess, Slot, SlotIndex};
 use crate::global_state::Command;
 use crate::ids::*;
-use crate::limits::{SILENCE_CONNECTED, SILENCE_DISCONNECTED};
+use crate::limits::{LEASE, SILENCE_CONNECTED, SILENCE_DISCONNECTED};
+use crate::promise::Acting;
+use crate::resync::Joiner;
 use std::collections::{BTreeMap, BTreeSet};
 use stdx::{Duration, Instant};
 
@@ -62,6 +64,9 @@ impl DataAccess {
         let is_late = ctx.now.since(look) > LATE;
         let waited_for = self.waited_for();
         let heard = std::mem::take(&mut self.silence.heard);
+        // When the youngest request was sent for which a majority has granted the present lease.
+        let granted =
+            ctx.liveness.lease_until().map(|until| Instant::from_nanos(until.as_nanos() - LEASE.as_nanos() as u64));
         let lease = ctx.liveness.lease(ctx.now).is_some();
         self.silence.since.retain(|server, _| waited_for.contains(server) && !heard.contains(server));
         for server in &waited_for {
@@ -74,7 +79,13 @@ impl DataAccess {
         for server in waited_for {
             let silent = ctx.now.since(self.silence.since[&server]);
             let patience = if self.connected.contains(&server) { SILENCE_CONNECTED } else { SILENCE_DISCONNECTED };
-            if silent >= patience && !self.silence.proposed.contains_key(&server) {
+            if silent < patience {
+                continue;
+            }
+            self.leave_closing_joiners(ctx, server);
+            // It may be this server that is cut off: only who is heard by a majority since then may judge.
+            let is_heard = granted.is_some_and(|at| at >= self.silence.since[&server]);
+            if is_heard && !self.silence.proposed.contains_key(&server) {
                 self.propose_take_out(ctx, server);
             }
         }
@@ -82,7 +93,21 @@ impl DataAccess {
 
     fn waited_for(&self) -> BTreeSet<ServerId> {
         let acting = self.slots.iter().filter_map(|s| s.acting.as_ref());
-        acting.flat_map(|a| a.receivers.iter().filter(|r| a.waits_for(**r)).copied()).collect()
+        let in_sync = |a: &Acting| a.receivers.iter().filter(|r| a.waits_for(**r)).copied().collect::<Vec<_>>();
+        let closing =
+            |a: &Acting| a.joiners.iter().filter(|(_, j)| j.is_closing()).map(|(s, _)| *s).collect::<Vec<_>>();
+        acting.flat_map(|a| in_sync(a).into_iter().chain(closing(a))).collect()
+    }
+
+    /// Writes wait for members that have everything and are not proposed yet: who is silent is left out
+    /// again, and begun with anew when it answers.
+    fn leave_closing_joiners(&mut self, ctx: &mut Context, server: ServerId) {
+        let is_closing =
+            |slot: &Slot| slot.acting.as_ref().and_then(|a| a.joiners.get(&server)).is_some_and(Joiner::is_closing);
+        let slots: Vec<SlotIndex> = (0..self.slots.len()).filter(|i| is_closing(&self.slots[*i])).collect();
+        for index in slots {
+            self.drop_joiner(ctx, index, server);
+        }
     }
 
     /// The slots in which it holds something up, where another live member remains.

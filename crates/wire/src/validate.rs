@@ -245,8 +245,10 @@ fn replicate(m: &Replicate) -> Check {
             require(end <= BLOCKS_PER_ELEMENT, "it reaches over the end of its element")?;
             data_of(sums, &m.data)
         }
-        Part::Copy { element: key, image, blocks, .. } => {
+        Part::Copy { element: key, image, blocks, finished_below, .. } => {
             element(key.element)?;
+            require(finished_below.len() <= image.ids.len(), "more sessions than request ids")?;
+            finished_below.iter().try_for_each(|(_, below)| counters(&[*below]))?;
             element_image(image)?;
             row_blocks(blocks, image.rows.len())?;
             require(m.data.len() == blocks.len() * BLOCK_SIZE as usize, "its data is not as long as its list of blocks")

@@ -564,6 +564,12 @@ impl Client {
                 self.ready.push_back(index);
             }
         }
+        // What waits for the window of such a server may go elsewhere, and windows have room again.
+        self.route_again(|link| link.silent);
+        let servers: Vec<ServerId> = self.links.iter().filter(|(_, l)| l.silent).map(|(s, _)| *s).collect();
+        for server in servers {
+            self.fill_window(server);
+        }
         for id in waiting {
             let session = self.sessions.get_mut(&id).expect("a session outlives its operations");
             session.refresh.pause = session.refresh.pause.min(SCAN_EVERY);

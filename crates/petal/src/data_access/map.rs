@@ -17,6 +17,8 @@ pub(super) struct MapRequest {
 
 impl DataAccess {
     pub(super) fn on_map(&mut self, ctx: &mut Context, client: ClientId, m: Map) -> Result<(), Refusal> {
+        // Who has no lease may have been away: somebody else acts, and has written, by now.
+        ctx.liveness.lease(ctx.now).ok_or(Refusal::NotReady)?;
         let session = ctx.state.sessions.get(&m.access.session).ok_or(Refusal::SessionEnded)?;
         let vdisk = ctx.state.vdisks.get(&m.access.vdisk).ok_or(Refusal::SessionEnded)?;
         if session.vdisk != m.access.vdisk {

@@ -251,7 +251,7 @@ pub struct DataAccess {
     verifications: Vec<verify::Verification>,
     pub(crate) windows: BTreeMap<ServerId, Window>,
     pub(crate) connected: BTreeSet<ServerId>,
-    session_low: FastMap<SessionId, u64>,
+    pub(crate) session_low: FastMap<SessionId, u64>,
     starved: VecDeque<OpNumber>,
     /// Operations whose turn has come.
     startable: VecDeque<OpNumber>,

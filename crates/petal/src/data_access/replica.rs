@@ -133,7 +133,11 @@ impl DataAccess {
                 // The primary has no such element: what was here was never complete.
                 (!family_ended(ctx.state, element.family)).then_some(Change::Drop { element })
             }
-            Part::Copy { element, mut image, blocks: places, settles: _ } => {
+            Part::Copy { element, mut image, blocks: places, finished_below, .. } => {
+                for (session, below) in finished_below {
+                    let low = self.session_low.get_or_insert_with(session, || 0);
+                    *low = (*low).max(below);
+                }
                 if self.sabotage == Sabotage::IdsNotCopied {
                     image.ids = ctx.stores.ids(element).to_vec();
                 }
@@ -298,6 +302,8 @@ impl DataAccess {
     /// A connection to a server is up: promises and streams go on where they were.
     pub fn on_connected(&mut self, ctx: &mut Context, server: ServerId, incarnation: Incarnation) {
         self.connected.insert(server);
+        // What was told of the window may have been lost with the last connection.
+        self.window_due.insert(server);
         let window = self.windows.entry(server).or_default();
         if window.incarnation != incarnation {
             *window = Window { incarnation, ..Window::default() };
@@ -328,6 +334,7 @@ impl DataAccess {
     /// A connection to a server is gone, with what was on it.
     pub fn on_disconnected(&mut self, server: ServerId) {
         self.connected.remove(&server);
+        self.joins_due = true;
     }
 }
 

@@ -426,10 +426,10 @@ impl GlobalState {
         if self.append(m.id, &m.command) {
             return;
         }
-        // One step on, and only for who may not know the ring: two members never send it to and fro.
+        // One step on, and once: the sender may not know the ring, or may be cut off from its leader.
         let leader = self.leader().filter(|leader| *leader != self.me && *leader != from);
-        if let (Some(leader), None, Some(_)) = (leader, self.state.ring.node_of(from), &self.ring) {
-            self.send(leader, Body::Propose(m));
+        if let (Some(leader), false, Some(_)) = (leader, m.forwarded, &self.ring) {
+            self.send(leader, Body::Propose(message::Propose { forwarded: true, ..m }));
         }
     }
 
@@ -696,7 +696,7 @@ impl GlobalState {
                 continue;
             }
             if let Some(to) = self.propose_to(tries) {
-                self.send(to, Body::Propose(message::Propose { id, command }));
+                self.send(to, Body::Propose(message::Propose { id, command, forwarded: false }));
             }
         }
     }

@@ -102,7 +102,13 @@ pub fn samples() -> Vec<Message> {
             vec![block(2)],
         ),
         replicate(
-            Part::Copy { element: element(), image: image(), blocks: vec![(0, 2), (0, 3)], settles: true },
+            Part::Copy {
+                element: element(),
+                image: image(),
+                blocks: vec![(0, 2), (0, 3)],
+                settles: true,
+                finished_below: vec![(SessionId(3), 9)],
+            },
             vec![block(2), block(3)],
         ),
         replicate(Part::SettlementDone, vec![]),
@@ -118,12 +124,12 @@ pub fn samples() -> Vec<Message> {
         }),
         Body::Promise(Promise { slots: vec![(slot(), 12)] }),
         Body::Promised(Promised { slots: vec![(slot(), 12, version(10, 4))], window: 512, full: true }),
-        Body::List(List { slot: slot(), term: 12, above: version(10, 4), after: Some(element()) }),
-        Body::Listed(Listed { slot: slot(), term: 12, elements: vec![(element(), image())], next: None }),
+        Body::List(List { slot: slot(), term: 12, above: version(10, 4), after: Some(element()), attempt: 0 }),
+        Body::Listed(Listed { slot: slot(), term: 12, elements: vec![(element(), image())], next: None, attempt: 7 }),
         Body::Fetch(Fetch { slot: slot(), term: 12, element: element(), blocks: vec![(0, 3)] }),
         Body::Fetched(Fetched { slot: slot(), term: 12, element: element(), result: Ok(()), data: block(3).into() }),
         Body::Ring(Ring { configuration: 1, bytes: vec![1, 2, 3] }),
-        Body::Propose(Propose { id: id(), command: Command::DeleteDisk { vdisk: VdiskId(2) } }),
+        Body::Propose(Propose { id: id(), command: Command::DeleteDisk { vdisk: VdiskId(2) }, forwarded: false }),
         Body::Learn(Learn { from: 13 }),
         Body::Entries(Entries { from: 13, entries: vec![Entry { id: id(), command: Command::Noop }] }),
         Body::Snapshot(Snapshot { state: vec![4, 5, 6] }),
@@ -138,8 +144,8 @@ pub fn samples() -> Vec<Message> {
             silent: vec![ServerId(2), ServerId(5)],
         }),
         Body::Grant(Grant { sequence: 40, configuration: 1, granted: true }),
-        Body::Compare(Compare { slot: slot(), term: 12, elements: vec![element()] }),
-        Body::Compared(Compared { slot: slot(), term: 12, elements: vec![(element(), image())] }),
+        Body::Compare(Compare { slot: slot(), term: 12, elements: vec![element()], attempt: 7 }),
+        Body::Compared(Compared { slot: slot(), term: 12, elements: vec![(element(), image())], attempt: 7 }),
     ];
     bodies.into_iter().map(|body| Message { state_index: 13, body }).collect()
 }
