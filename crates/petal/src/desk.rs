@@ -185,7 +185,7 @@ mod tests {
         let (mut desk, mut out) = (Desk::default(), VecDeque::new());
         desk.expect(7, 1, ID, Instant::ZERO + Duration::from_secs(10));
         let servers = vec![ServerId(1), ServerId(2), ServerId(3)];
-        assert!(desk.on_executed(ID, 20, Ok(Outcome::Done), Some(servers), &mut out));
+        assert_eq!(desk.on_executed(ID, 20, Ok(Outcome::Done), Some((20, servers)), &mut out), Some(20));
         (desk, out)
     }
 
