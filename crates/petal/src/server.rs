@@ -353,8 +353,10 @@ impl Server {
     fn on_message(&mut self, from: Peer, message: Message) {
         let now = self.now;
         if let Peer::Server(server) = from {
+            let stopping = matches!(self.stage, Stage::Stopping { .. });
             let global = self.global();
-            if message.state_index > global.state().index {
+            // Who stops wants to know that the others have its goodbye.
+            if stopping || message.state_index > global.state().index {
                 global.on_index(now, server, message.state_index);
             }
         }

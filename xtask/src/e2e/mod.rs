@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod chaos;
+mod failures;
 mod nbd;
 mod processes;
 mod real_data;
@@ -48,6 +49,11 @@ const SCENARIOS: &[Scenario] = &[
     ("fio_verifies_mixed_sizes_over_two_connections", nbd::fio_verifies),
     ("illegal_nbd_requests_leave_the_server_unharmed", nbd::illegal_requests),
     ("thousands_of_idle_connections_do_no_harm", nbd::idle_connections),
+    ("i_o_goes_on_when_one_server_is_killed", failures::one_server_killed),
+    ("i_o_goes_on_when_the_ring_leader_is_killed", failures::ring_leader_killed),
+    ("a_planned_stop_hands_over", failures::planned_stop),
+    ("a_server_frozen_past_its_lease_begins_a_new_life", failures::frozen_past_its_lease),
+    ("two_neighbours_killed_hold_up_their_common_slots_only", failures::two_neighbours_killed),
     ("what_clients_see_while_servers_die_and_hang_is_linearizable", chaos::history_is_linearizable),
     ("damaged_and_foreign_disks_are_refused_by_name", bad_input::damaged_disks),
     ("bad_arguments_are_refused_with_a_remedy", bad_input::bad_arguments),

@@ -46,9 +46,11 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
         let line = |l: &LogLine| json!({"index": l.index, "text": l.text, "refused": l.refused});
         return output::print_json(&Value::Array(lines.iter().map(line).collect()));
     }
-    for LogLine { index, text, refused } in lines {
-        let why = refused.map_or_else(String::new, |why| format!(" (no effect: {why})"));
-        println!("{index:>8}  {text}{why}");
+    for same in lines.chunk_by(|a, b| a.text == b.text && a.refused == b.refused) {
+        let LogLine { index, text, refused } = &same[0];
+        let why = refused.as_ref().map_or_else(String::new, |why| format!(" (no effect: {why})"));
+        let times = if same.len() > 1 { format!(", {} times", same.len()) } else { String::new() };
+        println!("{index:>8}  {text}{times}{why}");
     }
     Ok(())
 }

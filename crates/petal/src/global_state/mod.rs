@@ -4,6 +4,7 @@
 //! (`ring/`, omnipaxos); all servers, ring members included, apply what it decided.
 //! `room.rs` is the stepped room that owns both and talks to the other servers.
 
+mod arguments;
 mod command;
 mod ring;
 mod room;
