@@ -1,0 +1,149 @@
+//! Single situations of the store, on the pretended disk of the walks.
+
+use super::*;
+
+/// A disk of ample blocks, open.
+fn calm(journal: u64, blocks: u64) -> Walk {
+    let prng = Prng::new(1);
+    let options = Options {
+        disks: 1,
+        journal,
+        blocks,
+        frontier: blocks,
+        cache: 1000,
+        elements: 12,
+        steps: 0,
+        crash: 0,
+        error: 0,
+        answers: 1,
+        flushes: 1,
+        sabotage: Sabotage::None,
+    };
+    let mut walk = Walk::with(prng, options);
+    walk.start().unwrap();
+    walk
+}
+
+/// Repair (P7): the entry stays what it was, and the block is at another place and readable again.
+#[test]
+fn a_rotten_block_that_is_given_again_is_written_to_another_place() {
+    let mut walk = calm(64 << 10, 60_000);
+    let key = walk.any_key();
+    let place = loop {
+        walk.ready(key).unwrap();
+        walk.write(key).unwrap();
+        walk.quiet().unwrap();
+        walk.ready(key).unwrap();
+        let rows = walk.stores.image(key).rows;
+        let blocks = rows.iter().enumerate().flat_map(|(r, row)| row.sums.iter().enumerate().map(move |s| (r, s)));
+        let mut data = blocks.filter_map(|(r, (b, sum))| match sum {
+            BlockSum::Crc(crc) => Some((r, b, *crc)),
+            BlockSum::Zero => None,
+        });
+        if let Some(place) = data.next_back() {
+            break place;
+        }
+    };
+    let (r, b, crc) = place;
+    let address = |walk: &Walk| walk.stores.disks[0].entry(key).unwrap().rows[r].addresses[b];
+    let before = address(&walk);
+    let page = walk.stores.disks[0].superblock.layout.data.offset / PAGE as u64 + before;
+    walk.disks[0].pages.get_mut(&page).unwrap()[7] ^= 1;
+    let bytes = contents().iter().find(|(_, c)| *c == crc).unwrap().0.clone();
+    let element = walk.present(key).unwrap().clone();
+    let (image, slot) = (walk.stores.image(key), element.slot);
+    let watermark = walk.next_watermark(slot);
+    let change =
+        Change::Replace { element: key, slot, image, data: vec![(r as u16, b as u8, bytes)], again: true, watermark };
+    walk.stage(key, change, Some(element)).unwrap();
+    walk.quiet().unwrap();
+    walk.ready(key).unwrap();
+    assert_ne!(address(&walk), before);
+    walk.read_everything(key).unwrap();
+}
+
+#[test]
+fn what_the_journal_cannot_hold_is_refused_and_the_rest_becomes_stable() {
+    let mut walk = calm(64 << 10, 60_000);
+    for round in 0..20 {
+        let before = walk.coverage.no_space;
+        while walk.coverage.no_space == before {
+            let key = walk.any_key();
+            if walk.stores.load(key) == Loaded::Ready {
+                walk.write(key).unwrap();
+            } else {
+                walk.ready(key).unwrap();
+            }
+            if round % 2 == 0 {
+                walk.flush().unwrap();
+            }
+        }
+        // The journal is full, not the disk; what keeps a server going still finds room.
+        let meta = Change::Meta { key: "k".into(), value: None };
+        let ticket = walk.stores.stage(meta).unwrap();
+        walk.log_step(0, ticket, Step::Meta("k".into(), None));
+        walk.quiet().unwrap();
+        assert_eq!(walk.logs[0].stable, walk.logs[0].steps.len());
+    }
+    walk.finish().unwrap();
+}
+
+#[test]
+fn a_record_that_no_journal_holds_is_refused() {
+    let mut walk = calm(64 << 10, 100);
+    let value = Some(Bytes::from(vec![0; 9000]));
+    assert_eq!(walk.stores.stage(Change::Meta { key: "k".into(), value }), Err(StageError::NoSpace));
+    let large = Some(Bytes::from(vec![1; 8000]));
+    for n in 0..200u64 {
+        let key = Bytes::from(vec![(n % 3) as u8]);
+        let ticket = walk.stores.stage(Change::Meta { key: key.clone(), value: large.clone() }).unwrap();
+        walk.log_step(0, ticket, Step::Meta(key, large.clone()));
+        walk.quiet().unwrap();
+    }
+    walk.die();
+    walk.start().unwrap();
+}
+
+#[test]
+fn a_disk_that_is_started_again_and_again_can_always_be_opened() {
+    let mut walk = calm(64 << 10, 100);
+    for _ in 0..200 {
+        walk.die();
+        walk.start().unwrap();
+    }
+}
+
+#[test]
+fn a_group_larger_than_a_batch_is_split_and_stays_in_order() {
+    let mut walk = calm(MIB, 4000);
+    let mut keys: Vec<ElementKey> = (0..200).map(|element| ElementKey { family: FamilyId(1), element }).collect();
+    walk.prng.shuffle(&mut keys);
+    for key in &keys {
+        walk.ready(*key).unwrap();
+        let (bytes, crc) = contents()[0].clone();
+        let slot = slot(0);
+        let version = walk.next_version(slot);
+        let rows = Rows::from([((LineageId(1), Epoch(0)), [BlockSum::Crc(crc); 16])]);
+        let change = Change::Write {
+            element: *key,
+            slot,
+            version,
+            lineage: LineageId(1),
+            epoch: Epoch(0),
+            parents: Vec::new(),
+            id: None,
+            finished_below: 0,
+            ended: Vec::new(),
+            first_block: 0,
+            blocks: vec![BlockData::Data { crc, bytes }; 16],
+            watermark: version,
+        };
+        walk.stage(*key, change, Some(Element { slot, version, ids: BTreeSet::new(), rows })).unwrap();
+    }
+    walk.flush().unwrap();
+    let issued = walk.stores.disks[0].tickets_on_their_way().count();
+    assert_eq!(issued, 4, "12.5 MiB are four batches of at most 4 MiB");
+    walk.quiet().unwrap();
+    assert_eq!(walk.logs[0].stable, 200);
+    walk.finish().unwrap();
+}
