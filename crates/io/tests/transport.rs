@@ -184,7 +184,7 @@ fn a_server_that_comes_later_is_reached_and_reached_again() {
             let incarnation = loop {
                 match b.next().await {
                     Event::Connected { peer, .. } => break peer.hello.role,
-                    Event::DialFailed { .. } | Event::Disconnected { .. } => {}
+                    Event::DialFailed { .. } | Event::NobodyThere { .. } | Event::Disconnected { .. } => {}
                     other => panic!("{other:?}"),
                 }
             };

@@ -129,6 +129,9 @@ impl World {
         self.net.heal();
         for host in 0..self.servers.len() {
             self.servers[host].slow_until = Instant::ZERO;
+            // A block may have rotted that a crash then left as the only good copy's place: two failures of one
+            // block, which nobody has promised to survive.
+            self.servers[host].disks.iter_mut().for_each(crate::disk::SimDisk::mend);
             // What it was about to do when it froze was planned for the end of that.
             let frozen = std::mem::replace(&mut self.servers[host].frozen_until, Instant::ZERO) > self.now;
             if let Some(life) = self.servers[host].life.as_ref().filter(|_| frozen) {
