@@ -49,9 +49,13 @@ pub enum Phase {
 pub struct Ending {
     phase: Phase,
     since: Instant,
+    /// When the phase began; `since` is later when something was got on with.
+    entered: Instant,
     judge: usize,
     /// Disks that the judge has still to judge.
     to_judge: VecDeque<(VdiskId, String)>,
+    /// The one that it asked for last.
+    asked: Option<(VdiskId, String)>,
     /// What the judge does with the present one.
     steps: VecDeque<Step>,
     held: Option<Held>,
@@ -111,6 +115,7 @@ impl World {
         self.trace.event(self.now, &[30, phase as u64], || format!("phase {phase:?}"));
         self.ending.phase = phase;
         self.ending.since = self.now;
+        self.ending.entered = self.now;
     }
 
     fn lose_patience(&mut self, waited: Duration, what: &str) {
@@ -126,7 +131,9 @@ impl World {
     fn calm_down(&mut self) {
         self.enter(Phase::Draining);
         self.workload.stopped = true;
-        self.net.heal();
+        for connection in self.net.heal(self.now) {
+            self.reset(connection);
+        }
         for host in 0..self.servers.len() {
             self.servers[host].slow_until = Instant::ZERO;
             // A block may have rotted that a crash then left as the only good copy's place: two failures of one
@@ -223,9 +230,20 @@ impl World {
         }
     }
 
+    /// A server that holds a lease may know the names of half a lease ago: for so long the judge asks again.
+    pub(crate) fn judge_asks_again(&mut self, host: usize) -> bool {
+        let is_early = self.now.since(self.ending.entered) < Duration::from_secs(1);
+        if let Some(disk) = self.ending.asked.take().filter(|_| is_early) {
+            self.ending.to_judge.push_front(disk);
+            self.judge_disk(host);
+        }
+        is_early
+    }
+
     fn judge_disk(&mut self, host: usize) {
         match self.ending.to_judge.pop_front() {
-            Some((_, name)) => {
+            Some((vdisk, name)) => {
+                self.ending.asked = Some((vdisk, name.clone()));
                 let mode = Attachment::Exclusive;
                 let request = Request::Attach { name, mode, holder: "judge".into(), take_over: true };
                 self.ask(host, request, Asked::Attach { mode, take_over: true });

@@ -189,14 +189,18 @@ impl SimNet {
         self.connections.iter().filter_map(|(id, c)| side(c).map(|s| (*id, s))).collect()
     }
 
-    /// No more stalls and spikes from now on.
-    pub fn heal(&mut self) {
+    /// No more stalls and spikes from now on. Returns the connections on which something is still held up: what
+    /// follows it would be, too.
+    pub fn heal(&mut self, now: Instant) -> Vec<ConnectionId> {
         self.times.spike_one_in = u64::MAX;
+        let is_held_up = |c: &Connection| !c.broken && c.ends.iter().any(|e| e.stalled_until > now);
+        let held_up = self.connections.iter().filter(|(_, c)| is_held_up(c)).map(|(id, _)| *id).collect();
         for connection in self.connections.values_mut() {
             for end in &mut connection.ends {
                 end.stalled_until = Instant::ZERO;
             }
         }
+        held_up
     }
 
     fn draw(&mut self) -> Duration {

@@ -592,7 +592,11 @@ impl World {
             RequestError::Deadline { .. } => self.options.client_deadline.is_some(),
             _ => false,
         };
-        if !expected || self.clients[host].role == Role::Judge {
+        let judging = self.clients[host].role == Role::Judge;
+        if judging && matches!(error, RequestError::Admin(AdminError::NoSuchDisk(_))) && self.judge_asks_again(host) {
+            return;
+        }
+        if !expected || judging {
             self.complain(format!("client {host} cannot attach: {error} ({error:?})"));
         }
     }

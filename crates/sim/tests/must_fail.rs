@@ -106,14 +106,6 @@ fn reads_while_catching_up() {
     must_be_caught(Sabotage::ReadWhileCatchingUp, 150, recovering(FaultWeights { crash_one: 1, ..FaultWeights::NONE }));
 }
 
-/// A server that its primary does not hear, but others do, has a lease for a while after it was taken out.
-#[test]
-fn taking_a_server_out_without_waiting_for_its_lease() {
-    let ground = recovering(FaultWeights { sever: 1, ..FaultWeights::NONE });
-    let ground = Overrides { fault_interval: Some(Duration::from_millis(200)), ..ground };
-    must_be_caught_within(Sabotage::TakeOutWithoutWait, 480..630, ground);
-}
-
 /// Both replicas have a version of an element, with different blocks.
 #[test]
 fn settlement_that_compares_versions_only() {
