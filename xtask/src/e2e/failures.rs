@@ -93,14 +93,15 @@ pub fn two_neighbours_killed(cluster: &Cluster) -> Result<()> {
     // One write to each slot: those that both held wait, the others are done.
     let mut writers: Vec<Child> = Vec::new();
     let code = "\
-import sys
+import os
 done = [0]
 def end(error): done[0] += 1; return 1
 bufs = [nbd.Buffer.from_bytearray(bytearray(b'b' * 65536)) for i in range(256)]
 for i in range(256): h.aio_pwrite(bufs[i], i << 20, end)
 while h.aio_in_flight() > 0:
     h.poll(100)
-    open('done', 'w').write(str(done[0]))
+    open('done.new', 'w').write(str(done[0]))
+    os.replace('done.new', 'done')
 ";
     writers.push(nbdsh().current_dir(cluster.folder()).args(["-u", &uri, "-c", code]).spawn()?);
     let done = || std::fs::read_to_string(cluster.folder().join("done")).ok().and_then(|t| t.parse::<u32>().ok());
