@@ -19,8 +19,9 @@
 //! Only blocks whose checksums differ travel. A copy that cannot be read leaves its element stale, so
 //! the member does not come back with less than all; it is tried again when it may be repaired.
 //!
-//! What is lost with a connection: before Closing everything is begun anew (what was copied compares as
-//! equal then, so nothing travels twice); from Closing on the stream resends by itself.
+//! What is lost with a connection: until it is proposed a member is begun with anew (what was copied compares as
+//! equal then, so nothing travels twice), and writes stop to wait for it at once. A proposed one counts until the log
+//! has spoken, so its stream goes on and resends by itself.
 //!
 //! Rate: few elements at a time while clients work, many when nobody does; and never more than the
 //! receiver's window, so a member without space delays itself and nobody else.

@@ -648,10 +648,15 @@ impl State {
         effects: &mut Effects,
     ) -> Applied {
         self.suspected(id, incarnation, suspect)?.down = true;
+        Ok(self.went_down(id, effects))
+    }
+
+    /// What follows when a server is down, by whoever's word.
+    fn went_down(&mut self, id: ServerId, effects: &mut Effects) -> Outcome {
         effects.names.insert(id);
         effects.downs.push(id);
         self.renew_terms(Some(id), effects);
-        Ok(Outcome::Done)
+        Outcome::Done
     }
 
     /// Down by its own word, which it gives when it has stopped to serve: no suspicion, nothing to wait for.
@@ -661,10 +666,7 @@ impl State {
             return Err(CommandError::Overtaken);
         }
         server.down = true;
-        effects.names.insert(id);
-        effects.downs.push(id);
-        self.renew_terms(Some(id), effects);
-        Ok(Outcome::Done)
+        Ok(self.went_down(id, effects))
     }
 
     fn reinstate(
