@@ -1,18 +1,19 @@
 //! Repair (P7): a block that cannot be read here, or is not what its checksum says, is made good from a copy.
 //!
 //! ```text
-//!  noticed -> Looking -> Checking -> Asking -> Writing -> repaired
-//!               ^           |          |  ^       |
-//!               |    all blocks are    |  `-- the next member: no answer, or its copy is bad, too
-//!               |    good: nothing to  |
-//!               |    do                v
-//!               `---- a while ----- Resting: every other member was asked in vain
+//!  noticed -> Looking -> Checking -> Asking -> Fetched -> Writing -> repaired
+//!               ^           |          |  ^                   |
+//!               |    all blocks are    |  `-- the next block, or the next member for the same one: no answer,
+//!               |    good: nothing to  |      or its copy is bad, too
+//!               |    do                v                      v
+//!               `---- a while ----- Resting: every other member was asked for some block in vain
 //! ```
 //!
 //! Whoever reads a bad block repairs its own copy: a client's read at any replica, the reading half of an unaligned
 //! write, a settlement, a fetch, a copy for a member that comes back. Every block of the element is then read by
-//! itself, and what is bad is asked of the other members of the slot, in sync or not: only bytes with the checksum
-//! that this replica's own entry has are taken. So a repair changes no version, no entry and nothing that another
+//! itself, and what is bad is asked of the other members of the slot, in sync or not, block by block, because two
+//! copies of an element may each have a bad block: only bytes with the checksum that this replica's own entry has are
+//! taken. So a repair changes no version, no entry and nothing that another
 //! replica could see; it needs no place in the stream, and may run beside writes of the element. It only writes the
 //! same bytes to another place.
 //!
@@ -50,8 +51,14 @@ type Wanted = (u16, u8, u32);
 pub(crate) struct Repair {
     slot: SlotIndex,
     stage: Stage,
-    /// Members that have not been asked in this round.
+    /// Bad blocks in the order in which they are asked for; the first one at present.
+    bad: VecDeque<Wanted>,
+    /// Members that have not been asked for it in this round.
     sources: VecDeque<ServerId>,
+    /// What has come.
+    data: Vec<(Wanted, Bytes)>,
+    /// Some block was asked for in vain in this round.
+    is_missing: bool,
     rounds: u32,
     /// Unaligned writes that need it.
     waiters: Vec<OpNumber>,
@@ -61,14 +68,14 @@ enum Stage {
     /// The entry is to be in memory.
     Looking,
     /// Each block is read by itself.
-    Checking { reads: BTreeMap<ReadId, Wanted>, bad: Vec<Wanted> },
-    /// A member was asked for the bad ones.
-    Asking { bad: Vec<Wanted>, of: ServerId, until: Instant },
-    /// They have come, and there is no room for them at the moment, or the entry is not in memory.
-    Fetched { data: Vec<(Wanted, Bytes)>, again_at: Instant },
-    /// They are being made durable.
+    Checking { reads: BTreeMap<ReadId, Wanted> },
+    /// A member was asked for the first of the bad ones.
+    Asking { of: ServerId, until: Instant },
+    /// What was to be had has come, and there is no room for it at the moment, or the entry is not in memory.
+    Fetched { again_at: Instant },
+    /// It is being made durable.
     Writing { blocks: u64 },
-    /// Nobody has them at the moment.
+    /// Nobody has some of them at the moment.
     Resting { until: Instant },
 }
 
@@ -93,9 +100,7 @@ impl Repairs {
     /// When something is due.
     pub fn next_timeout(&self) -> Option<Instant> {
         let due = |r: &Repair| match r.stage {
-            Stage::Asking { until, .. } | Stage::Resting { until } | Stage::Fetched { again_at: until, .. } => {
-                Some(until)
-            }
+            Stage::Asking { until, .. } | Stage::Resting { until } | Stage::Fetched { again_at: until } => Some(until),
             _ => None,
         };
         self.elements.values().filter_map(due).chain(self.retry_at).min()
@@ -114,7 +119,16 @@ impl DataAccess {
         if self.repairs.elements.contains_key(&element) || self.repairs.elements.len() >= REPAIRS_MAX {
             return;
         }
-        let repair = Repair { slot, stage: Stage::Looking, sources: VecDeque::new(), rounds: 0, waiters: Vec::new() };
+        let repair = Repair {
+            slot,
+            stage: Stage::Looking,
+            bad: VecDeque::new(),
+            sources: VecDeque::new(),
+            data: Vec::new(),
+            is_missing: false,
+            rounds: 0,
+            waiters: Vec::new(),
+        };
         self.repairs.elements.insert(element, repair);
         self.look(ctx, element);
     }
@@ -153,7 +167,7 @@ impl DataAccess {
             }
         }
         let is_due = |r: &Repair| match r.stage {
-            Stage::Asking { until, .. } | Stage::Resting { until } | Stage::Fetched { again_at: until, .. } => {
+            Stage::Asking { until, .. } | Stage::Resting { until } | Stage::Fetched { again_at: until } => {
                 until <= ctx.now
             }
             _ => false,
@@ -201,7 +215,7 @@ impl DataAccess {
         }
         let is_empty = reads.is_empty();
         let repair = self.repairs.elements.get_mut(&element).expect("just seen");
-        repair.stage = Stage::Checking { reads, bad: Vec::new() };
+        repair.stage = Stage::Checking { reads };
         if is_empty {
             self.end_repair(ctx, element, true);
         }
@@ -216,42 +230,69 @@ impl DataAccess {
         result: Result<ReadBlocks, ReadError>,
     ) {
         let Some(repair) = self.repairs.elements.get_mut(&element) else { return };
-        let Stage::Checking { reads, bad } = &mut repair.stage else { return };
+        let Stage::Checking { reads } = &mut repair.stage else { return };
         let Some(wanted) = reads.remove(&read) else { return };
+        let is_last = reads.is_empty();
         if result.is_err() {
-            bad.push(wanted);
+            repair.bad.push_back(wanted);
         }
-        if !reads.is_empty() {
+        if !is_last {
             return;
         }
-        if bad.is_empty() {
+        if repair.bad.is_empty() {
             return self.end_repair(ctx, element, true);
         }
-        bad.sort_unstable();
-        let slot = self.slots[repair.slot].id;
-        let members = ctx.state.slot(slot).map(|s| &s.tuple[..]).unwrap_or_default();
-        // Who is in sync is likely to have it.
-        let mut others: Vec<_> = members.iter().filter(|m| m.server != self.me).collect();
-        others.sort_by_key(|m| !m.in_sync);
-        repair.sources = others.into_iter().map(|m| m.server).collect();
+        repair.bad.make_contiguous().sort_unstable();
+        self.ask_all(ctx, element);
+    }
+
+    /// Asks everyone for the first of the bad blocks.
+    fn ask_all(&mut self, ctx: &mut Context, element: ElementKey) {
+        let sources = self.sources(ctx, element);
+        if let Some(repair) = self.repairs.elements.get_mut(&element) {
+            repair.sources = sources;
+        }
         self.ask_next(ctx, element);
     }
 
-    /// Asks the next member for what is bad.
+    /// The other members of an element's slot, who is in sync first: it is likely to have what is wanted.
+    fn sources(&self, ctx: &Context, element: ElementKey) -> VecDeque<ServerId> {
+        let slot = self.slots[self.repairs.elements[&element].slot].id;
+        let members = ctx.state.slot(slot).map(|s| &s.tuple[..]).unwrap_or_default();
+        let mut others: Vec<_> = members.iter().filter(|m| m.server != self.me).collect();
+        others.sort_by_key(|m| !m.in_sync);
+        others.into_iter().map(|m| m.server).collect()
+    }
+
+    /// Asks the next member for the first of the bad blocks; the next block, if it was asked of everyone.
     fn ask_next(&mut self, ctx: &mut Context, element: ElementKey) {
+        let sources = self.sources(ctx, element);
         let Some(repair) = self.repairs.elements.get_mut(&element) else { return };
-        let bad = match &mut repair.stage {
-            Stage::Checking { bad, .. } | Stage::Asking { bad, .. } => std::mem::take(bad),
-            _ => return,
-        };
         let slot = &self.slots[repair.slot];
-        while let Some(of) = repair.sources.pop_front() {
-            if self.connected.contains(&of) {
-                let blocks = bad.iter().map(|(row, block, _)| (*row, *block)).collect();
-                let fetch = Fetch { slot: slot.id, term: slot.term, element, blocks };
-                repair.stage = Stage::Asking { bad, of, until: ctx.now + ANSWER_MAX };
-                return ctx.send(Peer::Server(of), Body::Fetch(fetch));
+        while let Some((row, block, _)) = repair.bad.front().copied() {
+            while let Some(of) = repair.sources.pop_front() {
+                if self.connected.contains(&of) {
+                    let fetch = Fetch { slot: slot.id, term: slot.term, element, blocks: vec![(row, block)] };
+                    repair.stage = Stage::Asking { of, until: ctx.now + ANSWER_MAX };
+                    return ctx.send(Peer::Server(of), Body::Fetch(fetch));
+                }
             }
+            repair.bad.pop_front();
+            repair.sources.clone_from(&sources);
+            repair.is_missing = true;
+        }
+        if repair.data.is_empty() {
+            return self.end_round(ctx, element);
+        }
+        repair.stage = Stage::Fetched { again_at: ctx.now };
+        self.write_repaired(ctx, element);
+    }
+
+    /// Everything was asked for once: that was all, or in a while once more.
+    fn end_round(&mut self, ctx: &mut Context, element: ElementKey) {
+        let Some(repair) = self.repairs.elements.get_mut(&element) else { return };
+        if !std::mem::take(&mut repair.is_missing) {
+            return self.end_repair(ctx, element, true);
         }
         repair.rounds += 1;
         if repair.rounds >= ROUNDS_MAX {
@@ -265,30 +306,29 @@ impl DataAccess {
     /// A member has answered; true if the answer was for a repair.
     pub(crate) fn on_repair_fetched(&mut self, ctx: &mut Context, from: ServerId, m: &Fetched) -> bool {
         let Some(repair) = self.repairs.elements.get_mut(&m.element) else { return false };
-        let Stage::Asking { bad, of, .. } = &repair.stage else { return false };
+        let (Stage::Asking { of, .. }, Some(wanted)) = (&repair.stage, repair.bad.front().copied()) else {
+            return false;
+        };
         if *of != from {
             return false;
         }
         let data = m.data.to_bytes();
-        let size = BLOCK_SIZE as usize;
-        let is_good = m.result.is_ok()
-            && data.len() == bad.len() * size
-            && bad.iter().zip(data.chunks(size)).all(|(wanted, bytes)| crc32c(bytes) == wanted.2);
-        if !is_good {
+        let is_good = m.result.is_ok() && data.len() == BLOCK_SIZE as usize && crc32c(&data) == wanted.2;
+        if is_good {
+            repair.data.push((wanted, data));
+            repair.bad.pop_front();
+            self.ask_all(ctx, m.element);
+        } else {
             // It may have something else there, or a bad copy, too; or this is the answer to a settlement.
             self.ask_next(ctx, m.element);
-            return false;
         }
-        let pieces = bad.iter().enumerate().map(|(i, wanted)| (*wanted, data.slice(i * size..(i + 1) * size)));
-        repair.stage = Stage::Fetched { data: pieces.collect(), again_at: ctx.now };
-        self.write_repaired(ctx, m.element);
-        true
+        is_good
     }
 
     /// Fetched -> Writing: what is still wanted is written to another place.
     fn write_repaired(&mut self, ctx: &mut Context, element: ElementKey) {
         let Some(repair) = self.repairs.elements.get_mut(&element) else { return };
-        let Stage::Fetched { data, again_at } = &mut repair.stage else { return };
+        let Stage::Fetched { again_at } = &mut repair.stage else { return };
         *again_at = ctx.now + RETRY_AFTER;
         match ctx.stores.load(element) {
             Loaded::Ready => {}
@@ -300,18 +340,21 @@ impl DataAccess {
             let row = image.rows.get(usize::from(*row));
             row.is_some_and(|r| r.sums[usize::from(*block)] == BlockSum::Crc(*crc))
         };
-        data.retain(|(wanted, _)| is_wanted(wanted));
-        if data.is_empty() || family_ended(ctx.state, element.family) {
-            return self.end_repair(ctx, element, true); // Written over meanwhile.
+        repair.data.retain(|(wanted, _)| is_wanted(wanted));
+        if family_ended(ctx.state, element.family) {
+            return self.end_repair(ctx, element, true);
+        }
+        if repair.data.is_empty() {
+            return self.end_round(ctx, element); // Written over meanwhile.
         }
         // What is promised to others stays free for them.
-        let blocks = data.len() as u64;
+        let blocks = repair.data.len() as u64;
         let reserved: u64 = self.windows.values().map(crate::data_access::Window::reserved).sum();
         if ctx.stores.free_blocks() < reserved + blocks || !ctx.stores.is_ready_for(blocks) {
             return;
         }
         let slot = &mut self.slots[repair.slot];
-        let data = data.iter().map(|((row, block, _), bytes)| (*row, *block, bytes.clone())).collect();
+        let data = repair.data.iter().map(|((row, block, _), bytes)| (*row, *block, bytes.clone())).collect();
         let change = Change::Replace { element, slot: slot.id, image, data, again: true, watermark: slot.watermark };
         let Ok(ticket) = ctx.stores.stage(change) else { return };
         repair.stage = Stage::Writing { blocks };
@@ -321,9 +364,11 @@ impl DataAccess {
 
     /// Writing -> repaired.
     pub(crate) fn on_repair_stable(&mut self, ctx: &mut Context, element: ElementKey) {
-        let Some(Repair { stage: Stage::Writing { blocks }, .. }) = self.repairs.elements.get(&element) else { return };
+        let Some(repair) = self.repairs.elements.get_mut(&element) else { return };
+        let Stage::Writing { blocks } = repair.stage else { return };
         self.counters.repaired_blocks += blocks;
-        self.end_repair(ctx, element, true);
+        repair.data.clear();
+        self.end_round(ctx, element);
     }
 
     fn end_repair(&mut self, ctx: &mut Context, element: ElementKey, is_good: bool) {

@@ -19,7 +19,7 @@ use stdx::{Duration, FastMap, Instant, Prng};
 pub const SECTOR: usize = 512;
 const PAGE: usize = 4096;
 const TABLES: usize = 5;
-/// Writes after which a page was written a while ago: several batches.
+/// Batches of the journal after which a page was written a while ago: more than are on their way at once.
 const OLD: u64 = 12;
 
 /// Number of a command in flight on one disk; grows with each.
@@ -54,7 +54,7 @@ pub struct SimDisk {
     pages: BTreeMap<u64, Box<[u8; PAGE]>>,
     /// Pages that cannot be read as they were written.
     bad: BTreeMap<u64, Bad>,
-    /// Write commands done, and the number of the last one of each page.
+    /// Writes done outside the data (the journal's batches), and how many there were when a page was written last.
     writes: u64,
     written: FastMap<u64, u64>,
     pmap: [BTreeMap<Bytes, Bytes>; TABLES],
@@ -64,6 +64,8 @@ pub struct SimDisk {
     next_ticket: Ticket,
     newest_answered: Ticket,
     last_commit_done: Instant,
+    /// Where blocks of data begin, in bytes. Only these go bad: a journal that does not read costs the whole disk.
+    pub data_start: u64,
     /// Answers every command with an error: the point where EIO will be injected.
     pub failing: bool,
 }
@@ -87,6 +89,7 @@ impl SimDisk {
             next_ticket: 1,
             newest_answered: 0,
             last_commit_done: Instant::ZERO,
+            data_start: 0,
             failing: false,
         }
     }
@@ -214,14 +217,15 @@ impl SimDisk {
         self.slow = (1, Instant::ZERO);
     }
 
-    /// Draws a page that was written a while ago, is good, and is not empty.
+    /// Draws a page of data that was written a while ago, is good, and is not empty.
     pub fn draw_page(&mut self) -> Option<(u64, &[u8; PAGE])> {
-        let count = self.pages.len() as u64;
+        let first = self.data_start / PAGE as u64;
+        let count = self.pages.range(first..).count() as u64;
         if count == 0 {
             return None;
         }
         let at = self.prng.below(count) as usize;
-        let (number, page) = self.pages.iter().nth(at).expect("counted");
+        let (number, page) = self.pages.range(first..).nth(at).expect("counted");
         // The blocks of the last batches are read when the disk is opened, to see where its journal ends: one that
         // is bad then is a disk that loses acknowledged writes, which is another fault.
         let is_old = self.written.get(number).is_some_and(|written| self.writes - written >= OLD);
@@ -329,7 +333,8 @@ impl SimDisk {
 
     /// Writes the sectors that `keep` wants.
     fn write(&mut self, offset: u64, data: &[u8], mut keep: impl FnMut(u64) -> bool) {
-        self.writes += 1;
+        // Batches of the journal are counted; the superblock's copies hardly matter.
+        self.writes += u64::from(offset < self.data_start);
         for (i, chunk) in data.chunks(PAGE).enumerate() {
             let number = offset / PAGE as u64 + i as u64;
             self.bad.remove(&number);

@@ -25,6 +25,7 @@ pub fn format(machine: &mut ServerHost, disk: usize, options: &Options) {
     layout.check().expect("shorter regions do not overlap");
     let (journal, data) = (layout.journal.offset, layout.data.offset);
     let disk = &mut machine.disks[disk];
+    disk.data_start = data;
     disk.execute(DiskCommand::Extend { to: data });
     let before = Superblock { generation: 0, ..superblock.clone() };
     for (offset, bytes) in [
