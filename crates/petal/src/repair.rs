@@ -35,6 +35,8 @@ use stdx::{Duration, Instant};
 
 /// Elements that are repaired at one time: 16 blocks of each are in memory at most, 16 MiB.
 const REPAIRS_MAX: usize = 256;
+/// Blocks of an element written at one time: half of the smallest reserve of a store.
+const AT_ONCE_MAX: usize = 32;
 /// A member that has not answered for so long is passed over.
 const ANSWER_MAX: Duration = Duration::from_millis(300);
 /// Time before all of them are asked once more.
@@ -104,6 +106,12 @@ impl Repairs {
             _ => None,
         };
         self.elements.values().filter_map(due).chain(self.retry_at).min()
+    }
+
+    /// Blocks that are being written.
+    fn writing(&self) -> u64 {
+        let blocks = |r: &Repair| if let Stage::Writing { blocks } = r.stage { blocks } else { 0 };
+        self.elements.values().map(blocks).sum()
     }
 
     /// Elements that are not repaired yet.
@@ -347,12 +355,18 @@ impl DataAccess {
         if repair.data.is_empty() {
             return self.end_round(ctx, element); // Written over meanwhile.
         }
-        // What is promised to others stays free for them.
+        // The rest in another round.
+        repair.is_missing |= repair.data.len() > AT_ONCE_MAX;
+        repair.data.truncate(AT_ONCE_MAX);
+        // What is promised to others stays free for them, for ever if they ask for nothing. But a repair gives back what
+        // it takes, so that a little may come out of the store's reserve.
         let blocks = repair.data.len() as u64;
         let reserved: u64 = self.windows.values().map(crate::data_access::Window::reserved).sum();
-        if ctx.stores.free_blocks() < reserved + blocks || !ctx.stores.is_ready_for(blocks) {
+        let has_room = ctx.stores.free_blocks() >= reserved + blocks || self.repairs.writing() == 0;
+        if !has_room || !ctx.stores.is_ready_for(blocks) {
             return;
         }
+        let repair = self.repairs.elements.get_mut(&element).expect("just seen");
         let slot = &mut self.slots[repair.slot];
         let data = repair.data.iter().map(|((row, block, _), bytes)| (*row, *block, bytes.clone())).collect();
         let change = Change::Replace { element, slot: slot.id, image, data, again: true, watermark: slot.watermark };
