@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use petal::global_state::Genesis;
-use petal::ids::{ClusterId, DiskId, ServerId};
+use petal::ids::{ClusterId, DiskId, Incarnation, ServerId};
 use petal::store::OpenDisk;
 use petal::store::superblock::{FormatParams, Superblock};
 use petal_io::disk::{DirectIo, Engine, EngineDisk, EngineOptions, Format, FoundDisk};
@@ -46,21 +46,100 @@ fn choose(path: &Path, area: &[u8]) -> Result<Superblock> {
 
 /// Makes disks for a server, all of them or none that could be used: each superblock names all.
 pub fn format(paths: &[PathBuf], size: Option<u64>, genesis: &Genesis, server: ServerId, force: bool) -> Result<()> {
-    let ids: Vec<DiskId> = paths.iter().map(|_| random().map(DiskId)).collect::<Result<_>>()?;
-    for (path, disk) in paths.iter().zip(&ids) {
-        let size = size_of(path, size)?;
-        let params = FormatParams { genesis: genesis.clone(), server, disk: *disk, disks: ids.clone(), size };
-        let (superblock, writes) =
-            Superblock::format(params).with_context(|| format!("cannot make the disk {}", path.display()))?;
-        let layout = superblock.layout;
-        let first_data = layout.data.offset..(layout.data.offset + FIRST_DATA).min(layout.data.end());
-        // The PMap store's region stays a hole: it is written by itself, away from the path of writes.
-        let zeroed = [0..layout.journal.end(), first_data];
-        let pmap = layout.pmap.offset..layout.pmap.end();
-        let format = Format { size, zeroed: &zeroed, pmap, writes: &writes, force, direct: DirectIo::WherePossible };
-        petal_io::disk::format_disk(path, &format)?;
+    let disks: Vec<DiskId> = paths.iter().map(|_| random().map(DiskId)).collect::<Result<_>>()?;
+    for (path, disk) in paths.iter().zip(&disks) {
+        let (size, genesis, disks) = (size_of(path, size)?, genesis.clone(), disks.clone());
+        let (incarnation, votes_lost) = (Incarnation(0), false);
+        format_one(path, FormatParams { genesis, server, disk: *disk, disks, size, incarnation, votes_lost }, force)?;
     }
     Ok(())
+}
+
+fn format_one(path: &Path, params: FormatParams, force: bool) -> Result<()> {
+    let size = params.size;
+    let (superblock, writes) =
+        Superblock::format(params).with_context(|| format!("cannot make the disk {}", path.display()))?;
+    let layout = superblock.layout;
+    let first_data = layout.data.offset..(layout.data.offset + FIRST_DATA).min(layout.data.end());
+    // The PMap store's region stays a hole: it is written by itself, away from the path of writes.
+    let zeroed = [0..layout.journal.end(), first_data];
+    let pmap = layout.pmap.offset..layout.pmap.end();
+    let format = Format { size, zeroed: &zeroed, pmap, writes: &writes, force, direct: DirectIo::WherePossible };
+    Ok(petal_io::disk::format_disk(path, &format)?)
+}
+
+/// Copies of the metadata, on a server's first disks: where its votes in the ring are.
+const VOTES_ON: usize = petal::store::META_COPIES;
+
+/// The disks of a server that has lost some.
+pub struct Replacement {
+    /// Those that are there, in the order of their superblocks' list.
+    pub kept: Vec<(PathBuf, FoundDisk, Superblock)>,
+    /// Those that are to be made.
+    pub lost: Vec<PathBuf>,
+    /// What they will be called.
+    new: Vec<DiskId>,
+    /// What it voted in the ring was on the lost ones.
+    pub votes_lost: bool,
+    /// The cluster, if a kept disk knows it.
+    pub genesis: Option<Genesis>,
+}
+
+impl Replacement {
+    /// Tells what is there from what is not. `lost` are not looked at. Kept ones are locked.
+    pub fn find(paths: &[PathBuf], lost: &[PathBuf], server: ServerId) -> Result<Replacement> {
+        let is_lost = |path: &&PathBuf| lost.contains(path) || (!path.exists() && !path.is_symlink());
+        let (lost, there): (Vec<&PathBuf>, Vec<&PathBuf>) = paths.iter().partition(is_lost);
+        let mut kept = Vec::new();
+        for path in there {
+            let what = || format!("if {} is lost, say so with --lost {0}", path.display());
+            let disk = petal_io::disk::open_disk(path, DirectIo::WherePossible).with_context(what)?;
+            let superblock = choose(path, &disk.superblocks).with_context(what)?;
+            check_length(path, &disk, &superblock).with_context(what)?;
+            ensure!(
+                superblock.server == server,
+                "the disk {} belongs to server {}, and this is {server}; put the right disk there",
+                path.display(),
+                superblock.server
+            );
+            kept.push((path.clone(), disk, superblock));
+        }
+        let place = |s: &Superblock| s.disks.iter().position(|d| *d == s.disk);
+        kept.sort_by_key(|(_, _, superblock)| place(superblock));
+        let has_votes = |s: &Superblock| place(s).is_some_and(|at| at < VOTES_ON) && !s.votes_lost;
+        Ok(Replacement {
+            votes_lost: !kept.iter().any(|(_, _, s)| has_votes(s)),
+            genesis: kept.first().map(|(_, _, s)| s.genesis.clone()),
+            new: lost.iter().map(|_| random().map(DiskId)).collect::<Result<_>>()?,
+            lost: lost.into_iter().cloned().collect(),
+            kept,
+        })
+    }
+
+    /// Paths of those that are kept.
+    pub fn kept_paths(&self) -> Vec<PathBuf> {
+        self.kept.iter().map(|(path, _, _)| path.clone()).collect()
+    }
+
+    /// All disks that the server will have: kept ones first, so that what was voted stays on the first ones.
+    pub fn ids(&self) -> Vec<DiskId> {
+        self.kept.iter().map(|(_, _, s)| s.disk).chain(self.new.iter().copied()).collect()
+    }
+
+    /// Makes the new ones, then tells the kept ones: until that is done the server starts with neither.
+    pub fn make(&self, genesis: &Genesis, server: ServerId, incarnation: Incarnation, size: Option<u64>) -> Result<()> {
+        let votes_lost = self.votes_lost;
+        for (path, disk) in self.lost.iter().zip(&self.new) {
+            let (size, genesis, disks) = (size_of(path, size)?, genesis.clone(), self.ids());
+            let params = FormatParams { genesis, server, disk: *disk, disks, size, incarnation, votes_lost };
+            format_one(path, params, true)?;
+        }
+        for (path, disk, superblock) in &self.kept {
+            let (_, write) = superblock.regroup(self.ids(), votes_lost)?;
+            disk.file.write_superblock(&write).with_context(|| format!("cannot write to {}", path.display()))?;
+        }
+        Ok(())
+    }
 }
 
 /// Devices are used whole; files have the size that was asked for.
@@ -112,7 +191,7 @@ fn check_length(path: &Path, disk: &FoundDisk, superblock: &Superblock) -> Resul
     ensure!(
         disk.length >= least,
         "the disk {} was truncated: it has {} bytes, and at least {least} were written; its content is lost. \
-         Restore the file, or replace the server",
+         Restore the file, or make the disk anew with `petal rejoin`",
         path.display(),
         disk.length
     );
@@ -150,7 +229,7 @@ fn in_order(mut found: Vec<(PathBuf, FoundDisk, Superblock)>) -> Result<Vec<(Pat
         let Some(at) = at else {
             bail!(
                 "server {server} has {} disks, and number {} of them ({disk}) is not among those given; \
-                 name all of them, it does not start without one",
+                 name all of them, it does not start without one; if it is lost, see `petal rejoin --help`",
                 all.len(),
                 number + 1
             );

@@ -57,6 +57,8 @@ enum Command {
     Init(commands::init::Arguments),
     /// Prepare another machine for a cluster
     Join(commands::join::Arguments),
+    /// Bring back a server that lost its disks, or some of them
+    Rejoin(commands::rejoin::Arguments),
     /// Create, list, resize, rename and delete virtual disks
     #[command(subcommand)]
     Disk(commands::disk::Command),
@@ -93,6 +95,7 @@ fn main() -> ExitCode {
         Command::Server(arguments) => commands::server::run(arguments),
         Command::Init(arguments) => commands::init::run(arguments),
         Command::Join(arguments) => commands::join::run(arguments),
+        Command::Rejoin(arguments) => commands::rejoin::run(&place, arguments),
         Command::Disk(command) => commands::disk::run(&place, command),
         Command::Status(arguments) => commands::status::run(&place, arguments),
         Command::WhatIf(arguments) => commands::what_if::run(&place, arguments),

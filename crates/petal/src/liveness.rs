@@ -220,7 +220,8 @@ impl Liveness {
     /// `named`: an entry that names this server is among what was applied: ask for a lease at once.
     pub fn on_state(&mut self, now: Instant, global: &mut GlobalState, named: bool) {
         let state = global.state();
-        if state.ring.id != self.configuration {
+        let is_new = state.ring.id != self.configuration;
+        if is_new {
             self.configuration = state.ring.id;
             self.members = state.ring.members.iter().map(|m| m.server).collect();
             self.granted.clear();
@@ -230,7 +231,7 @@ impl Liveness {
             self.follow_lives(now, global);
             self.follow_suspicions(now, global);
         }
-        if named {
+        if named || is_new {
             self.ask(now, global, None);
         }
         self.watch(now, global);

@@ -151,7 +151,7 @@ impl Cluster {
         let incarnation = Incarnation(host.lives);
         let durable: Vec<(Bytes, Bytes)> = host.durable.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
         let proposer = u64::from(server.0) << 32 | host.lives;
-        let mut room = GlobalState::open(server, &genesis, proposer, durable).expect("a crash damages nothing");
+        let mut room = GlobalState::open(server, &genesis, proposer, durable, false).expect("a crash damages nothing");
         let mut liveness = Liveness::new(now, server, incarnation, sabotage);
         let disks = vec![(DiskId(u128::from(server.0)), Incarnation(incarnation.0 - 1), 1 << 30)];
         room.propose_own(now, Command::ServerUp { server, incarnation, addresses: vec![], disks });

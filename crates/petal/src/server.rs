@@ -147,6 +147,8 @@ pub struct Server {
     incarnation: Incarnation,
     cluster: ClusterId,
     genesis: Genesis,
+    /// See [`crate::store::superblock::Superblock::votes_lost`].
+    votes_lost: bool,
     addresses: Vec<String>,
     /// As the disks were found: id, last incarnation, capacity.
     disks_found: Vec<(DiskId, Incarnation, u64)>,
@@ -185,7 +187,7 @@ impl Server {
     /// is durable on every disk.
     pub fn start(now: Instant, config: ServerConfig, disks: Vec<OpenDisk>) -> Server {
         let superblock = &disks.first().expect("a server has at least one disk").superblock;
-        let (me, genesis) = (superblock.server, superblock.genesis.clone());
+        let (me, genesis, votes_lost) = (superblock.server, superblock.genesis.clone(), superblock.votes_lost);
         let last = disks.iter().map(|d| d.superblock.incarnation.0).max().expect("at least one");
         let incarnation = Incarnation(last + 1);
         let disks_found =
@@ -196,6 +198,7 @@ impl Server {
             incarnation,
             cluster: genesis.cluster,
             genesis,
+            votes_lost,
             addresses: config.addresses,
             disks_found,
             stage: Stage::Opening,
@@ -658,7 +661,7 @@ impl Server {
     fn on_opened(&mut self) {
         let proposer = (u64::from(self.me.0) << 48) | (self.incarnation.0 & ((1 << 48) - 1));
         let durable = self.stores.meta_prefix(b"ring/");
-        let mut global = match GlobalState::open(self.me, &self.genesis, proposer, durable) {
+        let mut global = match GlobalState::open(self.me, &self.genesis, proposer, durable, self.votes_lost) {
             Ok(global) => global,
             Err(damaged) => return self.out.push_back(Output::Fatal(damaged.to_string())),
         };

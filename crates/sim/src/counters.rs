@@ -98,6 +98,10 @@ kinds! {
     SlowServer => "a server was slow",
     /// A connection was reset while both ends lived.
     Reset => "a connection was reset",
+    /// A server came back without one of its disks.
+    DiskReplaced => "a server lost one of its disks",
+    /// A server came back with new disks only.
+    ServerReplaced => "a server lost all of its disks",
     /// A connection delivered nothing for a while.
     Stall => "a connection stalled",
     /// A message was on a connection when it broke.

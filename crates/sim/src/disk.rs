@@ -249,6 +249,13 @@ impl SimDisk {
         self.bad.insert(number, Bad::Rotten { at, bit });
     }
 
+    /// Another disk of the same kind takes its place, with nothing on it.
+    pub fn wipe(&mut self) {
+        let raw = self.frontier == self.size;
+        let (times, prng) = (self.times, self.prng.fork());
+        *self = SimDisk::new(self.size, if raw { self.size } else { 0 }, times, prng);
+    }
+
     /// Makes all pages good again.
     pub fn mend(&mut self) {
         for (number, bad) in std::mem::take(&mut self.bad) {

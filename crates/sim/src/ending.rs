@@ -270,7 +270,7 @@ impl World {
     // --------------------------------------------------------------------------------------------
     // At rest.
 
-    fn newest_state(&self) -> Option<&State> {
+    pub(crate) fn newest_state(&self) -> Option<&State> {
         let lives = self.servers.iter().filter_map(|s| s.life.as_ref());
         lives.filter_map(|l| l.server.state()).max_by_key(|s| s.index)
     }

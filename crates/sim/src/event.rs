@@ -3,6 +3,7 @@
 use crate::disk::Ticket;
 use crate::net::{ConnectionId, Node, Side};
 use bytes::Bytes;
+use petal::ids::DiskId;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use stdx::Instant;
@@ -112,6 +113,20 @@ pub enum Event {
         client: usize,
         /// In which of its lives.
         life: u64,
+    },
+    /// A server that died loses disks, as soon as the others do without them.
+    Lose {
+        /// Which.
+        host: usize,
+        /// How often it was looked.
+        tries: u32,
+    },
+    /// Its disks are replaced, when the cluster knows of it.
+    Replace {
+        /// Which.
+        host: usize,
+        /// The disks that it will have.
+        disks: Vec<DiskId>,
     },
     /// A dead host is declared down, if it is still dead.
     Bury {

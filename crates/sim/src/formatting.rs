@@ -3,7 +3,7 @@
 use crate::host::{ServerHost, address_of};
 use crate::options::Options;
 use bytes::Bytes;
-use petal::ids::BLOCK_SIZE;
+use petal::ids::{BLOCK_SIZE, DiskId, Incarnation};
 use petal::server::ServerConfig;
 use petal::store::superblock::{FormatParams, SUPERBLOCK_SIZE, Superblock};
 use petal::store::{DiskCommand, DiskResult, OpenDisk, StoreConfig};
@@ -11,12 +11,43 @@ use petal::store::{DiskCommand, DiskResult, OpenDisk, StoreConfig};
 /// Formats one disk of a host that has an id. The PMap store of a pretended disk is empty from the
 /// start.
 pub fn format(machine: &mut ServerHost, disk: usize, options: &Options) {
+    format_for(machine, disk, (Incarnation(0), false), options);
+}
+
+/// Makes the host's disks those of a server with these: new ones are formatted, kept ones come first and are told.
+pub fn replace(
+    machine: &mut ServerHost,
+    disks: Vec<DiskId>,
+    incarnation: Incarnation,
+    votes_lost: bool,
+    options: &Options,
+) {
+    let old = std::mem::replace(&mut machine.disk_ids, disks.clone());
+    for (at, id) in disks.iter().enumerate() {
+        if !old.contains(id) {
+            format_for(machine, at, (incarnation, votes_lost), options);
+            continue;
+        }
+        let superblock = open(machine, at).expect("it was not lost").superblock;
+        let (_, (offset, bytes)) = superblock.regroup(disks.clone(), votes_lost).expect("as many as before");
+        machine.disks[at].execute(DiskCommand::Write { offset, pieces: vec![bytes] });
+    }
+}
+
+fn format_for(
+    machine: &mut ServerHost,
+    disk: usize,
+    (incarnation, votes_lost): (Incarnation, bool),
+    options: &Options,
+) {
     let params = FormatParams {
         genesis: machine.genesis.clone(),
         server: machine.id.expect("it has been given an id"),
         disk: machine.disk_ids[disk],
         disks: machine.disk_ids.clone(),
         size: machine.disks[disk].size(),
+        incarnation,
+        votes_lost,
     };
     let (mut superblock, _) = Superblock::format(params).expect("the options draw disks that can be formatted");
     let layout = &mut superblock.layout;

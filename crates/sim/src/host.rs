@@ -136,6 +136,8 @@ pub struct ServerHost {
     pub lives: u64,
     /// A start is planned.
     pub start_planned: bool,
+    /// It stays down until its disks are replaced.
+    pub losing: bool,
     /// Its thread is slow until then.
     pub slow_until: Instant,
     /// It does not run at all before.

@@ -2,13 +2,15 @@
 
 use crate::codec;
 use crate::counters::Kind;
+use crate::disk::SimDisk;
 use crate::event::Event;
+use crate::formatting;
 use crate::net::{ConnectionId, EndPoint, Node, Side};
 use crate::workload::draw_weighted;
 use crate::world::World;
 use bytes::Bytes;
-use petal::global_state::Command;
-use petal::ids::{ServerId, SlotId, Term};
+use petal::global_state::{Command, ServerState, State};
+use petal::ids::{DiskId, ServerId, SlotId, Term};
 use petal::message::{Admin, AdminRequest, Body, CommandId, Message, Part, Payload};
 use petal::server::{self, Peer};
 use petal::store::{BlockSum, DiskCommand};
@@ -103,7 +105,8 @@ impl World {
             18 => self.trap = Some(Trap::Relapse),
             19 => self.trap = Some(Trap::Lag),
             20 => self.trap = Some(Trap::Late),
-            _ => self.spoil_blocks(),
+            21 => self.spoil_blocks(),
+            _ => self.lose_disks(),
         }
     }
 
@@ -338,6 +341,80 @@ impl World {
         self.queue.plan(self.now + Duration::from_millis(20), Event::Bury { host, life });
     }
 
+    /// A server dies, and its disks with it as soon as the others do without them.
+    fn lose_disks(&mut self) {
+        let running = self.running();
+        if running.len() > 1 && !self.servers.iter().any(|s| s.losing) {
+            let host = *self.chaos.pick(&running);
+            self.servers[host].losing = true;
+            self.crash_server(host);
+            self.queue.plan(self.now, Event::Lose { host, tries: 0 });
+        }
+    }
+
+    /// Waits until the server is in no in-sync set; then some of its disks are gone. If that takes too long it comes
+    /// back with all of them.
+    pub(crate) fn on_lose(&mut self, host: usize, tries: u32) {
+        let Some(id) = self.servers[host].id else { return };
+        let needs = |s: &State| {
+            s.servers.get(&id).is_none_or(|x| !x.down) || s.all_slots().any(|(_, slot)| slot.in_sync().any(|m| m == id))
+        };
+        if self.newest_state().is_none_or(needs) {
+            if tries == 60 {
+                self.servers[host].losing = false;
+                return self.plan_start(Node::Server(host), self.now);
+            }
+            return self.queue.plan(self.now + Duration::from_millis(50), Event::Lose { host, tries: tries + 1 });
+        }
+        let machine = &mut self.servers[host];
+        let only = self.chaos.chance(1, 2).then(|| self.chaos.below(machine.disks.len() as u64) as usize);
+        let lost = |disk: usize| only.is_none_or(|only| only == disk);
+        let number = u128::from(self.chaos.next_u64());
+        // Kept ones first, in their order: the first disks have what was voted.
+        let mut order: Vec<usize> = (0..machine.disks.len()).collect();
+        order.sort_by_key(|disk| lost(*disk));
+        let disks = order.iter().map(|disk| match lost(*disk) {
+            true => DiskId(number << 8 | *disk as u128),
+            false => machine.disk_ids[*disk],
+        });
+        let disks: Vec<DiskId> = disks.collect();
+        let mut old: Vec<Option<SimDisk>> = std::mem::take(&mut machine.disks).into_iter().map(Some).collect();
+        machine.disks = order.iter().filter_map(|disk| old[*disk].take()).collect();
+        for (at, disk) in order.iter().enumerate() {
+            if lost(*disk) {
+                machine.disks[at].wipe();
+            }
+        }
+        let kind = if order.iter().all(|disk| lost(*disk)) { Kind::ServerReplaced } else { Kind::DiskReplaced };
+        self.counters.count(kind);
+        self.trace.words(self.now, || format!("host {host} loses disks, and will have {disks:?}"));
+        self.queue.plan(self.now, Event::Replace { host, disks });
+    }
+
+    /// Asks until the cluster knows of the new disks; then they are made, and the server starts.
+    pub(crate) fn on_replace(&mut self, host: usize, disks: Vec<DiskId>) {
+        let Some(server) = self.servers[host].id else { return };
+        let known = self.newest_state().and_then(|s| s.servers.get(&server)).cloned();
+        let machine = &mut self.servers[host];
+        let votes_lost = !disks.iter().any(|d| machine.disk_ids.contains(d));
+        match known {
+            Some(known) if disks.iter().all(|d| known.disks.contains_key(d)) => {
+                formatting::replace(machine, disks, known.incarnation, votes_lost, &self.options);
+                machine.losing = false;
+                self.plan_start(Node::Server(host), self.now);
+            }
+            known => {
+                if let Some(ServerState { incarnation, .. }) = known {
+                    let disks = disks.clone();
+                    let accept_data_loss = false;
+                    let command = Command::ReplaceDisks { server, incarnation, disks, votes_lost, accept_data_loss };
+                    self.execute_anywhere(command);
+                }
+                self.queue.plan(self.now + Duration::from_millis(100), Event::Replace { host, disks });
+            }
+        }
+    }
+
     /// Has a command decided, as an operator could.
     fn execute_anywhere(&mut self, command: Command) {
         let running = self.running();
@@ -345,6 +422,9 @@ impl World {
         let id = CommandId { proposer: self.chaos.next_u64(), number, finished_below: 0 };
         let request = AdminRequest::Execute { id, command, deadline_millis: 1000 };
         let message = Message { state_index: 0, body: Body::Admin(Admin { tag: number, request }) };
+        if running.is_empty() {
+            return;
+        }
         let at = *self.chaos.pick(&running);
         let machine = &mut self.servers[at];
         let Some(alive) = &mut machine.life else { return };

@@ -125,6 +125,8 @@ pub struct FaultWeights {
     pub late: u64,
     /// A block on some disk, of which another server has a good copy, rots or cannot be read any more.
     pub spoil: u64,
+    /// A server loses one of its disks, or all, while others have everything, and is made anew.
+    pub lose: u64,
 }
 
 /// How likely each operation is, relative to the others.
@@ -327,6 +329,7 @@ impl FaultWeights {
         lag: 0,
         late: 0,
         spoil: 0,
+        lose: 0,
     };
 
     fn draw(prng: &mut Prng) -> FaultWeights {
@@ -354,11 +357,12 @@ impl FaultWeights {
             lag: some(3),
             late: some(2),
             spoil: some(8),
+            lose: some(2),
         }
     }
 
     /// The weights in the order of the fields.
-    pub fn list(&self) -> [u64; 22] {
+    pub fn list(&self) -> [u64; 23] {
         [
             self.crash_one,
             self.crash_several,
@@ -382,6 +386,7 @@ impl FaultWeights {
             self.lag,
             self.late,
             self.spoil,
+            self.lose,
         ]
     }
 }

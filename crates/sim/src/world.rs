@@ -172,6 +172,8 @@ impl World {
             Event::Fault => self.on_fault(),
             Event::Ambush { host } => self.on_ambush(host),
             Event::Bury { host, life } => self.on_bury(host, life),
+            Event::Lose { host, tries } => self.on_lose(host, tries),
+            Event::Replace { host, disks } => self.on_replace(host, disks),
             Event::Cut { connection } => self.on_cut(connection),
             Event::Ghost { from, to, frame } => self.on_ghost(from, to, frame),
             Event::Think { client, life } => self.on_think(client, life),
@@ -214,7 +216,7 @@ impl World {
         let options = &self.options;
         let machine = &mut self.servers[host];
         machine.start_planned = false;
-        if machine.life.is_some() {
+        if machine.life.is_some() || machine.losing {
             return;
         }
         let opened: Result<Vec<_>, String> =
@@ -885,6 +887,7 @@ fn draw_server(prng: &mut Prng, options: &Options, genesis: &Genesis, _host: usi
         life: None,
         lives: 0,
         start_planned: false,
+        losing: false,
         slow_until: Instant::ZERO,
         frozen_until: Instant::ZERO,
         token: id(prng),

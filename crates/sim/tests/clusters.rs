@@ -1,6 +1,6 @@
 //! Whole clusters: a few seeds in every test run; `cargo xtask sim` runs many.
 
-use petal_sim::counters::Kind;
+use petal_sim::counters::{Counters, Kind};
 use petal_sim::options::{FaultWeights, Overrides};
 use petal_sim::trace::Keep;
 use petal_sim::{compare_runs, run_seed};
@@ -39,6 +39,25 @@ fn bad_blocks_are_repaired_from_another_copy() {
         repaired += report.counters.get(Kind::Repaired);
     }
     assert!(repaired > 5, "only {repaired} blocks were repaired");
+}
+
+/// A server that lost a disk, or everything, is made anew: what it had is copied back, and a ring member votes
+/// again, in a configuration in which it has not voted yet.
+#[test]
+fn servers_that_lost_their_disks_are_made_anew() {
+    let faults = FaultWeights { lose: 3, crash_one: 1, ..FaultWeights::NONE };
+    let ground = Overrides { copies: Some(2), crowded: true, busy: true, recovering: true, ..Overrides::default() };
+    let ground = Overrides { faults: Some(faults), ..ground };
+    let mut counters = Counters::default();
+    for seed in 1..=24 {
+        let servers = [2, 3, 3, 4][seed as usize % 4];
+        let report = run_seed(seed, &Overrides { servers: Some(servers), ..ground.clone() }, Keep::Hash);
+        assert!(report.complaints.is_empty(), "seed {seed}: {:#?}", report.complaints);
+        counters.merge(&report.counters);
+    }
+    for kind in [Kind::ServerReplaced, Kind::DiskReplaced] {
+        assert!(counters.get(kind) > 3, "{kind:?} happened only {} times", counters.get(kind));
+    }
 }
 
 #[test]

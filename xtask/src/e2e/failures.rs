@@ -74,6 +74,69 @@ pub fn frozen_past_its_lease(cluster: &Cluster) -> Result<()> {
     cluster.down()
 }
 
+/// A learner, a ring member and the ring's leader lose everything, one after the other, under load; then one disk is
+/// damaged where nothing but the disk itself can tell. Whatever they had is copied back.
+pub fn lost_disks_made_anew(cluster: &Cluster) -> Result<()> {
+    cluster.up(&[])?;
+    let uri = cluster.nbd_uri("vol0")?;
+    read(nbdsh().args(["-u", &uri, "-c", "[h.pwrite(b'a' * 65536, i << 20) for i in range(256)]"]))?;
+    survives(cluster, |cluster| {
+        let leader = leader(cluster)?;
+        let member = ["s1", "s2", "s3"].into_iter().find(|s| *s != leader).context("a ring of three")?;
+        for server in ["s4", member, &leader] {
+            let disk = cluster.data().join(server).join("disk1");
+            kill9(pid_of(cluster, server)?)?;
+            std::fs::remove_file(&disk)?;
+            let refusal = cluster.petal().args(["up", "--detach"]).output()?;
+            ensure!(!refusal.status.success(), "{server} must not start without its disk");
+            let done = read(cluster.petal().args(["rejoin", server]))?;
+            ensure!(done.contains("128 slots"), "it says what comes back: {done}");
+            cluster.up(&[])?;
+            full_again(cluster)?;
+        }
+        Ok(())
+    })?;
+    // (The load has written over the first 64 MiB.)
+    let check = "assert all(h.pread(65536, i << 20) == b'a' * 65536 for i in range(64, 256)), 'a write is lost'";
+    cluster.up(&[])?;
+    let log = read(cluster.petal().arg("log"))?;
+    ensure!(log.contains("the ring begins a new configuration"), "nothing of the ring in the log:\n{log}");
+    // The tree of the PMap store is gone, and says so.
+    let disk = cluster.data().join("s3/disk1");
+    let superblock = read(cluster.petal().args(["inspect", "superblock", "--json"]).arg(&disk))?;
+    let superblock: Value = serde_json::from_str(&superblock)?;
+    let pmap = superblock["regions"][1]["offset"].as_u64().context("a PMap region")?;
+    kill9(pid_of(cluster, "s3")?)?;
+    let file = std::fs::OpenOptions::new().write(true).open(&disk)?;
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0xa5; 1 << 20], pmap)?;
+    drop(file);
+    let refusal = cluster.petal().args(["up", "--detach"]).output()?;
+    let why = String::from_utf8_lossy(&refusal.stderr);
+    ensure!(!refusal.status.success() && why.contains("petal rejoin"), "it says what to do: {why}");
+    let kept = cluster.petal().args(["rejoin", "s3"]).output()?;
+    ensure!(!kept.status.success(), "a disk that is there is not made anew unless it is named");
+    read(cluster.petal().args(["rejoin", "s3", "--lost"]).arg(&disk))?;
+    cluster.up(&[])?;
+    full_again(cluster)?;
+    read(nbdsh().args(["-u", &uri, "-c", check]))?;
+    // The last copy: s4 goes on without s3, and loses everything. That is given up only by name.
+    for server in ["s3", "s4"] {
+        kill9(pid_of(cluster, server)?)?;
+        declared_down(cluster, server)?;
+    }
+    std::fs::remove_file(cluster.data().join("s4/disk1"))?;
+    let refusal = cluster.petal().args(["rejoin", "s4"]).output()?;
+    let why = String::from_utf8_lossy(&refusal.stderr);
+    ensure!(why.contains("the only complete copy") && why.contains("--accept-data-loss"), "it says why not: {why}");
+    read(cluster.petal().args(["rejoin", "s4", "--accept-data-loss"]))?;
+    cluster.up(&[])?;
+    full_again(cluster)?;
+    // s3 was as good: nothing is lost.
+    read(nbdsh().args(["-u", &uri, "-c", check]))?;
+    read(cluster.petal().arg("verify"))?;
+    cluster.down()
+}
+
 pub fn two_neighbours_killed(cluster: &Cluster) -> Result<()> {
     // The ring (s1 to s3) keeps its majority.
     cluster.up(&[])?;

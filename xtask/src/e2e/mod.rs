@@ -53,6 +53,7 @@ const SCENARIOS: &[Scenario] = &[
     ("i_o_goes_on_when_the_ring_leader_is_killed", failures::ring_leader_killed),
     ("a_planned_stop_hands_over", failures::planned_stop),
     ("a_server_frozen_past_its_lease_begins_a_new_life", failures::frozen_past_its_lease),
+    ("servers_that_lost_their_disks_are_made_anew_under_load", failures::lost_disks_made_anew),
     ("two_neighbours_killed_hold_up_their_common_slots_only", failures::two_neighbours_killed),
     ("what_clients_see_while_servers_die_and_hang_is_linearizable", chaos::history_is_linearizable),
     ("damaged_and_foreign_disks_are_refused_by_name", bad_input::damaged_disks),

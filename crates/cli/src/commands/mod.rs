@@ -11,6 +11,7 @@ pub mod inspect;
 pub mod join;
 pub mod log;
 pub mod nbd;
+pub mod rejoin;
 pub mod server;
 pub mod status;
 pub mod up;

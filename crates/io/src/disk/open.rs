@@ -382,6 +382,16 @@ impl DiskFile {
     }
 
     /// Everything written so far is on stable storage when this returns.
+    /// Writes one copy of the superblock, `(offset, bytes)`, and waits until it is on stable storage: of a disk that no
+    /// engine serves.
+    ///
+    /// # Errors
+    /// Whatever the file system or the device says.
+    pub fn write_superblock(&self, (offset, bytes): &(u64, Bytes)) -> io::Result<()> {
+        self.write_all_at(bytes, *offset)?;
+        self.sync_all()
+    }
+
     pub(super) fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
     }

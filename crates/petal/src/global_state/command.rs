@@ -177,6 +177,31 @@ pub enum Command {
         /// The life that ends.
         incarnation: Incarnation,
     },
+    /// A server that is down will come back without some of its disks, or with none of them (2.7): what it had
+    /// counts for nothing any more in any slot, and is copied back from the others. If it was a member of the ring
+    /// and its votes are lost with the disks, the ring begins a new configuration with the same members, in which
+    /// it has not voted (2.4).
+    ReplaceDisks {
+        /// The server.
+        server: ServerId,
+        /// Its last life, which has ended.
+        incarnation: Incarnation,
+        /// The disks that it will have, kept ones and new ones, with this incarnation written on each.
+        disks: Vec<DiskId>,
+        /// What it voted in the ring is lost.
+        votes_lost: bool,
+        /// Last resort: even where it has the only copy that holds every acknowledged write. There the other
+        /// members go on with what they have.
+        accept_data_loss: bool,
+    },
+}
+
+impl Command {
+    /// Whether a new configuration of the ring may begin with it. Nothing is appended behind such an entry
+    /// before it is decided.
+    pub fn may_change_ring(&self) -> bool {
+        matches!(self, Command::ReplaceDisks { votes_lost: true, .. })
+    }
 }
 
 /// In words for people (`petal log`).
@@ -208,6 +233,11 @@ impl std::fmt::Display for Command {
                 write!(f, "{server} does not answer others, and is taken out of {} slots", slots.len())
             }
             Command::Goodbye { server, .. } => write!(f, "{server} stops as planned, and hands over"),
+            Command::ReplaceDisks { server, disks, votes_lost, accept_data_loss, .. } => {
+                let ring = if *votes_lost { "; the ring begins a new configuration" } else { "" };
+                let loss = if *accept_data_loss { "; data loss is accepted" } else { "" };
+                write!(f, "{server} gets other disks ({}), and its copies count for nothing{ring}{loss}", disks.len())
+            }
         }
     }
 }
@@ -299,7 +329,7 @@ pub enum CommandError {
     },
     /// Disks are not those that the cluster knows.
     #[error(
-        "{server} came without disk {disk}, which holds data of the cluster; bring the disk back and start the server again"
+        "{server} came without disk {disk}, which holds data of the cluster; bring the disk back and start the server again, or, if it is lost, make it anew with `petal rejoin {server}`"
     )]
     DiskMissing {
         /// The server.
@@ -309,7 +339,7 @@ pub enum CommandError {
     },
     /// A disk with an older state than the cluster knows.
     #[error(
-        "disk {disk} of {server} is from an earlier life (incarnation {found}, the cluster knows {known}): a restored image or an old disk; it cannot be used as it is"
+        "disk {disk} of {server} is from an earlier life (incarnation {found}, the cluster knows {known}): a restored image or an old disk; it cannot be used as it is: name it as lost with `petal rejoin {server} --lost PATH`, and its content is copied back from the others"
     )]
     DiskFromThePast {
         /// The server.
@@ -320,6 +350,21 @@ pub enum CommandError {
         found: Incarnation,
         /// Incarnation that the cluster knows.
         known: Incarnation,
+    },
+    /// A server that must be down for this is not.
+    #[error("{0} is not down; stop it first (`petal down {0}`), or wait until the others have declared it down")]
+    NotDown(ServerId),
+    /// A server's copies are the last ones.
+    #[error(
+        "{server} has the only complete copy of {slots} of {all} slots: without its disks the last writes there are lost, or all of them where it has the only copy. Bring its disks back; or, as the last resort, accept the loss with --accept-data-loss"
+    )]
+    LastCopy {
+        /// The server.
+        server: ServerId,
+        /// Slots in which no other member holds every acknowledged write.
+        slots: u64,
+        /// Slots of the cluster.
+        all: u64,
     },
     /// A bound.
     #[error("the cluster has {limit} {what}, which is the most it can have")]

@@ -17,6 +17,11 @@
 //! Nothing waits for an answer for ever: proposals and `Learn` are sent again, with growing delays, to
 //! one server after the other. Commands are idempotent, entries are numbered, so twice does no harm.
 //!
+//! *A new configuration of the ring* (2.4) begins with the command that asks for it: whoever applies that command drops
+//! what it has of the old one and, if it is a member, opens the new one with the state at hand ([`Ring::begin`]). The
+//! old one decides nothing behind that command, because a leader appends nothing behind it before it is decided
+//! (and then, if it was refused, goes on); who has not heard of it learns it like any other entry.
+//!
 //! Driving it: hand in `on_index` before `on_message` of the same message, then drain `poll_output`; what
 //! came in between two drains is put together. The state moves inside `poll_output`, one
 //! [`GlobalOutput::Applied`] per entry, in order.
@@ -41,6 +46,8 @@ use stdx::{Duration, Instant};
 const ANNOUNCE: Duration = Duration::from_secs(1);
 /// Between two elections for which this member stands by itself.
 const STAND_AGAIN: Duration = Duration::from_millis(300);
+/// An entry that may end the configuration is decided within so long, or its leader stands anew.
+const ENDING_MAX: Duration = Duration::from_millis(300);
 /// Bytes of an encoded command at most. Names, holders and addresses are bounded one by one when the
 /// command is applied; this keeps monsters out of the log.
 const COMMAND_MAX: usize = 64 << 10;
@@ -93,7 +100,7 @@ pub struct Accepted {
     pub forbidden: BTreeSet<ServerId>,
     /// Servers that an entry names, and the last that does.
     pub names: BTreeMap<ServerId, StateIndex>,
-    /// Some entries cannot be looked at for a moment: no grants to anybody.
+    /// Some entries cannot be looked at for a moment, or one may end the ring's configuration: no grants to anybody.
     pub unknown: bool,
 }
 
@@ -121,6 +128,8 @@ pub struct GlobalState {
     me: ServerId,
     state: State,
     ring: Option<Ring>,
+    /// The ring's configuration that `ring` is of, or that this server is no member of.
+    configuration: u32,
     /// The last entries applied, for learners: those up to `state.index`.
     recent: VecDeque<Entry>,
     /// Connected servers, with the index that each told last.
@@ -139,6 +148,8 @@ pub struct GlobalState {
     named_floor: StateIndex,
     /// When this member stood for election by itself.
     stood_at: Option<Instant>,
+    /// Since when this leader waits for an entry that may end the configuration.
+    ending_since: Option<Instant>,
     asked: Option<Asked>,
     /// When a lag was seen first; ring members give the ring a moment to close it.
     behind_since: Option<Instant>,
@@ -156,21 +167,25 @@ pub struct GlobalState {
 impl GlobalState {
     /// `durable` is every metadata value whose key begins with `ring/`, as persisted before.
     /// `proposer` is this server life's own proposer id (server id and incarnation mixed into 64 bits).
+    /// `votes_lost`: the server was made anew; what it voted in earlier configurations is not among `durable`.
     pub fn open(
         me: ServerId,
         genesis: &Genesis,
         proposer: u64,
         durable: Vec<(Bytes, Bytes)>,
+        votes_lost: bool,
     ) -> Result<GlobalState, RingDamaged> {
         let state = State::genesis(genesis);
-        let ring = match state.ring.node_of(me) {
-            Some(node) => Some(Ring::open(node, state.clone(), &durable)?),
-            None => None,
+        let ring = match votes_lost && durable.is_empty() {
+            true => None,
+            false => Ring::open(me, state.clone(), &durable)?,
         };
+        let configuration = ring.as_ref().map_or(state.ring.id, Ring::configuration);
         let mut room = GlobalState {
             me,
             state,
             ring,
+            configuration,
             recent: VecDeque::new(),
             peers: BTreeMap::new(),
             dialled: BTreeMap::new(),
@@ -182,6 +197,7 @@ impl GlobalState {
             named: BTreeMap::new(),
             named_floor: 0,
             stood_at: None,
+            ending_since: None,
             asked: None,
             behind_since: None,
             announce_at: Instant::ZERO,
@@ -240,7 +256,7 @@ impl GlobalState {
     pub fn accepted(&self) -> Accepted {
         let mut accepted = Accepted { end: self.accepted_end(), ..Accepted::default() };
         let Some(ring) = &self.ring else { return accepted };
-        let (state, mut forbidden, mut names) = (&self.state, BTreeSet::new(), BTreeMap::new());
+        let (state, mut forbidden, mut names, mut ends) = (&self.state, BTreeSet::new(), BTreeMap::new(), false);
         let known = ring.each_accepted_after(state.index, |index, entry| match &entry.command {
             Command::Suspect { server, .. } | Command::ServerDown { server, .. } | Command::Goodbye { server, .. } => {
                 forbidden.insert(*server);
@@ -249,13 +265,15 @@ impl GlobalState {
             Command::Reinstate { server, .. } | Command::ServerUp { server, .. } => {
                 names.insert(*server, index);
             }
+            // With this one the configuration may end, and its grants with it.
+            command if command.may_change_ring() => ends = true,
             Command::InSync { slots, .. } | Command::TakeOut { slots, .. } => {
                 let members = slots.iter().filter_map(|(slot, _)| state.slot(*slot)).flat_map(|slot| &slot.tuple);
                 names.extend(members.map(|member| (member.server, index)));
             }
             _ => {}
         });
-        (accepted.forbidden, accepted.names, accepted.unknown) = (forbidden, names, !known);
+        (accepted.forbidden, accepted.names, accepted.unknown) = (forbidden, names, ends || !known);
         accepted
     }
 
@@ -366,8 +384,14 @@ impl GlobalState {
     /// Elections, retries.
     pub fn tick(&mut self, now: Instant) {
         self.note(now);
-        if let Some(ring) = &mut self.ring {
-            ring.tick(now);
+        let Some(ring) = &mut self.ring else { return };
+        ring.tick(now);
+        // An entry that nothing may follow, and whose message was lost, would never be asked for again.
+        if !ring.leads() || !may_end(ring, self.state.index) {
+            self.ending_since = None;
+        } else if *self.ending_since.get_or_insert(now) + ENDING_MAX <= now {
+            self.ending_since = Some(now);
+            ring.stand();
         }
     }
 
@@ -551,6 +575,22 @@ impl GlobalState {
         if servers_changed {
             self.dial();
         }
+        self.follow_ring();
+    }
+
+    /// The state has moved, perhaps into another configuration of the ring: see the head of the file.
+    fn follow_ring(&mut self) {
+        if self.state.ring.id == self.configuration {
+            return;
+        }
+        let led = self.leads();
+        self.configuration = self.state.ring.id;
+        self.ring = Ring::begin(self.me, self.state.clone(), self.ring.as_ref());
+        self.appended.clear();
+        self.dirty = true;
+        if let (true, Some(ring)) = (led, &mut self.ring) {
+            ring.stand();
+        }
     }
 
     fn jump(&mut self, state: State) {
@@ -563,6 +603,7 @@ impl GlobalState {
         self.appended.clear();
         self.outputs.push_back(GlobalOutput::Jumped);
         self.dial();
+        self.follow_ring();
     }
 
     /// Asks for connections to servers that are new or have moved.
@@ -666,6 +707,11 @@ impl GlobalState {
         if !small(command) || self.appended.get(&key).is_some_and(|at| self.now < *at + RETRY_MAX) {
             return true;
         }
+        let mut may_end = false;
+        let known = ring.each_accepted_after(self.state.index, |_, entry| may_end |= entry.command.may_change_ring());
+        if may_end || !known {
+            return true; // What is not appended now is proposed again.
+        }
         let mut command = command.clone();
         if self.sabotage == Sabotage::InSyncUnconditional {
             make_unconditional(&self.state, &mut command);
@@ -712,6 +758,13 @@ impl GlobalState {
             (_, reachable) => Some(reachable[tries as usize / 2 % reachable.len()]),
         }
     }
+}
+
+/// Whether an entry that may end the configuration is accepted and not applied, as far as this member knows.
+fn may_end(ring: &Ring, applied: StateIndex) -> bool {
+    let mut found = false;
+    let is_known = ring.each_accepted_after(applied, |_, entry| found |= entry.command.may_change_ring());
+    found || !is_known
 }
 
 /// An `InSync` of long ago becomes one of now.

@@ -26,6 +26,10 @@ struct Host {
     /// Index told last by `Applied`, in this life.
     applied: StateIndex,
     jumps: u64,
+    /// Its disks are gone: it does not start.
+    lost: bool,
+    /// It was made anew.
+    votes_lost: bool,
 }
 
 /// How unkind the world is.
@@ -52,6 +56,8 @@ struct Cluster {
     /// No message of a connection overtakes another.
     last_arrival: BTreeMap<(ServerId, ServerId), Instant>,
     connection_count: u64,
+    /// Commands insisted on.
+    insisted: u64,
     log: BTreeMap<StateIndex, CommandId>,
 }
 
@@ -77,11 +83,20 @@ impl Cluster {
             connections: BTreeMap::new(),
             last_arrival: BTreeMap::new(),
             connection_count: 0,
+            insisted: 0,
             log: BTreeMap::new(),
         };
         for id in 1..=ring + learners {
-            let host =
-                Host { room: None, life: 0, durable: BTreeMap::new(), pending: VecDeque::new(), applied: 0, jumps: 0 };
+            let host = Host {
+                room: None,
+                life: 0,
+                durable: BTreeMap::new(),
+                pending: VecDeque::new(),
+                applied: 0,
+                jumps: 0,
+                lost: false,
+                votes_lost: false,
+            };
             cluster.hosts.insert(ServerId(id), host);
             cluster.start(ServerId(id));
         }
@@ -108,13 +123,14 @@ impl Cluster {
     fn start(&mut self, server: ServerId) {
         let genesis = genesis(self.ring);
         let host = self.host(server);
-        if host.room.is_some() {
+        if host.room.is_some() || host.lost {
             return;
         }
         host.life += 1;
         let durable: Vec<(Bytes, Bytes)> = host.durable.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
         let proposer = u64::from(server.0) << 32 | host.life;
-        let room = GlobalState::open(server, &genesis, proposer, durable).expect("a crash damages nothing");
+        let room =
+            GlobalState::open(server, &genesis, proposer, durable, host.votes_lost).expect("a crash damages nothing");
         host.applied = room.state().index;
         host.room = Some(room);
         for other in self.hosts.keys().copied().filter(|o| *o != server).collect::<Vec<_>>() {
@@ -298,6 +314,103 @@ impl Cluster {
         }
     }
 
+    /// Some server that runs, after a while perhaps.
+    fn wait_for_other(&mut self, than: ServerId) -> u16 {
+        for _ in 0..10_000 {
+            let up = self.hosts.iter().find(|(s, h)| **s != than && h.room.is_some());
+            if let Some((server, _)) = up {
+                return server.0;
+            }
+            self.run(millis(1));
+        }
+        panic!("nobody comes back");
+    }
+
+    /// Asks until it is done, whoever crashes meanwhile.
+    fn insist(&mut self, not: ServerId, command: &Command) {
+        self.insisted += 1;
+        let id = CommandId { proposer: 77, number: self.insisted, finished_below: self.insisted };
+        for _ in 0..400 {
+            let at = self.wait_for_other(not);
+            if let Some((_, result)) = self.room(at).state().result(&id) {
+                result.clone().expect("a good command");
+                return;
+            }
+            let now = self.now;
+            self.room(at).propose(now, id, command.clone());
+            self.outputs(ServerId(at));
+            self.run(millis(50));
+            self.heartbeats();
+        }
+        panic!("{command:?} was not decided in 20 s: {}", self.describe());
+    }
+
+    /// Every server tells all others its index, as heartbeats do.
+    fn heartbeats(&mut self) {
+        let now = self.now;
+        for (a, b) in self.connections.keys().copied().collect::<Vec<_>>() {
+            for (from, to) in [(a, b), (b, a)] {
+                let index = self.room(from.0).state().index;
+                self.room(to.0).on_index(now, from, index);
+                self.outputs(to);
+            }
+        }
+    }
+
+    fn describe(&self) -> String {
+        let of = |(server, host): (&ServerId, &Host)| match &host.room {
+            Some(room) => format!(
+                "{server}: index {} of {}, configuration {}, member: {}, leader {:?}, peers {:?}. ",
+                room.state.index,
+                room.accepted_end(),
+                room.configuration,
+                room.is_member(),
+                room.leader(),
+                room.peers
+            ),
+            None => format!("{server} is down. "),
+        };
+        self.hosts.iter().map(of).collect()
+    }
+
+    /// A server loses everything, is made anew and comes back; a second one crashes while the ring changes.
+    fn replace(&mut self, server: ServerId) {
+        self.crash(server);
+        let host = self.host(server);
+        (host.lost, host.votes_lost) = (true, true);
+        host.durable.clear();
+        // Who lags knows of older lives.
+        while self.hosts.iter().any(|(s, h)| *s != server && h.room.is_none()) {
+            self.run(millis(10));
+        }
+        let states = self.hosts.values().filter_map(|h| h.room.as_ref()).map(GlobalState::state);
+        let known = states.max_by_key(|s| s.index).expect("others are up").servers[&server].clone();
+        let incarnation = Incarnation(known.incarnation.0 + 1);
+        let mut found: Vec<_> = known.disks.keys().map(|d| (*d, known.incarnation, 1)).collect();
+        if found.is_empty() {
+            found.push((DiskId(u128::from(server.0)), Incarnation(0), 1));
+        }
+        self.insist(server, &Command::ServerUp { server, incarnation, addresses: vec![], disks: found });
+        let disks = vec![DiskId(u128::from(self.prng.next_u64()))];
+        self.insist(server, &Command::Goodbye { server, incarnation });
+        let other = ServerId(self.wait_for_other(server));
+        let replace = Command::ReplaceDisks { server, incarnation, disks, votes_lost: true, accept_data_loss: true };
+        if self.prng.chance(1, 2) {
+            let now = self.now;
+            let number = self.insisted + 1;
+            let id = CommandId { proposer: 77, number, finished_below: number };
+            self.room(other.0).propose(now, id, replace.clone());
+            self.outputs(other);
+            let moment = self.micros((0, 100_000));
+            self.run(moment);
+            let victim = ServerId(self.wait_for_other(server));
+            self.crash(victim);
+        }
+        self.insist(server, &replace);
+        self.host(server).lost = false;
+        self.start(server);
+    }
+
     fn assert_equal(&mut self) {
         let first = self.room(1).state().clone();
         for (server, host) in &self.hosts {
@@ -464,7 +577,7 @@ fn everything_restarts_at_once_and_nothing_decided_is_gone() {
 
 #[test]
 fn a_server_that_comes_up_elsewhere_is_dialled_there() {
-    let mut room = GlobalState::open(ServerId(1), &genesis(1), 1, Vec::new()).unwrap();
+    let mut room = GlobalState::open(ServerId(1), &genesis(1), 1, Vec::new(), false).unwrap();
     let command = Command::AddServer { addresses: vec!["h:1".into()], token: 1 };
     room.propose_own(Instant::ZERO, command);
     let mut dials = Vec::new();
@@ -480,7 +593,7 @@ fn a_server_that_comes_up_elsewhere_is_dialled_there() {
 
 #[test]
 fn a_monster_of_a_command_is_not_proposed() {
-    let mut room = GlobalState::open(ServerId(1), &genesis(1), 1, Vec::new()).unwrap();
+    let mut room = GlobalState::open(ServerId(1), &genesis(1), 1, Vec::new(), false).unwrap();
     room.propose_own(Instant::ZERO, Command::AddServer { addresses: vec!["x".repeat(COMMAND_MAX)], token: 1 });
     assert_eq!(room.proposals.len(), 0);
 }
@@ -513,7 +626,7 @@ fn messages_that_make_no_sense_change_nothing() {
 }
 
 /// Commands from everywhere while servers crash, connections break and messages are lost; then quiet.
-fn storm(seed: u64) -> (Cluster, u64) {
+fn storm(seed: u64, replaced: bool) -> (Cluster, u64) {
     let mut prng = Prng::new(seed ^ 0x5eed);
     let world = World {
         delay: (100, prng.between(200, 60_000)),
@@ -528,6 +641,7 @@ fn storm(seed: u64) -> (Cluster, u64) {
     for _ in 0..60 {
         let at = prng.between(1, servers) as u16;
         match prng.below(10) {
+            0 if replaced && ring == 3 && at <= ring && prng.chance(1, 2) => cluster.replace(ServerId(at)),
             0 => cluster.crash(ServerId(at)),
             1 => {
                 let other = at as u64 % servers + 1;
@@ -569,15 +683,47 @@ fn in_any_storm_every_command_is_executed_once_and_all_servers_agree() {
     let seeds = std::env::var("ROOM_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(12);
     let mut commands = 0;
     for seed in 0..seeds {
-        commands += storm(seed).1;
+        commands += storm(seed, false).1;
     }
     assert!(commands > 20 * seeds);
+}
+
+/// 2.4: what it voted is gone, so it takes part again only in a configuration in which it has not voted.
+#[test]
+fn a_ring_member_that_lost_its_votes_is_a_member_of_the_next_configuration() {
+    let mut cluster = Cluster::new(7, 3, 1, KIND);
+    let disk = cluster.with_disk(1);
+    for server in [1, 2, 3, 1] {
+        cluster.replace(ServerId(server));
+        cluster.run(millis(3000));
+        cluster.execute(server, attach(disk));
+        assert!(cluster.room(server).is_member());
+        // The others lean on its vote.
+        let other = server % 3 + 1;
+        cluster.crash(ServerId(other));
+        cluster.execute(server, attach(disk));
+        cluster.run(millis(5000));
+        cluster.assert_equal();
+    }
+    assert_eq!(cluster.room(4).state().ring.id, 5);
+}
+
+#[test]
+fn in_any_storm_with_members_made_anew_all_servers_agree() {
+    let seeds = std::env::var("ROOM_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(12);
+    let mut changes = 0;
+    for seed in 1000..1000 + seeds {
+        eprintln!("seed {seed}");
+        let (mut cluster, _) = storm(seed, true);
+        changes += cluster.room(1).state().ring.id - 1;
+    }
+    assert!(u64::from(changes) >= seeds, "{changes} configurations began");
 }
 
 #[test]
 fn the_same_storm_ends_the_same() {
     let run = || {
-        let (cluster, _) = storm(11);
+        let (cluster, _) = storm(11, true);
         let durable: Vec<_> = cluster.hosts.into_values().map(|h| h.durable).collect();
         (cluster.log, cluster.event_count, durable)
     };

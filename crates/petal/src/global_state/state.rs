@@ -36,7 +36,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Version of the encoding of a [`State`]: its first byte.
-const STATE_VERSION: u8 = 2;
+const STATE_VERSION: u8 = 3;
 
 /// The first lineage of a family, and the first epoch of a lineage.
 const FIRST_LINEAGE: LineageId = LineageId(1);
@@ -104,6 +104,8 @@ pub struct Executed {
 pub struct RingConfiguration {
     /// Its id: 1 for the first; in every ring message.
     pub id: u32,
+    /// State index of the command with which it began: its log starts behind it.
+    pub base: StateIndex,
     /// Its members.
     pub members: Vec<RingMember>,
 }
@@ -217,6 +219,14 @@ impl SlotState {
     pub fn acting(&self, servers: &BTreeMap<ServerId, ServerState>) -> Option<ServerId> {
         self.in_sync().find(|s| servers.get(s).is_some_and(|s| !s.down))
     }
+    /// Nobody is in sync any more: those members who are live are from here on, else all that there are, else the
+    /// server itself, with nothing.
+    fn go_on_without(&mut self, lost: ServerId, is_live: impl Fn(ServerId) -> bool) {
+        let others: Vec<ServerId> = self.tuple.iter().map(|m| m.server).filter(|s| *s != lost).collect();
+        let live: Vec<ServerId> = others.iter().copied().filter(|s| is_live(*s)).collect();
+        let heirs = [live, others, vec![lost]].into_iter().find(|heirs| !heirs.is_empty()).expect("one is not empty");
+        self.tuple.iter_mut().filter(|m| heirs.contains(&m.server)).for_each(|m| m.in_sync = true);
+    }
     /// Whether some member that was taken out may not know it, and serve reads for as long as a lease that
     /// it has from before (2.1, "complete"). One that is down has no lease, and one that was started since
     /// got none before it knew.
@@ -267,7 +277,7 @@ impl State {
             index: 0,
             cluster: genesis.cluster,
             name: genesis.name.clone(),
-            ring: RingConfiguration { id: 1, members },
+            ring: RingConfiguration { id: 1, base: 0, members },
             servers,
             gmaps: BTreeMap::new(),
             common: BTreeMap::new(),
@@ -320,6 +330,7 @@ impl State {
         here(self.index < u64::MAX / 2, &self.index, "is no index that a log reaches")?;
         let nodes: BTreeSet<u64> = self.ring.members.iter().map(|m| m.node).collect();
         here(nodes.len() == self.ring.members.len(), &nodes, "are node numbers used twice")?;
+        here(self.ring.base <= self.index, &self.ring.base, "is no index at which the ring can have begun")?;
         here(
             !self.ring.members.is_empty() && self.ring.members.len() <= 7,
             &self.ring.id,
@@ -566,6 +577,13 @@ impl State {
             Command::InSync { server, incarnation, slots } => self.in_sync(*server, *incarnation, slots, effects),
             Command::TakeOut { server, slots } => self.take_out(*server, slots, effects),
             Command::Goodbye { server, incarnation } => self.goodbye(*server, *incarnation, effects),
+            Command::ReplaceDisks { server, incarnation, disks, votes_lost, accept_data_loss } => {
+                self.replace_disks(*server, *incarnation, disks, *accept_data_loss, effects)?;
+                if *votes_lost && self.ring.node_of(*server).is_some() {
+                    (self.ring.id, self.ring.base) = (self.ring.id + 1, self.index);
+                }
+                Ok(Outcome::Done)
+            }
         }
     }
 
@@ -667,6 +685,55 @@ impl State {
         }
         server.down = true;
         Ok(self.went_down(id, effects))
+    }
+
+    /// What the server had counts for nothing from here on (`since`). Where nobody else holds all acknowledged
+    /// writes the others go on with what they have, if that was accepted.
+    fn replace_disks(
+        &mut self,
+        id: ServerId,
+        incarnation: Incarnation,
+        disks: &[DiskId],
+        accept_data_loss: bool,
+        effects: &mut Effects,
+    ) -> Applied {
+        let server = self.servers.get(&id).ok_or(CommandError::NoSuchServer(id))?;
+        if server.incarnation != incarnation {
+            return Err(CommandError::OldIncarnation { server: id, known: server.incarnation, given: incarnation });
+        }
+        if !server.down {
+            return Err(CommandError::NotDown(id));
+        }
+        let distinct: BTreeSet<&DiskId> = disks.iter().collect();
+        if disks.is_empty() || disks.len() > DISKS_PER_SERVER_MAX || distinct.len() != disks.len() {
+            return Err(CommandError::Malformed(format!("{id} cannot have these {} disks", disks.len())));
+        }
+        let is_last = |slot: &&SlotState| slot.in_sync().all(|s| s == id);
+        let all = self.slots.values().flatten().count() as u64;
+        let slots = self.slots.values().flatten().filter(is_last).count() as u64;
+        if slots > 0 && !accept_data_loss {
+            return Err(CommandError::LastCopy { server: id, slots, all });
+        }
+        let index = self.index;
+        let servers = &self.servers;
+        let is_live = |s: ServerId| servers.get(&s).is_some_and(|s| !s.down && s.suspect.is_none());
+        for (gmap, slots) in &mut self.slots {
+            for (number, slot) in (0..).zip(slots) {
+                let Some(own) = slot.tuple.iter_mut().find(|m| m.server == id) else { continue };
+                (own.since, own.out, own.in_sync) = (index, index, false);
+                if slot.in_sync().next().is_none() {
+                    slot.go_on_without(id, is_live);
+                }
+                slot.term = index;
+                effects.slots.push(SlotId { gmap: *gmap, slot: number });
+            }
+        }
+        let server = self.servers.get_mut(&id).expect("just seen");
+        let capacity = |disk: &DiskId| server.disks.get(disk).map_or(0, |d| d.capacity);
+        server.disks = disks.iter().map(|d| (*d, DiskState { incarnation, capacity: capacity(d) })).collect();
+        effects.servers.push(id);
+        effects.names.insert(id);
+        Ok(Outcome::Done)
     }
 
     fn reinstate(

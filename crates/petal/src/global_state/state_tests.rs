@@ -327,7 +327,7 @@ fn hints_name_the_acting_primary_first() {
 fn the_bytes_of_a_small_state_never_change() {
     let mut f = Fixture::new(1);
     f.run(server_up(1, 1, &[(10, 0)])).unwrap();
-    expect!["02 01 c1 01 04 74 65 73 74 01 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 01 00 01 0a 01 80 80 80 80 04 00 01 00 80 80 80 80 04 00 00 00 00 00 00 01 07 01 01 01 01 01 00 00"]
+    expect!["03 01 c1 01 04 74 65 73 74 01 00 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 01 00 01 0a 01 80 80 80 80 04 00 01 00 80 80 80 80 04 00 00 00 00 00 00 01 07 01 01 01 01 01 00 00"]
         .assert_eq(&hex(&f.state.encode()));
     let entry = Entry { id: CommandId { proposer: 300, number: 2, finished_below: 1 }, command: create("vol0") };
     expect![[r#"ac 02 02 01 03 04 76 6f 6c 30 80 80 80 80 04 01 80 80 40"#]]
@@ -366,6 +366,64 @@ fn a_state_survives_being_bytes_and_hostile_bytes_are_refused() {
     }
 }
 
+/// What the server had counts for nothing; where nobody else has everything that is refused, unless it is accepted.
+#[test]
+fn a_server_with_other_disks_leaves_every_slot_and_the_last_copy_goes_only_by_name() {
+    let mut c = Fixture::up(3);
+    let up = |server: u16, life: u64| server_up(server, life, &[(u128::from(server), life - 1)]);
+    c.run(Command::CreateDisk { name: "d".into(), size: 1 << 30, scheme: Scheme::Chained, stripe_unit: 1 << 20 })
+        .unwrap();
+    let goodbye = |server: u16, life| Command::Goodbye { server: ServerId(server), incarnation: Incarnation(life) };
+    let replace = |life, votes_lost, accept_data_loss| Command::ReplaceDisks {
+        server: ServerId(2),
+        incarnation: Incarnation(life),
+        disks: vec![DiskId(77)],
+        votes_lost,
+        accept_data_loss,
+    };
+    assert_eq!(c.run(replace(1, false, false)).unwrap_err(), CommandError::NotDown(ServerId(2)));
+    c.run(goodbye(2, 1)).unwrap();
+    assert!(matches!(c.run(replace(2, false, false)).unwrap_err(), CommandError::OldIncarnation { .. }));
+    let ring = c.state.ring.clone();
+    c.run(replace(1, false, false)).unwrap();
+    assert_eq!(c.state.ring, ring, "its votes are there");
+    let index = c.state.index;
+    for (_, slot) in c.state.all_slots() {
+        if let Some(member) = slot.member(ServerId(2)) {
+            assert_eq!((member.in_sync, member.since, slot.term), (false, index, index));
+        }
+    }
+    // It comes with the disks that were named, and with no others.
+    assert!(matches!(c.run(up(2, 2)).unwrap_err(), CommandError::DiskMissing { .. }));
+    c.run(server_up(2, 2, &[(77, 1)])).unwrap();
+    c.run(goodbye(2, 2)).unwrap();
+    c.run(replace(2, true, false)).unwrap();
+    assert_eq!((c.state.ring.id, c.state.ring.base), (ring.id + 1, c.state.index));
+    // Now s1 and s3 are the last ones in every slot that they share with s2.
+    c.run(goodbye(1, 1)).unwrap();
+    c.run(server_up(2, 3, &[(77, 2)])).unwrap();
+    let refusal = Command::ReplaceDisks {
+        server: ServerId(1),
+        incarnation: Incarnation(1),
+        disks: vec![DiskId(78)],
+        votes_lost: false,
+        accept_data_loss: false,
+    };
+    let CommandError::LastCopy { slots, .. } = c.run(refusal.clone()).unwrap_err() else {
+        panic!("it has the last copies")
+    };
+    let shared = |c: &Fixture| {
+        let both =
+            c.state.all_slots().filter(|(_, s)| s.member(ServerId(1)).is_some() && s.member(ServerId(2)).is_some());
+        both.map(|(_, s)| s.in_sync().collect::<Vec<_>>()).collect::<Vec<_>>()
+    };
+    assert_eq!(slots, shared(&c).len() as u64);
+    let Command::ReplaceDisks { server, incarnation, disks, votes_lost, .. } = refusal else { unreachable!() };
+    c.run(Command::ReplaceDisks { server, incarnation, disks, votes_lost, accept_data_loss: true }).unwrap();
+    assert!(shared(&c).iter().all(|in_sync| *in_sync == [ServerId(2)]), "s2 goes on with what it has");
+    assert_eq!(c.state.complaint(), None);
+}
+
 fn random_slots(prng: &mut Prng, state: &State) -> Vec<(SlotId, Term)> {
     let some: Vec<(SlotId, Term)> = state.all_slots().map(|(id, slot)| (id, slot.term)).collect();
     some.into_iter().filter(|_| prng.chance(1, 4)).collect()
@@ -380,7 +438,14 @@ fn random_command(prng: &mut Prng, state: &State) -> Command {
     let incarnation = known.map_or(Incarnation(0), |s| s.incarnation);
     let suspect = known.and_then(|s| s.suspect).unwrap_or(state.index);
     let server_id = ServerId(server);
-    match prng.below(17) {
+    match prng.below(18) {
+        17 => Command::ReplaceDisks {
+            server: server_id,
+            incarnation,
+            disks: vec![DiskId(u128::from(server)), DiskId(prng.next_u64().into())],
+            votes_lost: prng.chance(1, 2),
+            accept_data_loss: prng.chance(1, 2),
+        },
         10 | 11 => Command::Suspect { server: server_id, incarnation },
         12 => Command::ServerDown { server: server_id, incarnation, suspect },
         13 => Command::Reinstate { server: server_id, incarnation, suspect },

@@ -873,4 +873,4 @@ impl Stores {
 }
 
 /// Copies of the metadata, on the server's first disks.
-const META_COPIES: usize = 2;
+pub const META_COPIES: usize = 2;

@@ -372,6 +372,7 @@ impl Walk {
                     disk: *id,
                     disks: ids.clone(),
                     layout,
+                    votes_lost: false,
                 };
                 disk.write(Superblock::copy_offset(generation), &superblock.encode(), || true);
             }

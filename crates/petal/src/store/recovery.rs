@@ -112,7 +112,10 @@ impl Disk {
             (Asked::Identity, DiskResult::Written(Ok(()))) => self.read_pmap(),
             (Asked::Table(table), DiskResult::PmapRange(Ok(rows))) => {
                 if let Err(what) = self.take_table(table, rows) {
-                    return self.fail(format!("the PMap store is damaged: {what}"));
+                    return self.fail(format!(
+                        "the PMap store is damaged: {what}; this disk is lost: make it anew with `petal rejoin --lost`, \
+                         its data is copied back from the other servers"
+                    ));
                 }
                 if self.recovery().asked.is_empty() {
                     self.read_ring();
@@ -139,7 +142,11 @@ impl Disk {
                 | DiskResult::Read(Err(e))
                 | DiskResult::PmapRange(Err(e))
                 | DiskResult::PmapValue(Err(e)),
-            ) => self.fail(format!("cannot be opened ({}): {e}", asked.what())),
+            ) => self.fail(format!(
+                "cannot be opened ({}): {e}; if it is lost, make it anew with `petal rejoin --lost`, and its data is \
+                 copied back from the other servers",
+                asked.what()
+            )),
             (asked, result) => unreachable!("{result:?} does not answer {asked:?}"),
         }
     }
@@ -252,8 +259,8 @@ impl Disk {
         let tail = recovery.reached.position;
         if !drops && self.sabotage != Sabotage::NoChain && journal::is_damaged(disk, &ring, end.number) {
             return self.fail(format!(
-                "journal batch {} was durable once and cannot be read; this disk is lost: replace it, its data is \
-                 copied back from the other servers",
+                "journal batch {} was durable once and cannot be read; this disk is lost: make it anew with `petal \
+                 rejoin --lost`, its data is copied back from the other servers",
                 end.number + 1
             ));
         }

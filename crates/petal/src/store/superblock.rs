@@ -18,8 +18,12 @@ use serde::{Deserialize, Serialize};
 pub const SUPERBLOCK_SIZE: usize = 4096;
 /// The first bytes of a disk of Petal.
 pub const MAGIC: [u8; 8] = *b"PETALDSK";
-/// The format that this program writes. Magic, format and checksum stay in their places in every format.
+/// The format of the disks of a server that was made once. Magic, format and checksum stay in their places in every
+/// format.
 pub const FORMAT: u32 = 1;
+/// The format of the disks of a server that was made anew after it lost what it had voted in the ring (2.4): the same
+/// bytes under another number, so that a program that does not know better never votes with an empty memory.
+pub const FORMAT_ANEW: u32 = 2;
 
 const FORMAT_AT: usize = 8;
 const LENGTH_AT: usize = 12;
@@ -45,6 +49,10 @@ pub struct Superblock {
     pub disks: Vec<DiskId>,
     /// Its regions.
     pub layout: Layout,
+    /// What the server voted in the ring before these disks is lost: without votes on them it takes part only in
+    /// configurations that began later.
+    #[serde(skip)]
+    pub votes_lost: bool,
 }
 
 /// Why bytes are not a superblock.
@@ -117,6 +125,10 @@ pub struct FormatParams {
     pub disks: Vec<DiskId>,
     /// Bytes of the disk.
     pub size: u64,
+    /// The server's last life: zero, but for a disk that replaces a lost one.
+    pub incarnation: Incarnation,
+    /// See [`Superblock::votes_lost`].
+    pub votes_lost: bool,
 }
 
 /// `(byte offset, bytes)`: writes to be done in order, each on stable storage before the next begins.
@@ -126,10 +138,9 @@ impl Superblock {
     /// A superblock of a new disk: generation and incarnation 0. Checks that every later generation
     /// of it fits, so that [`Superblock::encode`] cannot fail.
     pub fn new(params: FormatParams) -> Result<Superblock, FormatError> {
-        let FormatParams { genesis, server, disk, disks, size } = params;
+        let FormatParams { genesis, server, disk, disks, size, incarnation, votes_lost } = params;
         let layout = Layout::for_size(size)?;
-        let incarnation = Incarnation(0);
-        let superblock = Superblock { generation: 0, genesis, server, incarnation, disk, disks, layout };
+        let superblock = Superblock { generation: 0, genesis, server, incarnation, disk, disks, layout, votes_lost };
         superblock.check_fits()?;
         match superblock.knows_itself() {
             true => Ok(superblock),
@@ -163,7 +174,8 @@ impl Superblock {
         assert!(body.len() <= BODY_MAX, "a superblock of {} bytes was not checked when it was changed", body.len());
         let mut bytes = vec![0; SUPERBLOCK_SIZE];
         bytes[..FORMAT_AT].copy_from_slice(&MAGIC);
-        bytes[FORMAT_AT..LENGTH_AT].copy_from_slice(&FORMAT.to_le_bytes());
+        let format = if self.votes_lost { FORMAT_ANEW } else { FORMAT };
+        bytes[FORMAT_AT..LENGTH_AT].copy_from_slice(&format.to_le_bytes());
         bytes[LENGTH_AT..CHECKSUM_AT].copy_from_slice(&(body.len() as u32).to_le_bytes());
         bytes[BODY_AT..BODY_AT + body.len()].copy_from_slice(&body);
         let crc = checksum(&bytes);
@@ -181,15 +193,17 @@ impl Superblock {
         if word(bytes, CHECKSUM_AT) != checksum(bytes) {
             return Err(SuperblockError::BadChecksum);
         }
-        match word(bytes, FORMAT_AT) {
-            FORMAT => {}
-            found if found > FORMAT => return Err(SuperblockError::NewerFormat { found, known: FORMAT }),
+        let votes_lost = match word(bytes, FORMAT_AT) {
+            FORMAT => false,
+            FORMAT_ANEW => true,
+            found if found > FORMAT_ANEW => return Err(SuperblockError::NewerFormat { found, known: FORMAT_ANEW }),
             found => return Err(SuperblockError::OlderFormat { found, known: FORMAT }),
-        }
+        };
         let garbage = |what: &str| SuperblockError::Garbage(what.into());
         let length = word(bytes, LENGTH_AT) as usize;
         let body = bytes[BODY_AT..].get(..length).ok_or_else(|| garbage("its length"))?;
         let (superblock, rest) = postcard::take_from_bytes::<Superblock>(body).map_err(|e| garbage(&e.to_string()))?;
+        let superblock = Superblock { votes_lost, ..superblock };
         if !rest.is_empty() {
             return Err(garbage("something follows the body"));
         }
@@ -214,6 +228,19 @@ impl Superblock {
             (Ok(one), Err(_)) | (Err(_), Ok(one)) => Ok(one),
             (Err(a), Err(b)) => Err(if b.telling() > a.telling() { b } else { a }),
         }
+    }
+
+    /// The write that makes it the disk of a server with other disks beside it (after some were replaced), and the
+    /// superblock that is then on it.
+    pub fn regroup(&self, disks: Vec<DiskId>, votes_lost: bool) -> Result<(Superblock, (u64, Bytes)), FormatError> {
+        let generation = self.generation + 1;
+        let superblock = Superblock { generation, disks, votes_lost: self.votes_lost || votes_lost, ..self.clone() };
+        superblock.check_fits()?;
+        if !superblock.knows_itself() {
+            return Err(FormatError::NotAmongDisks(self.disk));
+        }
+        let write = (Superblock::copy_offset(generation), superblock.encode());
+        Ok((superblock, write))
     }
 
     /// The writes that make a new disk, in order, and the superblock that is then on it.
@@ -277,12 +304,26 @@ mod tests {
     use proptest::prelude::*;
     use stdx::units::GIB;
 
+    #[test]
+    fn a_server_made_anew_has_the_same_bytes_under_another_number_and_keeps_it() {
+        let anew = Superblock { votes_lost: true, ..sample() };
+        let (whole, bytes) = (sample().encode(), anew.encode());
+        assert_eq!(Superblock::decode(&bytes), Ok(anew.clone()));
+        assert_eq!(bytes[BODY_AT..], whole[BODY_AT..]);
+        let disks = vec![anew.disk, DiskId(99)];
+        let (regrouped, (at, bytes)) = anew.regroup(disks.clone(), false).unwrap();
+        assert_eq!((regrouped.disks.clone(), regrouped.votes_lost, regrouped.generation), (disks, true, 42));
+        assert_eq!((at, Superblock::decode(&bytes)), (0, Ok(regrouped)));
+        assert_eq!(anew.regroup(vec![DiskId(99)], false).unwrap_err(), FormatError::NotAmongDisks(anew.disk));
+    }
+
     fn params() -> FormatParams {
         let server = |n: u16| GenesisServer { server: ServerId(n), addresses: vec![format!("host{n}:4000")] };
         let genesis =
             Genesis { cluster: ClusterId(0xc1u128 << 120), name: "test".into(), ring: (1..=3).map(server).collect() };
         let disk = DiskId(7 << 100);
-        FormatParams { genesis, server: ServerId(2), disk, disks: vec![DiskId(5), disk], size: 16 * GIB }
+        let (server, disks, incarnation) = (ServerId(2), vec![DiskId(5), disk], Incarnation(0));
+        FormatParams { genesis, server, disk, disks, size: 16 * GIB, incarnation, votes_lost: false }
     }
 
     fn sample() -> Superblock {
@@ -355,7 +396,7 @@ mod tests {
     #[test]
     fn another_format_is_refused_by_number_even_beside_a_valid_copy_if_it_is_newer() {
         let newer = forged(FORMAT_AT, &9u32.to_le_bytes());
-        let error = SuperblockError::NewerFormat { found: 9, known: FORMAT };
+        let error = SuperblockError::NewerFormat { found: 9, known: FORMAT_ANEW };
         assert_eq!(Superblock::decode(&newer), Err(error.clone()));
         assert_eq!(Superblock::choose(&sample().encode(), &newer), Err(error));
         let older = forged(FORMAT_AT, &0u32.to_le_bytes());

@@ -47,7 +47,9 @@ pub(super) type Write = (Bytes, Option<Bytes>);
 
 /// Why a member's durable state cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the durable state of the ring member is damaged: {0}; the member must not take part in the ring")]
+#[error(
+    "the durable state of the ring member is damaged: {0}; the member must not take part in the ring; make its disks anew with `petal rejoin --lost`"
+)]
 pub struct RingDamaged(String);
 
 fn damaged<T>(why: impl Into<String>) -> Result<T, RingDamaged> {
@@ -236,15 +238,17 @@ pub(super) struct Log {
 }
 
 impl Log {
-    pub(super) fn new(genesis: State) -> Log {
+    /// The log of a member that has voted nothing yet, and knows a state of the configuration.
+    pub(super) fn new(state: State) -> Log {
+        let known = state.index.checked_sub(state.ring.base).expect("a state is not older than its ring") as usize;
         Log {
-            configuration: genesis.ring.id,
-            base: genesis.index,
+            configuration: state.ring.id,
+            base: state.ring.base,
             promise: Ballot::default(),
             accepted_round: Ballot::default(),
-            decided: 0,
-            compacted: 0,
-            state: Arc::new(genesis),
+            decided: known,
+            compacted: known,
+            state: Arc::new(state),
             tail: Vec::new(),
             entries: VecDeque::new(),
             ops: Vec::new(),
@@ -253,13 +257,28 @@ impl Log {
             next_number: 1,
             durable: 0,
             marks: VecDeque::new(),
-            stable: 0,
+            stable: known,
             control: 0,
             records: BTreeMap::new(),
             next_sequence: 1,
             reset_unstable: None,
             deletions: Vec::new(),
         }
+    }
+
+    /// The log of the next configuration, which begins with everything that is written: from then on the records of
+    /// this one say nothing. Writes are numbered on, and records, too.
+    pub(super) fn succeeded_by(&self, state: State) -> Log {
+        let mut next = Log {
+            next_number: self.next_number,
+            durable: self.durable,
+            records: self.records.clone(),
+            next_sequence: self.next_sequence,
+            deletions: self.deletions.clone(),
+            ..Log::new(state)
+        };
+        next.need_reset();
+        next
     }
 
     /// One past the last entry.
@@ -543,6 +562,9 @@ impl Log {
         for (expected, (sequence, (header, rest))) in (first..).zip(headers.range(first..)) {
             if *sequence != expected {
                 return damaged(format!("record {expected} is missing"));
+            }
+            if header.kind == RecordKind::Reset {
+                log.configuration = header.configuration;
             }
             if header.configuration != log.configuration {
                 return damaged(format!("record {sequence} is of ring configuration {}", header.configuration));

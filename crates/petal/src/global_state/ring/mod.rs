@@ -24,7 +24,8 @@
 //! * *A forwarded proposal that is lost is not sent again, and buffered without bound while nobody
 //!   leads.* Nothing is forwarded by it: only a leader appends, and `room.rs` retries.
 //! * *Its index restarts in each configuration.* The state counts for itself: `base` + log index = state
-//!   index.
+//!   index. Its own stop-sign is not used: a command that may begin a new configuration (2.4) is appended only
+//!   where nothing follows it before it is decided (`room.rs`), so an old configuration decides nothing behind it.
 //! * *Node ids size vectors*, and it indexes by what messages say: messages are checked first
 //!   ([`Ring::plausible`]). Beyond that, members of the ring trust each other: Paxos survives crashes and
 //!   loss, not liars.
@@ -40,6 +41,7 @@ pub(super) use log::Decided;
 pub use log::RingDamaged;
 
 use super::{Entry, State};
+use crate::ids::ServerId;
 use crate::limits::{LOG_KEEP, PROPOSALS_MAX};
 use bytes::Bytes;
 use log::{Log, Numbered, SharedLog, Write};
@@ -107,9 +109,24 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    /// Opens with what was durable. `genesis` is the state at the configuration's start.
-    pub fn open(node: u64, genesis: State, durable: &[(Bytes, Bytes)]) -> Result<Ring, RingDamaged> {
-        let log = Log::open(genesis, durable)?;
+    /// Opens with what was durable. `genesis` is the state at the first configuration's start. `None`: the server is
+    /// no member of the configuration.
+    pub fn open(me: ServerId, genesis: State, durable: &[(Bytes, Bytes)]) -> Result<Option<Ring>, RingDamaged> {
+        Ok(Ring::with(me, Log::open(genesis, durable)?))
+    }
+
+    /// Begins in a configuration in which the server has voted nothing yet, with a state of it; `None` if it is
+    /// no member. Nothing leaves before that state is stable. `old` is what it has of the configuration before.
+    pub fn begin(me: ServerId, state: State, old: Option<&Ring>) -> Option<Ring> {
+        let log = match old {
+            Some(old) => old.log.get().succeeded_by(state),
+            None => Log::new(state.clone()).succeeded_by(state),
+        };
+        Ring::with(me, log)
+    }
+
+    fn with(me: ServerId, log: Log) -> Option<Ring> {
+        let node = log.state.ring.node_of(me)?;
         let members: Vec<u64> = log.state.ring.members.iter().map(|m| m.node).collect();
         let configuration = log.configuration;
         let log = SharedLog(Arc::new(Mutex::new(log)));
@@ -120,7 +137,7 @@ impl Ring {
         } else {
             Core::Many(Box::new(build(node, &members, configuration, log.clone())))
         };
-        Ok(Ring {
+        Some(Ring {
             node,
             members,
             configuration,

