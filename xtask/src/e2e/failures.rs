@@ -86,6 +86,7 @@ pub fn lost_disks_made_anew(cluster: &Cluster) -> Result<()> {
         for server in ["s4", member, &leader] {
             let disk = cluster.data().join(server).join("disk1");
             kill9(pid_of(cluster, server)?)?;
+            declared_down(cluster, server)?;
             std::fs::remove_file(&disk)?;
             let refusal = cluster.petal().args(["up", "--detach"]).output()?;
             ensure!(!refusal.status.success(), "{server} must not start without its disk");
@@ -94,19 +95,20 @@ pub fn lost_disks_made_anew(cluster: &Cluster) -> Result<()> {
             cluster.up(&[])?;
             full_again(cluster)?;
         }
+        let log = read(cluster.petal().arg("log"))?;
+        ensure!(log.contains("the ring begins a new configuration"), "nothing of the ring in the log:\n{log}");
         Ok(())
     })?;
     // (The load has written over the first 64 MiB.)
     let check = "assert all(h.pread(65536, i << 20) == b'a' * 65536 for i in range(64, 256)), 'a write is lost'";
     cluster.up(&[])?;
-    let log = read(cluster.petal().arg("log"))?;
-    ensure!(log.contains("the ring begins a new configuration"), "nothing of the ring in the log:\n{log}");
     // The tree of the PMap store is gone, and says so.
     let disk = cluster.data().join("s3/disk1");
     let superblock = read(cluster.petal().args(["inspect", "superblock", "--json"]).arg(&disk))?;
     let superblock: Value = serde_json::from_str(&superblock)?;
     let pmap = superblock["regions"][1]["offset"].as_u64().context("a PMap region")?;
     kill9(pid_of(cluster, "s3")?)?;
+    declared_down(cluster, "s3")?;
     let file = std::fs::OpenOptions::new().write(true).open(&disk)?;
     std::os::unix::fs::FileExt::write_all_at(&file, &[0xa5; 1 << 20], pmap)?;
     drop(file);
