@@ -18,7 +18,8 @@
 //! *Silence* is counted by each ring member for itself and told to the others in its heartbeats; the leader
 //! acts when no majority is left that could grant. It counts only while the member ran: after a start or a
 //! stall every clock of silence begins anew. A heartbeat that shows that the sender does not hear the
-//! member's answers counts as silence too.
+//! member's answers counts as silence too, and so does, at once, a server that refuses connections: when a process
+//! dies all members see that within milliseconds, and where a firewall refuses for it only one of them does.
 //!
 //! Fails: never. Too slow a network costs leases, never promises.
 //!
@@ -87,8 +88,10 @@ impl Heard {
         Heard { incarnation, at: now, refuses: false, applied: 0, silent: Vec::new(), unanswered: VecDeque::new() }
     }
 
+    /// Whether *this member* has reason to think that nobody is there. A refused connection is no more than
+    /// that: it may be a firewall between the two, and the others may hear it well.
     fn is_silent(&self, now: Instant) -> bool {
-        self.at + HALF_LEASE <= now
+        self.refuses || self.at + HALF_LEASE <= now
     }
 }
 
@@ -486,10 +489,8 @@ impl Liveness {
             global.forget_proposal(&id);
         }
         // Of a leader that has never been up, or was declared down, silence says nothing.
-        let Some((leader, heard)) = global.leader().and_then(|leader| Some((leader, self.heard.get(&leader)?))) else {
-            return;
-        };
-        if heard.refuses || !self.can_get_lease(now, leader) {
+        let leader = global.leader().filter(|leader| self.heard.contains_key(leader));
+        if leader.is_some_and(|leader| !self.can_get_lease(now, leader)) {
             global.on_leader_gone(now);
         }
     }
@@ -523,7 +524,7 @@ impl Liveness {
 
     fn verdict(&self, now: Instant, server: ServerId, heard: &Heard, known: &ServerState) -> Option<Command> {
         let incarnation = known.incarnation;
-        let is_there = !heard.refuses && self.can_get_lease(now, server);
+        let is_there = self.can_get_lease(now, server);
         match known.suspect {
             None => (!is_there).then_some(Command::Suspect { server, incarnation }),
             Some(suspect) if is_there && heard.applied >= suspect && !heard.is_silent(now) => {

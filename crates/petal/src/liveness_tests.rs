@@ -508,6 +508,41 @@ fn one_broken_link_suspects_nobody() {
     }
 }
 
+/// A firewall between the two answers every connection with a reset.
+fn refuse_each_other(cluster: &mut Cluster, a: ServerId, b: ServerId) {
+    cluster.cut.extend([(a, b), (b, a)]);
+    for after in [20, 60, 200, 1000, 3000] {
+        cluster.schedule(millis(after), Event::Refused { at: a, server: b });
+        cluster.schedule(millis(after), Event::Refused { at: b, server: a });
+    }
+}
+
+#[test]
+fn a_firewall_that_refuses_for_one_server_suspects_nobody_whom_others_hear() {
+    for seed in 0..12 {
+        let mut cluster = kind(seed);
+        let (follower, leader) = roles(&mut cluster);
+        let other = [s(4), follower][seed as usize % 2];
+        refuse_each_other(&mut cluster, leader, other);
+        cluster.run(millis(5000));
+        assert_eq!(cluster.suspicions.len(), 0, "seed {seed}: {leader} and {other} refuse each other");
+        assert!((1..=4).all(|server| cluster.holds(s(server))), "seed {seed}");
+    }
+}
+
+#[test]
+fn who_refuses_a_majority_of_the_ring_is_suspected_at_once() {
+    for seed in 0..12 {
+        let mut cluster = kind(seed);
+        let (follower, leader) = roles(&mut cluster);
+        for member in [leader, follower] {
+            refuse_each_other(&mut cluster, member, s(4));
+        }
+        let took = cluster.run_until(millis(500), |c| c.suspicions.len() == 1).expect("it is suspected");
+        assert!(took <= millis(60), "seed {seed}: {took:?}");
+    }
+}
+
 #[test]
 fn who_speaks_and_does_not_hear_is_as_good_as_silent() {
     let mut cluster = kind(3);
