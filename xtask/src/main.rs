@@ -4,6 +4,7 @@
 mod bench;
 mod cluster;
 mod e2e;
+mod network;
 mod packages;
 mod run;
 mod sim;

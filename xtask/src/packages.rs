@@ -2,9 +2,10 @@
 
 use crate::run::{self, command};
 use anyhow::{Context, Result, bail};
+use std::path::PathBuf;
 
 /// `(program, package)`: the package is needed if the program is not found.
-const NEEDED: [(&str, &str); 10] = [
+const NEEDED: [(&str, &str); 13] = [
     ("fio", "fio"),
     ("nbdinfo", "libnbd-bin"),
     ("nbdcopy", "libnbd-bin"),
@@ -15,6 +16,9 @@ const NEEDED: [(&str, &str); 10] = [
     ("mkfs.ext4", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
     ("mount", "mount"),
+    ("ip", "iproute2"),
+    ("nft", "nftables"),
+    ("pg_amcheck", "postgresql"),
 ];
 
 /// Installs what is missing, with apt-get (as root). Fails with the list where that cannot be done.
@@ -38,10 +42,14 @@ pub fn install_missing() -> Result<()> {
     Ok(())
 }
 
-/// Where a program is, as a shell would find it (sbin included, where file system tools are).
-pub fn find(program: &str) -> Option<std::path::PathBuf> {
+/// Where a program is, as a shell would find it; sbin included, where file system tools are, and the place where
+/// Debian keeps those of PostgreSQL, the newest version first.
+pub fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var("PATH").unwrap_or_default();
-    let mut folders: Vec<&str> = path.split(':').collect();
-    folders.extend(["/usr/sbin", "/sbin"]);
-    folders.into_iter().map(|folder| std::path::Path::new(folder).join(program)).find(|p| p.is_file())
+    let mut folders: Vec<PathBuf> = path.split(':').chain(["/usr/sbin", "/sbin"]).map(PathBuf::from).collect();
+    let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let mut versions: Vec<PathBuf> = versions.map(|version| version.path().join("bin")).collect();
+    versions.sort();
+    folders.extend(versions.into_iter().rev());
+    folders.into_iter().map(|folder| folder.join(program)).find(|p| p.is_file())
 }

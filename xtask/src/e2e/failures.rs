@@ -236,7 +236,7 @@ fn finish(load: &mut Child, what: &str) -> Result<()> {
     }
 }
 
-fn full_again(cluster: &Cluster) -> Result<()> {
+pub(super) fn full_again(cluster: &Cluster) -> Result<()> {
     let start = Instant::now();
     Cluster::wait_for("everything is redundant again", FULL_LIMIT, || {
         cluster.status().is_ok_and(|s| s["redundancy"]["full"] == true)
@@ -245,7 +245,7 @@ fn full_again(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-fn declared_down(cluster: &Cluster, server: &str) -> Result<()> {
+pub(super) fn declared_down(cluster: &Cluster, server: &str) -> Result<()> {
     Cluster::wait_for("the ring declares it down", Duration::from_secs(15), || {
         server_status(cluster, server).is_ok_and(|s| s["down"] == true)
     })
@@ -257,7 +257,7 @@ fn server_status(cluster: &Cluster, server: &str) -> Result<Value> {
     found.cloned().with_context(|| format!("the status does not show {server}"))
 }
 
-fn pid_of(cluster: &Cluster, server: &str) -> Result<u32> {
+pub(super) fn pid_of(cluster: &Cluster, server: &str) -> Result<u32> {
     let pid = server_status(cluster, server)?["pid"].as_u64();
     pid.map(|p| p as u32).with_context(|| format!("{server} does not run"))
 }

@@ -5,6 +5,8 @@ mod bad_input;
 mod chaos;
 mod failures;
 mod nbd;
+mod partitions;
+mod postgres;
 mod processes;
 mod real_data;
 
@@ -56,6 +58,14 @@ const SCENARIOS: &[Scenario] = &[
     ("servers_that_lost_their_disks_are_made_anew_under_load", failures::lost_disks_made_anew),
     ("two_neighbours_killed_hold_up_their_common_slots_only", failures::two_neighbours_killed),
     ("what_clients_see_while_servers_die_and_hang_is_linearizable", chaos::history_is_linearizable),
+    ("a_server_cut_off_from_the_others_and_not_from_clients_serves_nothing_old", partitions::cut_off_from_the_servers),
+    ("i_o_goes_on_when_the_ring_leader_is_cut_off", partitions::leader_cut_off),
+    ("i_o_goes_on_when_the_ring_leader_is_cut_off_from_the_servers_only", partitions::leader_cut_off_from_the_servers),
+    ("a_server_that_speaks_and_does_not_hear_is_passed_by", partitions::speaks_and_does_not_hear),
+    ("a_member_of_the_ring_that_hears_and_is_not_heard_is_passed_by", partitions::hears_and_is_not_heard),
+    ("one_link_cut_between_two_servers_suspects_nobody", partitions::one_link_cut),
+    ("a_firewall_between_the_leader_and_one_server_suspects_nobody", partitions::one_link_refused),
+    ("postgres_lives_through_kill_9_of_two_servers_in_turn", postgres::lives_through_two_kills),
     ("damaged_and_foreign_disks_are_refused_by_name", bad_input::damaged_disks),
     ("bad_arguments_are_refused_with_a_remedy", bad_input::bad_arguments),
 ];
