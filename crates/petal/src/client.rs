@@ -23,9 +23,9 @@
 //!
 //! Paper: section 2.1 (clients hold hints), 2.3 (read balancing). Read next: `operations.rs` (one
 //! element), `walk.rs` (huge ranges), `management.rs` (calls, attach, detach), `session.rs`, `link.rs`,
-//! `split.rs`. Reads are not hedged yet: a second attempt would be a second `State::Sent` of the same
-//! read, which has no effect, so the first answer may win.
+//! `split.rs`; `hedges.rs` (reads that are asked of two copies).
 
+mod hedges;
 mod link;
 mod management;
 mod operations;
@@ -40,6 +40,7 @@ use crate::ids::*;
 use crate::limits::*;
 use crate::message::{AdminError, AdminRequest, AdminResponse, Body, Message, Refusal, Tag};
 use bytes::Bytes;
+use hedges::Hedges;
 use link::Link;
 use management::Call;
 use operations::{Operation, Operations, Task};
@@ -352,6 +353,8 @@ pub struct Client {
     next_warning: Instant,
     /// Grows with each choice between copies.
     turn: u64,
+    /// Reads that may be asked of another copy, too.
+    hedges: Hedges,
     prng: Prng,
     outputs: VecDeque<Output>,
 }
@@ -391,6 +394,7 @@ impl Client {
             next_scan: None,
             next_warning: now,
             turn: 0,
+            hedges: Hedges::default(),
             prng: Prng::new(config.proposer),
             outputs: VecDeque::new(),
             config,
@@ -683,6 +687,7 @@ impl Client {
                 Timer::Walk { index, number } => self.on_walk_timer(index, number),
             }
         }
+        self.hedge();
         if self.next_scan.is_some_and(|at| at <= self.now) {
             self.scan();
         }
@@ -778,10 +783,8 @@ impl Machine for Client {
 
     fn next_timeout(&self) -> Option<Instant> {
         let timer = self.timers.first().map(|(at, _)| *at);
-        match (timer, self.next_scan) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
-        }
+        let hedge = self.hedges.next().map(|(due, _)| due);
+        [timer, self.next_scan, hedge].into_iter().flatten().min()
     }
 
     fn check_invariants(&self) {
@@ -791,7 +794,7 @@ impl Machine for Client {
         let mut in_flight: BTreeMap<ServerId, usize> = BTreeMap::new();
         for (index, operation) in self.operations.iter() {
             *open.entry(operation.request).or_default() += 1;
-            if let Some(server) = operation.sent_to() {
+            for server in operation.sent_to() {
                 *in_flight.entry(server).or_default() += 1;
             }
             if let Some(number) = operation.number() {

@@ -10,6 +10,7 @@
 pub mod client;
 pub mod data_access;
 pub mod desk;
+mod disk_times;
 pub mod global_state;
 pub mod ids;
 pub mod limits;

@@ -2,6 +2,7 @@
 
 use crate::data_access::{Context, DataAccess};
 use crate::desk::Desk;
+use crate::disk_times::DiskTimes;
 use crate::global_state::{Command, Effects, Entry, Genesis, GlobalOutput, GlobalState, ServerState, State};
 use crate::ids::*;
 use crate::liveness::{Liveness, LivenessOutput};
@@ -177,6 +178,7 @@ pub struct Server {
     now: Instant,
     /// When the stores try again to grow a disk file that the file system below had no room for.
     growth_retry: Option<Instant>,
+    disk_times: DiskTimes,
     out: VecDeque<Output>,
     flushed: bool,
 }
@@ -219,6 +221,7 @@ impl Server {
             early: VecDeque::new(),
             now,
             growth_retry: None,
+            disk_times: DiskTimes::default(),
             out: VecDeque::new(),
             flushed: false,
         }
@@ -547,6 +550,7 @@ impl Server {
     fn status(&self) -> ServerStatus {
         let counters = &self.data.counters;
         let counter = |name: &str, value: u64| (name.to_string(), value);
+        let [disk_read, disk_write] = self.disk_times.worst(self.now);
         ServerStatus {
             server: self.me,
             incarnation: self.incarnation,
@@ -569,6 +573,8 @@ impl Server {
                 counter("recovering_elements_left", self.data.recovery().1 as u64),
                 counter("recovered_elements", counters.recovered_elements),
                 counter("recovered_blocks", counters.recovered_blocks),
+                counter("disk_read_p95_us", disk_read),
+                counter("disk_write_p95_us", disk_write),
             ],
         }
     }
@@ -871,7 +877,10 @@ impl Machine for Server {
         self.now = self.now.max(now);
         self.flushed = false;
         match input {
-            Input::Disk { disk, op, result } => self.stores.on_disk(disk, op, result),
+            Input::Disk { disk, op, result } => {
+                self.disk_times.ended(self.now, disk, op);
+                self.stores.on_disk(disk, op, result);
+            }
             Input::Tick => {
                 if let Some(global) = &mut self.global {
                     global.tick(now);
@@ -900,6 +909,7 @@ impl Machine for Server {
             self.flush();
         }
         if let Some((disk, op, command)) = self.stores.poll_command() {
+            self.disk_times.begun(self.now, disk, op, &command);
             return Some(Output::Disk { disk, op, command });
         }
         self.out.pop_front()

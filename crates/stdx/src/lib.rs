@@ -7,10 +7,12 @@ pub mod checksum;
 pub mod fast_map;
 pub mod machine;
 pub mod prng;
+pub mod recent;
 pub mod time;
 pub mod units;
 
 pub use fast_map::{FastMap, FastSet};
 pub use machine::Machine;
 pub use prng::Prng;
+pub use recent::Recent;
 pub use time::{Duration, Instant};

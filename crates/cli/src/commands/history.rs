@@ -19,9 +19,10 @@ use stdx::Prng;
 /// Bytes that one operation is about.
 const BLOCK: u64 = 4096;
 
-/// Places of the shared blocks: in eight groups 4 MiB apart, so that many slots take part.
+/// Places of the shared blocks: in eight groups 5 MiB apart. A slot is 1 MiB wide and its server is its number
+/// modulo the count of servers, so five apart visits every server of a cluster of four; four apart would not.
 const GROUPS: u64 = 8;
-const APART: u64 = 4 << 20;
+const APART: u64 = 5 << 20;
 
 fn offset_of(block: u64) -> u64 {
     block % GROUPS * APART + block / GROUPS * BLOCK
@@ -34,7 +35,7 @@ Example:
   petal disk create judged 1GiB
   petal history judged --clients 4 --seconds 60 --out history.jsonl
 
-Overwrites some blocks of the first 32 MiB. One line of JSON for each operation that was answered or left open:
+Overwrites some blocks of the first 40 MiB. One line of JSON for each operation that was answered or left open:
   {\"client\":2,\"op\":\"write\",\"block\":5,\"value\":8589934599,\"invoke\":1200,\"return\":1830}
 Times are in microseconds; `return` is null for an operation without an answer, which may have happened or not.
 Values are written once, so a read tells which write it saw; 0 is a block of zeros.")]

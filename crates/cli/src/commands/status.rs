@@ -29,7 +29,9 @@ Examples:
 States of a server: up, starting (it runs and does not serve all of its slots yet), suspected (the ring has
 not heard it and grants it no lease), down (the ring declared it down, and others act in its place; or its
 process does not run, only known for a cluster of `petal up`), unreachable (it does not answer).
-A server without a lease serves nothing until a majority of the ring hears it again.")]
+A server without a lease serves nothing until a majority of the ring hears it again.
+A server is called slow if its disks take much longer than those of the others at present; clients then read from
+other copies by themselves.")]
 pub struct Arguments {
     /// Print JSON
     #[arg(long)]
@@ -151,6 +153,7 @@ impl Report {
             "name": name,
             "state_index": index,
             "servers": self.servers.iter().map(ServerReport::json).collect::<Vec<_>>(),
+            "slow": slow_servers(&self.servers).iter().map(SlowServer::json).collect::<Vec<_>>(),
             "redundancy": self.redundancy.json(),
             "disks": disks,
             "nbd": self.nbd,
@@ -176,6 +179,7 @@ impl Report {
         for server in self.servers.iter().filter(|s| s.state != "up") {
             println!("  {}", server.sentence());
         }
+        slow_servers(&self.servers).iter().for_each(|slow| println!("  {}", slow.sentence()));
         self.redundancy.sentences(|server, missing| self.why(server, missing)).iter().for_each(|l| println!("{l}"));
         println!();
         let mut table = output::table(&["server", "state", "lease", "pid", "ring", "used", "of", "slots", "address"]);
@@ -271,5 +275,81 @@ impl ServerReport {
             "disks": status.map(|s| s.disks.iter().map(disk).collect::<Vec<_>>()),
             "counters": status.map(counters),
         })
+    }
+}
+
+/// Disks are slow if they take this many times as long as the others' ...
+const SLOW_TIMES: u64 = 4;
+/// ... and so many microseconds more: what a busy disk may take longer than an idle one.
+const SLOW_MICROS: u64 = 20_000;
+
+/// A server whose disks are much slower than those of the others at present.
+#[derive(Debug, PartialEq, Eq)]
+struct SlowServer {
+    id: ServerId,
+    what: &'static str,
+    /// What 95 of 100 commands took, in microseconds: its own, and the others' in the middle.
+    took: u64,
+    others: u64,
+}
+
+impl SlowServer {
+    fn sentence(&self) -> String {
+        let millis = |micros: u64| micros as f64 / 1000.0;
+        format!(
+            "{} is slow: its disks take {:.0} ms for {} (95 of 100), those of the others {:.1} ms; reads avoid it.",
+            self.id,
+            millis(self.took),
+            self.what,
+            millis(self.others)
+        )
+    }
+
+    fn json(&self) -> Value {
+        json!({"server": self.id.to_string(), "what": self.what, "p95_us": self.took, "others_p95_us": self.others})
+    }
+}
+
+fn slow_servers(servers: &[ServerReport]) -> Vec<SlowServer> {
+    let time = |server: &ServerReport, name: &str| -> Option<u64> {
+        let found = server.status.as_ref()?.counters.iter().find(|(n, _)| n == name)?;
+        Some(found.1).filter(|micros| *micros > 0)
+    };
+    let mut slow: Vec<SlowServer> = Vec::new();
+    for (name, what) in [("disk_write_p95_us", "a write"), ("disk_read_p95_us", "a read")] {
+        let times: Vec<(ServerId, u64)> = servers.iter().filter_map(|s| Some((s.id, time(s, name)?))).collect();
+        let found = much_slower(&times).into_iter().filter(|(id, ..)| slow.iter().all(|s| s.id != *id));
+        let found: Vec<SlowServer> = found.map(|(id, took, others)| SlowServer { id, what, took, others }).collect();
+        slow.extend(found);
+    }
+    slow
+}
+
+/// Who takes much longer than the others' median, with both.
+fn much_slower(times: &[(ServerId, u64)]) -> Vec<(ServerId, u64, u64)> {
+    let judge = |&(id, took): &(ServerId, u64)| {
+        let mut others: Vec<u64> = times.iter().filter(|(other, _)| *other != id).map(|(_, time)| *time).collect();
+        others.sort_unstable();
+        let median = *others.get(others.len() / 2)?;
+        (took > median * SLOW_TIMES && took > median + SLOW_MICROS).then_some((id, took, median))
+    };
+    times.iter().filter_map(judge).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slow_is_who_is_slow_beside_the_others() {
+        let ids = |times: &[u64]| -> Vec<u16> {
+            let times: Vec<(ServerId, u64)> = (1..).map(ServerId).zip(times.iter().copied()).collect();
+            much_slower(&times).iter().map(|(id, ..)| id.0).collect()
+        };
+        assert_eq!(ids(&[800, 900, 85_000, 700]), [3]);
+        assert_eq!(ids(&[80_000, 90_000, 85_000, 70_000]), [0u16; 0], "all are busy");
+        assert_eq!(ids(&[100, 90, 8_000, 70]), [0u16; 0], "a few milliseconds hurt nobody");
+        assert_eq!(ids(&[100_000]), [0u16; 0], "there is nobody to compare it with");
+        assert_eq!(ids(&[100_000, 1000]), [1]);
     }
 }

@@ -4,7 +4,7 @@
 use crate::ids::{Incarnation, ServerId};
 use crate::limits::CLIENT_WINDOW;
 use std::collections::VecDeque;
-use stdx::Duration;
+use stdx::{Duration, Recent};
 
 /// One server, from the client's side.
 #[derive(Debug)]
@@ -21,8 +21,8 @@ pub(super) struct Link {
     pub queue: VecDeque<u32>,
     /// It has not answered for a while, although the connection is up.
     pub silent: bool,
-    /// Smoothed time of a read, in nanoseconds; zero = none yet.
-    latency: u64,
+    /// How long it takes for a read.
+    pub reads: Recent,
 }
 
 impl Link {
@@ -34,7 +34,7 @@ impl Link {
             in_flight: 0,
             queue: VecDeque::new(),
             silent: false,
-            latency: 0,
+            reads: Recent::default(),
         }
     }
     /// True if an operation may be sent now.
@@ -45,34 +45,53 @@ impl Link {
     pub fn outstanding(&self) -> usize {
         self.in_flight + self.queue.len()
     }
-    /// A read took so long.
-    pub fn took(&mut self, time: Duration) {
-        let time = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).max(1);
-        self.latency = if self.latency == 0 { time } else { self.latency - self.latency / 8 + time / 8 };
-    }
     pub fn disconnected(&mut self) {
         self.connected = None;
         self.silent = false;
         self.in_flight = 0;
-        self.latency = 0;
+        self.reads = Recent::default();
+    }
+    fn latency(&self) -> Duration {
+        self.reads.smoothed()
+    }
+    /// It is slow beside a copy that takes `best`: by so much that its queue says nothing any more.
+    pub fn is_slow(&self, best: Duration) -> bool {
+        self.latency() > best * SLOW_TIMES + SLOW_SLACK
     }
 }
 
 /// Two latencies within this are the same: the choice falls to turns, so that both copies' caches and
 /// disks work.
-const LATENCY_SLACK: u64 = 100_000;
+const LATENCY_SLACK: Duration = Duration::from_micros(100);
+
+/// A server that takes this many times as long as another copy, and `SLOW_SLACK` more, is slow: it gets no reads but
+/// probes, even while it has fewer operations outstanding (it always has, being avoided).
+const SLOW_TIMES: u32 = 4;
+/// What a busy disk may take longer than an idle one.
+const SLOW_SLACK: Duration = Duration::from_millis(5);
 
 /// One in so many choices goes to the copy that seems slower, so that it is seen when it is not any more.
 const PROBE_EVERY: u64 = 64;
 
-/// Where a read goes: a connected server that answers before others, then the fewest operations outstanding, then
-/// the clearly lower latency, then turns (2.6). `turn` grows by one with each choice.
-pub(super) fn choose_copy<'a>(copies: impl Iterator<Item = (ServerId, &'a Link)>, turn: u64) -> Option<ServerId> {
+/// No read is hedged sooner: below, waiting costs less than asking twice.
+const HEDGE_AFTER_MIN: Duration = Duration::from_millis(5);
+
+/// Where a read goes: a connected server that answers, and is not slow, before others; then the fewest operations
+/// outstanding, then the clearly lower latency, then turns (2.6). `turn` grows by one with each choice.
+pub(super) fn choose_copy<'a>(
+    copies: impl Iterator<Item = (ServerId, &'a Link)> + Clone,
+    turn: u64,
+) -> Option<ServerId> {
+    let answering = copies.clone().filter(|(_, l)| l.connected.is_some() && !l.silent);
+    let known = answering.map(|(_, l)| l.latency()).filter(|time| !time.is_zero());
+    // Without a latency to compare with nobody is slow; and a probe looks at nobody's past.
+    let probe = turn.is_multiple_of(PROBE_EVERY);
+    let fastest = known.min().filter(|_| !probe);
     let mut best: Option<(ServerId, &Link)> = None;
     for (n, (server, link)) in copies.enumerate() {
         let better = match best {
             None => true,
-            Some((_, other)) => is_better(link, other, turn.wrapping_add(n as u64)),
+            Some((_, other)) => is_better(link, other, fastest, probe).unwrap_or((turn + n as u64).is_multiple_of(2)),
         };
         if better {
             best = Some((server, link));
@@ -81,20 +100,26 @@ pub(super) fn choose_copy<'a>(copies: impl Iterator<Item = (ServerId, &'a Link)>
     best.map(|(server, _)| server)
 }
 
-fn is_better(new: &Link, old: &Link, turn: u64) -> bool {
-    let rank = |l: &Link| (l.connected.is_none(), l.silent, l.outstanding());
+/// `None` where both are alike.
+fn is_better(new: &Link, old: &Link, fastest: Option<Duration>, probe: bool) -> Option<bool> {
+    let is_slow = |l: &Link| fastest.is_some_and(|best| l.is_slow(best));
+    let rank = |l: &Link| (l.connected.is_none(), l.silent, is_slow(l), l.outstanding());
     if rank(new) != rank(old) {
-        return rank(new) < rank(old);
+        return Some(rank(new) < rank(old));
     }
-    let slower = |a: &Link, b: &Link| b.latency != 0 && a.latency > b.latency + b.latency / 2 + LATENCY_SLACK;
-    let probe = turn.is_multiple_of(PROBE_EVERY);
+    let half_more = |time: Duration| time + time / 2 + LATENCY_SLACK;
+    let slower = |a: &Link, b: &Link| !b.latency().is_zero() && a.latency() > half_more(b.latency());
     if slower(old, new) {
-        return !probe;
+        return Some(!probe);
     }
-    if slower(new, old) {
-        return probe;
-    }
-    turn.is_multiple_of(2)
+    slower(new, old).then_some(probe)
+}
+
+/// How long a read may take before another copy is asked as well: what 95 of 100 reads take at the copy that answers
+/// fastest, within bounds. Not at the one that was asked: a copy that has become slow would set its own time.
+pub(super) fn hedge_after<'a>(copies: impl Iterator<Item = &'a Link>, longest: Duration) -> Duration {
+    let p95 = copies.filter(|l| l.connected.is_some()).filter_map(|l| l.reads.p95()).min();
+    p95.unwrap_or(longest).clamp(HEDGE_AFTER_MIN, longest)
 }
 
 #[cfg(test)]
@@ -105,7 +130,9 @@ mod tests {
         let mut link = Link::new(vec![]);
         link.connected = connected.then_some(Incarnation(1));
         link.in_flight = in_flight;
-        link.took(Duration::from_micros(micros));
+        for _ in 0..10 {
+            link.reads.add(Duration::from_micros(micros));
+        }
         link
     }
 
@@ -125,7 +152,7 @@ mod tests {
 
     #[test]
     fn fewer_outstanding_beats_latency_and_a_connection_beats_both() {
-        assert_eq!(chosen(&link(true, 1, 9000), &link(true, 2, 200)), [128, 0]);
+        assert_eq!(chosen(&link(true, 1, 5000), &link(true, 2, 200)), [128, 0]);
         assert_eq!(chosen(&link(false, 0, 200), &link(true, 5, 200)), [0, 128]);
     }
 
@@ -133,5 +160,21 @@ mod tests {
     fn the_slow_copy_is_avoided_but_probed() {
         assert_eq!(chosen(&link(true, 0, 9000), &link(true, 0, 200)), [2, 126]);
         assert_eq!(chosen(&link(true, 0, 200), &link(true, 0, 9000)), [126, 2]);
+    }
+
+    #[test]
+    fn a_slow_server_is_avoided_though_it_has_less_to_do() {
+        assert_eq!(chosen(&link(true, 0, 50_000), &link(true, 30, 200)), [2, 126]);
+        assert_eq!(chosen(&link(true, 0, 50_000), &link(false, 0, 200)), [128, 0]);
+    }
+
+    #[test]
+    fn a_read_is_hedged_after_what_the_fastest_copy_takes_within_bounds() {
+        let after = |links: &[Link]| hedge_after(links.iter(), Duration::from_millis(150)).as_micros();
+        assert_eq!(after(&[link(true, 0, 20_000), link(true, 0, 8000)]), 8000);
+        assert_eq!(after(&[link(true, 0, 20_000), link(false, 0, 8000)]), 20_000);
+        assert_eq!(after(&[link(true, 0, 100), link(true, 0, 100)]), 5000);
+        assert_eq!(after(&[link(true, 0, 900_000)]), 150_000);
+        assert_eq!(after(&[Link::new(vec![])]), 150_000);
     }
 }

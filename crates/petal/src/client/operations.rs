@@ -10,10 +10,14 @@
 //!         Unnumbered (the oldest unfinished write of the session is too far behind)
 //! ```
 //!
+//! A read that takes longer than most is asked of a second copy as well (`second`), and the first good answer is the
+//! answer (2.6, "hedged"): it has no effect, so asking twice is harmless. While the second attempt is out the state is
+//! `Sent`, and the attempt that is left over when the other one ends takes its place there.
+//!
 //! Lists of operations hold indices, and are checked against the state when an index is taken out: an
 //! operation that was dropped or moved leaves its index behind, which then means nothing.
 
-use super::link::choose_copy;
+use super::link::{choose_copy, hedge_after};
 use super::split::{Piece, checked_read, piece_crcs};
 use super::*;
 use crate::message::{Access, Map, Payload, Read, ReadReply, Write, WriteReply, Zero};
@@ -38,8 +42,16 @@ pub(super) enum State {
     Ready,
     Unnumbered,
     Queued(ServerId),
-    Sent { server: ServerId, at: Instant },
+    Sent(Attempt),
     Waiting,
+}
+
+/// A message that is on its way, or being worked on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Attempt {
+    pub server: ServerId,
+    at: Instant,
+    tag: Tag,
 }
 
 /// An operation.
@@ -49,6 +61,8 @@ pub(super) struct Operation {
     pub session: SessionId,
     pub task: Task,
     pub state: State,
+    /// The same read at another copy; only while the state is `Sent`.
+    second: Option<Attempt>,
     since: Instant,
     /// Where it went last.
     target: Option<ServerId>,
@@ -70,6 +84,7 @@ impl Operation {
             session,
             task,
             state: State::Ready,
+            second: None,
             since,
             target: None,
             trouble: None,
@@ -107,10 +122,27 @@ impl Operation {
             Task::Map { map_changes, .. } => *map_changes == session.map_changes,
         }
     }
-    pub fn sent_to(&self) -> Option<ServerId> {
-        match self.state {
-            State::Sent { server, .. } => Some(server),
+    /// The servers that work on it.
+    pub fn sent_to(&self) -> impl Iterator<Item = ServerId> + use<> {
+        self.attempts().map(|attempt| attempt.server)
+    }
+    fn attempts(&self) -> impl Iterator<Item = Attempt> + use<> {
+        let first = match self.state {
+            State::Sent(attempt) => Some(attempt),
             _ => None,
+        };
+        first.into_iter().chain(self.second)
+    }
+    /// An attempt has come to its end, whichever; the other one goes on, or it is ready to be sent again.
+    fn end_attempt(&mut self, server: ServerId) {
+        match self.state {
+            State::Sent(first) if first.server == server => {
+                self.state = self.second.take().map_or(State::Ready, State::Sent);
+            }
+            _ => {
+                let second = self.second.take();
+                assert!(second.is_some_and(|s| s.server == server), "the attempt at {server} was under way");
+            }
         }
     }
 }
@@ -163,9 +195,15 @@ impl Operations {
     /// The operation that waits for this answer of this server.
     fn answered(&self, tag: Tag, from: ServerId) -> Option<u32> {
         let index = (tag & ((1 << INDEX_BITS) - 1)) as u32;
-        let (generation, operation) = self.entries.get(index as usize)?;
-        let known = *generation == tag >> INDEX_BITS && operation.as_ref()?.sent_to() == Some(from);
-        known.then_some(index)
+        let operation = self.entries.get(index as usize)?.1.as_ref()?;
+        operation.attempts().any(|a| a.tag == tag && a.server == from).then_some(index)
+    }
+    /// The operation of which this is the only attempt.
+    fn unanswered(&self, tag: Tag) -> Option<u32> {
+        let index = (tag & ((1 << INDEX_BITS) - 1)) as u32;
+        let operation = self.entries.get(index as usize)?.1.as_ref()?;
+        let only = operation.second.is_none() && operation.attempts().any(|a| a.tag == tag);
+        only.then_some(index)
     }
 }
 
@@ -249,7 +287,55 @@ impl Client {
     fn send_operation(&mut self, index: u32, server: ServerId) {
         let tag = self.operations.new_tag(index);
         let operation = self.operations.get_mut(index).expect("it is being sent");
-        operation.state = State::Sent { server, at: self.now };
+        operation.state = State::Sent(Attempt { server, at: self.now, tag });
+        if matches!(operation.task, Task::Read { .. }) && !operation.primary_only {
+            let in_sync = &self.sessions[&operation.session].slot(operation.element()).in_sync;
+            if in_sync.len() > 1 {
+                let links = in_sync.iter().filter_map(|s| self.links.get(s));
+                let due = self.now + hedge_after(links, IMPATIENCE);
+                self.hedges.read_sent(due, tag);
+            }
+        }
+        self.send_attempt(index, server, tag);
+    }
+
+    /// Asks another copy, where a read has taken so long that most are answered by then.
+    pub(super) fn hedge(&mut self) {
+        while let Some((due, tag)) = self.hedges.next() {
+            let Some(index) = self.operations.unanswered(tag) else {
+                self.hedges.pop();
+                continue;
+            };
+            if due > self.now {
+                return;
+            }
+            self.hedges.pop();
+            self.ask_second(index);
+        }
+    }
+
+    fn ask_second(&mut self, index: u32) {
+        let operation = self.operations.get_mut(index).expect("it is not answered");
+        let slot = self.sessions[&operation.session].slot(operation.element());
+        let asked: SmallVec<[ServerId; 2]> = operation.sent_to().chain(operation.bad.iter().copied()).collect();
+        let links = &self.links;
+        let others = slot.in_sync.iter().filter(|s| !asked.contains(s)).filter_map(|s| Some((*s, links.get(s)?)));
+        let first = operation.sent_to().next().and_then(|s| links.get(&s)).map(|l| l.reads.smoothed());
+        let first = first.unwrap_or(IMPATIENCE);
+        let others = others.filter(|(_, link)| link.has_room() && !link.silent && !link.is_slow(first));
+        let Some(server) = choose_copy(others, self.turn) else { return };
+        if !self.hedges.take() {
+            return;
+        }
+        let tag = self.operations.new_tag(index);
+        let operation = self.operations.get_mut(index).expect("it is not answered");
+        operation.second = Some(Attempt { server, at: self.now, tag });
+        self.send_attempt(index, server, tag);
+    }
+
+    /// The message of an attempt.
+    fn send_attempt(&mut self, index: u32, server: ServerId, tag: Tag) {
+        let operation = self.operations.get_mut(index).expect("it is being sent");
         let session = &self.sessions[&operation.session];
         let need = match operation.task {
             Task::Map { .. } => session.need_of_disk(),
@@ -288,14 +374,15 @@ impl Client {
     // --------------------------------------------------------------------------------------------
     // In.
 
-    /// The operation that an answer belongs to, and when it was sent; its place in the window is free.
+    /// The operation that an answer belongs to, and when it was sent; its place in the window is free. The
+    /// operation is ready again, or waits for its other attempt.
     fn take_answer(&mut self, from: ServerId, tag: Tag) -> Option<(u32, Instant)> {
         let index = self.operations.answered(tag, from)?;
         self.links.get_mut(&from).expect("it was sent there").in_flight -= 1;
         let operation = self.operations.get_mut(index)?;
-        let State::Sent { at, .. } = operation.state else { return None };
-        operation.state = State::Ready;
-        Some((index, at))
+        let attempt = operation.attempts().find(|a| a.tag == tag)?;
+        operation.end_attempt(from);
+        Some((index, attempt.at))
     }
 
     /// A client merges the need before it completes the request (2.4).
@@ -316,7 +403,12 @@ impl Client {
         match (reply.result, task) {
             (Ok(sums), Task::Read { piece, part }) => match checked_read(*piece, &sums, &reply.data) {
                 Some(data) => {
-                    self.links.get_mut(&from).expect("it has answered").took(self.now.since(sent_at));
+                    self.links.get_mut(&from).expect("it has answered").reads.add(self.now.since(sent_at));
+                    // Who was overtaken is not waited for; what it took so far is known.
+                    for other in operation.attempts() {
+                        let link = self.links.get_mut(&other.server).expect("it was sent there");
+                        link.reads.at_least(self.now.since(other.at));
+                    }
                     let part = *part as usize;
                     if let Work::Read { parts } = &mut self.request(request).work {
                         parts[part] = data;
@@ -357,6 +449,16 @@ impl Client {
         let operation = self.operations.get_mut(index).expect("it was answered");
         operation.trouble = Some(refusal);
         let session = operation.session;
+        if operation.state != State::Ready && another_may_do_better(refusal) {
+            // The other attempt may do better, and if it does not it comes here in its turn.
+            if refusal == Refusal::BadCopy && !operation.bad.contains(&from) {
+                operation.bad.push(from);
+            }
+            if matches!(refusal, Refusal::StaleMap | Refusal::NotReady) {
+                self.refresh(session);
+            }
+            return;
+        }
         match refusal {
             Refusal::StaleMap | Refusal::NotReady => {
                 self.refresh(session);
@@ -453,7 +555,7 @@ impl Client {
     /// Takes an operation out, whatever its state; its number is finished.
     fn forget_operation(&mut self, index: u32) -> u32 {
         let operation = self.operations.remove(index);
-        if let Some(server) = operation.sent_to() {
+        for server in operation.sent_to() {
             self.links.get_mut(&server).expect("it was sent there").in_flight -= 1;
         }
         if let Some(number) = operation.number().filter(|n| *n > 0) {
@@ -480,10 +582,12 @@ impl Client {
     pub(super) fn take_back_operations(&mut self, server: ServerId) {
         for (index, entry) in self.operations.entries.iter_mut().enumerate() {
             if let Some(operation) = entry.1.as_mut()
-                && operation.sent_to() == Some(server)
+                && operation.sent_to().any(|s| s == server)
             {
-                operation.state = State::Ready;
-                self.ready.push_back(index as u32);
+                operation.end_attempt(server);
+                if operation.state == State::Ready {
+                    self.ready.push_back(index as u32);
+                }
             }
         }
     }
@@ -508,18 +612,21 @@ impl Client {
             if let Some(operation) = entry.1.as_mut()
                 && operation.session == session
             {
-                match operation.state {
-                    State::Waiting => {}
-                    // It asks a server that is not the right one any more. Should that one have done it
-                    // all the same, the next finds the request's number in the element (I6).
-                    State::Sent { server, .. } if !operation.may_ask(server, &self.sessions[&session]) => {
-                        self.links.get_mut(&server).expect("it was sent there").in_flight -= 1;
+                // It asks a server that is not the right one any more. Should that one have done it all the
+                // same, the next finds the request's number in the element (I6).
+                let wrong = operation.sent_to().filter(|s| !operation.may_ask(*s, &self.sessions[&session]));
+                for server in wrong.collect::<SmallVec<[ServerId; 2]>>() {
+                    operation.end_attempt(server);
+                    self.links.get_mut(&server).expect("it was sent there").in_flight -= 1;
+                    if operation.state == State::Ready {
+                        operation.state = State::Waiting;
                     }
-                    _ => continue,
                 }
-                operation.state = State::Ready;
-                operation.tries = 0;
-                self.ready.push_back(index as u32);
+                if operation.state == State::Waiting {
+                    operation.state = State::Ready;
+                    operation.tries = 0;
+                    self.ready.push_back(index as u32);
+                }
             }
         }
         self.route_again(|_| true);
@@ -530,14 +637,15 @@ impl Client {
     pub(super) fn hurry(&mut self) {
         let mut waiting: BTreeSet<SessionId> = BTreeSet::new();
         let mut silent: BTreeSet<ServerId> = BTreeSet::new();
-        let mut reads: Vec<(u32, ServerId)> = Vec::new();
+        let mut reads: Vec<u32> = Vec::new();
         for (index, operation) in self.operations.iter() {
+            let is_late = |attempt: &Attempt| self.now.since(attempt.at) >= IMPATIENCE;
+            silent.extend(operation.attempts().filter(is_late).map(|attempt| attempt.server));
             match operation.state {
-                State::Sent { server, at } if self.now.since(at) >= IMPATIENCE => {
-                    silent.insert(server);
+                State::Sent(first) if is_late(&first) => {
                     waiting.insert(operation.session);
-                    if matches!(operation.task, Task::Read { .. }) {
-                        reads.push((index, server));
+                    if matches!(operation.task, Task::Read { .. }) && operation.attempts().all(|a| is_late(&a)) {
+                        reads.push(index);
                     }
                 }
                 State::Queued(server) if self.links.get(&server).is_none_or(|l| l.connected.is_none()) => {
@@ -552,15 +660,18 @@ impl Client {
                 self.take_back_calls(server);
             }
         }
-        for (index, server) in reads {
+        for index in reads {
             let operation = self.operations.get_mut(index).expect("just seen");
             let slot = self.sessions[&operation.session].slot(operation.element());
             let links = &self.links;
             let answers = |s: &ServerId| links.get(s).is_some_and(|l| l.connected.is_some() && !l.silent);
-            if slot.in_sync.iter().any(|s| *s != server && !operation.bad.contains(s) && answers(s)) {
-                operation.state = State::Ready;
+            // Who was asked is silent, so it is another one.
+            if slot.in_sync.iter().any(|s| !operation.bad.contains(s) && answers(s)) {
+                for server in operation.sent_to() {
+                    operation.end_attempt(server);
+                    self.links.get_mut(&server).expect("it was sent there").in_flight -= 1;
+                }
                 operation.primary_only = false;
-                self.links.get_mut(&server).expect("it was sent there").in_flight -= 1;
                 self.ready.push_back(index);
             }
         }
@@ -648,6 +759,12 @@ impl Client {
             }
         }
     }
+}
+
+/// What one server refuses that another one, or the same a little later, may grant.
+fn another_may_do_better(refusal: Refusal) -> bool {
+    use Refusal::{BadCopy, Busy, Damaged, NotReady, StaleMap, TooMany};
+    matches!(refusal, StaleMap | NotReady | Busy | TooMany | BadCopy | Damaged)
 }
 
 /// `s2 (not ready yet), s3 (not connected)`.
