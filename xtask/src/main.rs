@@ -2,6 +2,7 @@
 //! CI runs; the others are its parts, and the benchmark.
 
 mod bench;
+mod bench_failures;
 mod cluster;
 mod e2e;
 mod network;
@@ -30,6 +31,8 @@ enum Task {
     Sim(sim::Arguments),
     /// The speed of block jobs through NBD, beside the raw disk and other NBD servers
     Bench(bench::Arguments),
+    /// What failures cost: throughput through an outage, and degraded over normal throughput
+    BenchFailures(bench_failures::Arguments),
     /// Scenarios with real processes
     E2e(e2e::Arguments),
 }
@@ -40,6 +43,7 @@ fn main() {
         Task::Tidy => tidy::run(),
         Task::Sim(arguments) => sim::run(arguments),
         Task::Bench(arguments) => bench::run(arguments),
+        Task::BenchFailures(arguments) => bench_failures::run(arguments),
         Task::E2e(arguments) => e2e::run(arguments),
     };
     if let Err(error) = result {

@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail};
 use std::path::PathBuf;
 
 /// `(program, package)`: the package is needed if the program is not found.
-const NEEDED: [(&str, &str); 13] = [
+const NEEDED: [(&str, &str); 14] = [
     ("fio", "fio"),
     ("nbdinfo", "libnbd-bin"),
     ("nbdcopy", "libnbd-bin"),
@@ -19,6 +19,7 @@ const NEEDED: [(&str, &str); 13] = [
     ("ip", "iproute2"),
     ("nft", "nftables"),
     ("pg_amcheck", "postgresql"),
+    ("faketime", "faketime"),
 ];
 
 /// Installs what is missing, with apt-get (as root). Fails with the list where that cannot be done.

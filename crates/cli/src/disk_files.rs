@@ -1,5 +1,6 @@
 //! A server's disks as a person names them: formatting them, and opening them all or refusing.
 
+use crate::server_config::Owner;
 use anyhow::{Context, Result, bail, ensure};
 use petal::global_state::Genesis;
 use petal::ids::{ClusterId, DiskId, Incarnation, ServerId};
@@ -157,13 +158,20 @@ fn size_of(path: &Path, size: Option<u64>) -> Result<u64> {
 
 /// Opens and locks all disks of a server, in the order of their superblocks' list. `expected` is who the
 /// config file says that it is.
-pub fn open(paths: &[PathBuf], expected: Option<ServerId>) -> Result<(Vec<OpenDisk>, Engine)> {
+pub fn open(paths: &[PathBuf], expected: Owner) -> Result<(Vec<OpenDisk>, Engine)> {
     let mut found = Vec::new();
     for path in paths {
         let disk = petal_io::disk::open_disk(path, DirectIo::WherePossible)?;
         let superblock = choose(path, &disk.superblocks)?;
         check_length(path, &disk, &superblock)?;
-        if let Some(expected) = expected.filter(|s| *s != superblock.server) {
+        if let Some(expected) = expected.cluster.filter(|c| *c != superblock.genesis.cluster) {
+            bail!(
+                "the disk {} is of the cluster {}, and this server of the cluster {expected}; put the right disk there",
+                path.display(),
+                superblock.genesis.cluster
+            );
+        }
+        if let Some(expected) = expected.server.filter(|s| *s != superblock.server) {
             bail!(
                 "the disk {} belongs to server {}, and this is {expected}; put the right disk there",
                 path.display(),

@@ -6,6 +6,7 @@
 //! repair after a crash, which any opening does).
 
 use crate::disk_files;
+use crate::server_config::Owner;
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use petal::ids::{BLOCK_SIZE, ElementKey, Incarnation};
@@ -33,7 +34,7 @@ pub struct Offline {
 impl Offline {
     /// Opens all disks of one server and replays their journals.
     pub async fn open(paths: &[PathBuf]) -> Result<Offline> {
-        let (disks, engine) = disk_files::open(paths, None)?;
+        let (disks, engine) = disk_files::open(paths, Owner::default())?;
         let last = disks.iter().map(|d| d.superblock.incarnation.0).max().unwrap_or(0);
         let stores = Stores::open(disks.clone(), Incarnation(last + 1), Default::default());
         let overlay = Overlay::new(engine, disks.len());

@@ -2,6 +2,7 @@
 //!
 //! ```toml
 //! server = 1                          # who the disks should say that it is; may be left out
+//! cluster = "0b7c..."                 # of which cluster; may be left out
 //! listen = ["0.0.0.0:7000"]           # where it accepts connections
 //! advertise = ["10.0.0.1:7000"]       # what it tells others; the same as listen if left out
 //! disks = ["/dev/sdb", "disk2"]       # all of them; relative paths are relative to this file
@@ -11,6 +12,7 @@
 //! Who the server is, its cluster and the ring are on its disks, and nowhere else.
 
 use anyhow::{Context, Result, bail};
+use petal::ids::{ClusterId, ServerId};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -24,6 +26,9 @@ pub struct ServerConfig {
     /// Who it is; the disks must agree.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub server: Option<u16>,
+    /// The cluster's id, in hexadecimal digits; the disks must agree.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cluster: Option<String>,
     /// Where it accepts connections: `unix:PATH` or `HOST:PORT`.
     #[serde(default)]
     pub listen: Vec<String>,
@@ -36,6 +41,15 @@ pub struct ServerConfig {
     /// Element entries kept in memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_elements: Option<usize>,
+}
+
+/// Whose disks they should be; what is not said is not compared.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Owner {
+    /// The server.
+    pub server: Option<ServerId>,
+    /// Its cluster.
+    pub cluster: Option<ClusterId>,
 }
 
 impl ServerConfig {
@@ -53,6 +67,15 @@ impl ServerConfig {
     /// Writes a config file.
     pub fn write(&self, path: &Path) -> Result<()> {
         crate::cluster_folder::write_whole(path, toml::to_string(self)?.as_bytes())
+    }
+
+    /// Who it is, as far as the file says so.
+    pub fn owner(&self) -> Result<Owner> {
+        let id = |text: &String| {
+            u128::from_str_radix(text, 16).context("`cluster` in the config file is not a hexadecimal id")
+        };
+        let cluster = self.cluster.as_ref().map(id).transpose()?.map(ClusterId);
+        Ok(Owner { server: self.server.map(ServerId), cluster })
     }
 
     /// What others are told.

@@ -60,6 +60,7 @@ pub fn start(folder: &ClusterFolder, file: &ClusterFile, entry: &ServerEntry) ->
     let config_path = folder.server(server).join("server.toml");
     let config = ServerConfig {
         server: Some(entry.id),
+        cluster: Some(file.cluster.clone()),
         listen: addresses,
         disks: folder.disks(file, server),
         ..ServerConfig::default()

@@ -3,7 +3,9 @@
 use crate::data_access::{Context, DataAccess};
 use crate::desk::Desk;
 use crate::disk_times::DiskTimes;
-use crate::global_state::{Command, Effects, Entry, Genesis, GlobalOutput, GlobalState, ServerState, State};
+use crate::global_state::{
+    Command, CommandError, Effects, Entry, Genesis, GlobalOutput, GlobalState, ServerState, State,
+};
 use crate::ids::*;
 use crate::liveness::{Liveness, LivenessOutput};
 use crate::message::*;
@@ -116,6 +118,9 @@ pub struct ServerConfig {
     pub store: StoreConfig,
     /// A rule left out, to test the checkers. Always `Sabotage::None` in a real server.
     pub sabotage: Sabotage,
+    /// Drawn at random for each life. A disk that was copied begins the same life as the original did, by its number;
+    /// by this its commands are known for what they are, and not taken for those that were executed before.
+    pub salt: u64,
 }
 
 /// Where a server's life is.
@@ -153,6 +158,9 @@ pub struct Server {
     addresses: Vec<String>,
     /// As the disks were found: id, last incarnation, capacity.
     disks_found: Vec<(DiskId, Incarnation, u64)>,
+    salt: u64,
+    /// Why the cluster does not take this life.
+    refused: Option<String>,
     stage: Stage,
     stores: Stores,
     global: Option<GlobalState>,
@@ -203,6 +211,8 @@ impl Server {
             votes_lost,
             addresses: config.addresses,
             disks_found,
+            salt: config.salt,
+            refused: None,
             stage: Stage::Opening,
             stores: Stores::open(disks, incarnation, store),
             global: None,
@@ -641,6 +651,10 @@ impl Server {
         match event {
             Event::Opened => self.on_opened(),
             Event::DiskFailed { disk, reason } => self.out.push_back(Output::Fatal(format!("disk {disk}: {reason}"))),
+            Event::LifeTakenBack => {
+                let why = self.refused.take().unwrap_or_default();
+                self.out.push_back(Output::Fatal(why));
+            }
             Event::Loaded(element) => self.with_data(|data, ctx| data.on_loaded(ctx, element)),
             Event::Stable(ticket) => {
                 if let Some(number) = self.persists.remove(&ticket) {
@@ -665,7 +679,7 @@ impl Server {
     }
 
     fn on_opened(&mut self) {
-        let proposer = (u64::from(self.me.0) << 48) | (self.incarnation.0 & ((1 << 48) - 1));
+        let proposer = (u64::from(self.me.0) << 48) | ((self.incarnation.0 ^ self.salt) & ((1 << 48) - 1));
         let durable = self.stores.meta_prefix(b"ring/");
         let mut global = match GlobalState::open(self.me, &self.genesis, proposer, durable, self.votes_lost) {
             Ok(global) => global,
@@ -747,7 +761,8 @@ impl Server {
     /// server that is left has settled that command (2.1).
     fn on_downs(&mut self, index: StateIndex, downs: Vec<ServerId>) {
         let me = self.me;
-        let is_own_end = self.is_out() && !matches!(self.stage, Stage::Stopping { .. });
+        // Of a life that is joining only the number is known: it may have been another's, whose disk was copied.
+        let is_own_end = self.is_out() && self.stage == Stage::Running;
         let state = self.global().state();
         let left = settlers(state);
         for server in self.admin.on_downs(index, &downs, &left) {
@@ -800,8 +815,18 @@ impl Server {
 
     /// From here on this server acts: it knows that its last life is over everywhere.
     fn on_own_server_up(&mut self, id: CommandId) {
+        if self.refused.is_some() {
+            return;
+        }
         let result = self.global().state().result(&id).map(|(_, result)| result.clone());
         match result {
+            // A copy of an old disk. Its life must not stand on it, or at the next try it would pass for one that the
+            // cluster has not heard of yet.
+            Some(Err(error @ (CommandError::OldIncarnation { .. } | CommandError::DiskFromThePast { .. }))) => {
+                let found: Vec<Incarnation> = self.disks_found.iter().map(|(_, incarnation, _)| *incarnation).collect();
+                self.refused = Some(error.to_string());
+                self.stores.take_life_back(&found);
+            }
             Some(Err(error)) => self.out.push_back(Output::Fatal(error.to_string())),
             _ => {
                 self.stage = Stage::Running;

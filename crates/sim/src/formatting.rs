@@ -86,5 +86,7 @@ pub fn server_config(options: &Options, host: usize) -> ServerConfig {
         addresses: vec![address_of(host)],
         store: StoreConfig { cache_elements: options.cache_elements, ..StoreConfig::default() },
         sabotage: options.sabotage,
+        // No disk is copied here: the number of a life is enough.
+        salt: 0,
     }
 }

@@ -4,6 +4,7 @@
 use crate::cluster::{Cluster, kill9};
 use crate::run::{self, cargo, read};
 use anyhow::{Context, Result, ensure};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Seconds of chaos, unless `PETAL_CHAOS_SECONDS` says otherwise.
@@ -45,9 +46,14 @@ pub fn history_is_linearizable(cluster: &Cluster) -> Result<()> {
     println!("{kills} servers were killed, {stops} stopped");
     let status = history.wait()?;
     ensure!(status.success(), "`petal history` ended with {status}");
-    let said = read(cargo().args(["run", "--release", "--quiet", "-p", "petal-sim", "--", "--judge"]).arg(&record))?;
-    println!("{}", said.trim());
+    println!("{}", judge(&record)?);
     Ok(())
+}
+
+/// What the simulator's checker says of a record; an error if it cannot be explained.
+pub(super) fn judge(record: &Path) -> Result<String> {
+    let said = read(cargo().args(["run", "--release", "--quiet", "-p", "petal-sim", "--", "--judge"]).arg(record))?;
+    Ok(said.trim().to_string())
 }
 
 /// Enough randomness for chaos, and the same again from the same seed.

@@ -251,7 +251,7 @@ pub(super) fn declared_down(cluster: &Cluster, server: &str) -> Result<()> {
     })
 }
 
-fn server_status(cluster: &Cluster, server: &str) -> Result<Value> {
+pub(super) fn server_status(cluster: &Cluster, server: &str) -> Result<Value> {
     let status = cluster.status()?;
     let found = status["servers"].as_array().into_iter().flatten().find(|s| s["id"] == server);
     found.cloned().with_context(|| format!("the status does not show {server}"))
@@ -266,7 +266,7 @@ fn incarnation(cluster: &Cluster, server: &str) -> Result<u64> {
     server_status(cluster, server)?["incarnation"].as_u64().with_context(|| format!("{server} tells no incarnation"))
 }
 
-fn leader(cluster: &Cluster) -> Result<String> {
+pub(super) fn leader(cluster: &Cluster) -> Result<String> {
     let status = cluster.status()?;
     let leads = status["servers"].as_array().into_iter().flatten().find(|s| s["leads"] == true);
     leads.and_then(|s| s["id"].as_str()).map(String::from).context("nobody leads the ring")

@@ -5,10 +5,12 @@ mod bad_input;
 mod chaos;
 mod failures;
 mod nbd;
+mod old_disks;
 mod partitions;
 mod postgres;
 mod processes;
 mod real_data;
+mod slow;
 
 use crate::cluster::{self, Cluster};
 use crate::packages;
@@ -57,6 +59,7 @@ const SCENARIOS: &[Scenario] = &[
     ("a_server_frozen_past_its_lease_begins_a_new_life", failures::frozen_past_its_lease),
     ("servers_that_lost_their_disks_are_made_anew_under_load", failures::lost_disks_made_anew),
     ("two_neighbours_killed_hold_up_their_common_slots_only", failures::two_neighbours_killed),
+    ("a_server_that_is_slow_gets_few_reads", slow::gets_few_reads),
     ("what_clients_see_while_servers_die_and_hang_is_linearizable", chaos::history_is_linearizable),
     ("a_server_cut_off_from_the_others_and_not_from_clients_serves_nothing_old", partitions::cut_off_from_the_servers),
     ("i_o_goes_on_when_the_ring_leader_is_cut_off", partitions::leader_cut_off),
@@ -67,6 +70,10 @@ const SCENARIOS: &[Scenario] = &[
     ("a_firewall_between_the_leader_and_one_server_suspects_nobody", partitions::one_link_refused),
     ("postgres_lives_through_kill_9_of_two_servers_in_turn", postgres::lives_through_two_kills),
     ("damaged_and_foreign_disks_are_refused_by_name", bad_input::damaged_disks),
+    ("a_disk_restored_from_a_backup_is_refused_whoever_it_belongs_to", old_disks::restored_from_a_backup),
+    ("a_disk_set_back_within_its_life_is_given_what_it_lacks", old_disks::copied_in_the_same_life),
+    ("a_disk_of_another_cluster_is_refused", old_disks::of_another_cluster),
+    ("a_wall_clock_that_jumps_changes_nothing", old_disks::wall_clock_jumps),
     ("bad_arguments_are_refused_with_a_remedy", bad_input::bad_arguments),
 ];
 

@@ -2,9 +2,10 @@
 //! three are the ring, and a client. While a link or several are cut, the client's I/O goes on; what its clients
 //! saw is judged by the simulator's checker, and afterwards everything has all its copies again.
 
+use super::chaos::judge;
 use crate::cluster::Cluster;
 use crate::network::Network;
-use crate::run::{cargo, read};
+use crate::run::read;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::process::{Child, Command};
@@ -189,9 +190,9 @@ fn goes_on(cluster: &Cluster, what: &str, fail: impl FnOnce(&Lab) -> Result<Vec<
     let expected = cut?;
     healed?;
     ended?;
-    let said = read(cargo().args(["run", "--release", "--quiet", "-p", "petal-sim", "--", "--judge"]).arg(&record))?;
+    let said = judge(&record)?;
     let gaps = Gaps::of(&std::fs::read_to_string(&record)?)?;
-    println!("{what}: {}; without an answer at most {:?}, reads {:?}", said.trim(), gaps.all, gaps.reads);
+    println!("{what}: {}; without an answer at most {:?}, reads {:?}", said, gaps.all, gaps.reads);
     ensure!(gaps.all < GAP_MAX, "I/O stood for {:?} while the partition lasted", gaps.all);
     let start = Instant::now();
     Cluster::wait_for("everything is redundant again", Duration::from_secs(30), || {

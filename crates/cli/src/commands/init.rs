@@ -101,8 +101,14 @@ pub fn prepare(own: &OwnServer, genesis: &Genesis, server: ServerId, address: &s
     let absolute = |path: &PathBuf| std::path::absolute(path).with_context(|| format!("{} is no path", path.display()));
     let disks: Vec<PathBuf> = own.disks.iter().map(absolute).collect::<Result<_>>()?;
     disk_files::format(&disks, own.disk_size, genesis, server, own.force)?;
-    let config =
-        ServerConfig { server: Some(server.0), listen: vec![address.into()], disks, ..ServerConfig::default() };
+    let cluster = Some(genesis.cluster.to_string());
+    let config = ServerConfig {
+        server: Some(server.0),
+        cluster,
+        listen: vec![address.into()],
+        disks,
+        ..ServerConfig::default()
+    };
     std::fs::create_dir_all(config_path.parent().unwrap_or(Path::new(".")))?;
     config.write(&config_path)?;
     Ok(config_path)

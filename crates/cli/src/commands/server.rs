@@ -104,7 +104,7 @@ async fn live(
     on_ready: Box<dyn FnOnce()>,
     told_to_stop: impl Future<Output = Stop>,
 ) -> Result<(ServerId, Ended)> {
-    let (open, engine) = disk_files::open(&config.disks, config.server.map(ServerId))?;
+    let (open, engine) = disk_files::open(&config.disks, config.owner()?)?;
     let core = CoreConfig {
         addresses: config.addresses().to_vec(),
         store: StoreConfig {
@@ -112,6 +112,7 @@ async fn live(
             ..StoreConfig::default()
         },
         sabotage: Sabotage::None,
+        salt: disk_files::random()? as u64,
     };
     let server = Server::start(petal_io::clock::now(), core, open);
     let id = server.id();

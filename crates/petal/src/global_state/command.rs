@@ -318,7 +318,9 @@ pub enum CommandError {
     #[error("there is no server {0}")]
     NoSuchServer(ServerId),
     /// An older life of a server.
-    #[error("{server} has been started again since (incarnation {known} is known, this is {given})")]
+    #[error(
+        "{server} has been started since (the cluster knows incarnation {known}, this is {given}): its disk is from an earlier life, a restored image or a copy; it cannot be used as it is"
+    )]
     OldIncarnation {
         /// The server.
         server: ServerId,

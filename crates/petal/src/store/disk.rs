@@ -55,6 +55,7 @@ pub(super) enum DiskEvent {
     Stable(Ticket),
     Read { read: ReadId, result: Result<ReadBlocks, ReadError> },
     Scanned { scan: ReadId, elements: Result<Vec<(ElementKey, Version)>, DiskError> },
+    Identified,
 }
 
 /// How an entry in memory relates to the PMap store.
@@ -113,6 +114,7 @@ enum Pending {
     Scan(ReadId),
     Commit,
     Extend { to: u64 },
+    Identity,
 }
 
 #[derive(Debug)]
@@ -288,6 +290,15 @@ impl Disk {
     fn issue(&mut self, pending: Pending, command: DiskCommand) {
         let op = self.command(command);
         self.pending.insert(op, pending);
+    }
+
+    /// Writes the superblock with another incarnation; `Identified` follows, whether that worked or not.
+    pub fn write_incarnation(&mut self, incarnation: Incarnation) {
+        self.superblock.incarnation = incarnation;
+        self.superblock.generation += 1;
+        let offset = Superblock::copy_offset(self.superblock.generation);
+        let pieces = vec![self.superblock.encode()];
+        self.issue(Pending::Identity, DiskCommand::Write { offset, pieces });
     }
 
     // --------------------------------------------------------------------------------------------
@@ -1194,6 +1205,7 @@ impl Disk {
             (Pending::Scan(scan), DiskResult::PmapRange(result)) => self.on_scanned(scan, result),
             (Pending::Commit, DiskResult::PmapCommitted(Ok(()))) => self.on_committed(),
             (Pending::Extend { to }, DiskResult::Extended(result)) => self.on_extended(to, result),
+            (Pending::Identity, DiskResult::Written(_)) => self.events.push_back(DiskEvent::Identified),
             (
                 Pending::Head(_) | Pending::Rows(_),
                 DiskResult::PmapValue(Err(error)) | DiskResult::PmapRange(Err(error)),

@@ -325,6 +325,8 @@ pub enum Event {
         /// Elements after the given one, ascending, at most the limit; with their versions.
         elements: Result<Vec<(ElementKey, Version)>, DiskError>,
     },
+    /// `take_life_back` is done, as far as the disks let it.
+    LifeTakenBack,
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -378,6 +380,8 @@ pub struct Stores {
     watermarks: BTreeMap<SlotId, Version>,
     generation: u64,
     opening: usize,
+    /// Disks whose incarnation is being written back.
+    taking_back: usize,
     events: VecDeque<Event>,
 }
 
@@ -401,6 +405,7 @@ impl Stores {
         let disks: Vec<disk::Disk> = disks.collect();
         Stores {
             opening: disks.len(),
+            taking_back: 0,
             disks,
             next_ticket: 1,
             next_read: 1,
@@ -411,6 +416,14 @@ impl Stores {
             generation: 0,
             events: VecDeque::new(),
         }
+    }
+
+    /// Writes to every disk the incarnation that was found there, as if this life had never been: the cluster
+    /// would have none of it. Nothing else may be asked afterwards; `Event::LifeTakenBack` follows.
+    pub fn take_life_back(&mut self, found: &[Incarnation]) {
+        assert_eq!(found.len(), self.disks.len());
+        self.taking_back = self.disks.len();
+        self.disks.iter_mut().zip(found).for_each(|(disk, incarnation)| disk.write_incarnation(*incarnation));
     }
 
     /// A disk command is done.
@@ -473,6 +486,12 @@ impl Stores {
             }
             disk::DiskEvent::Read { read, result } => self.events.push_back(Event::Read { read, result }),
             disk::DiskEvent::Scanned { scan, elements } => self.on_part_scanned(scan, elements),
+            disk::DiskEvent::Identified => {
+                self.taking_back -= 1;
+                if self.taking_back == 0 {
+                    self.events.push_back(Event::LifeTakenBack);
+                }
+            }
         }
     }
 

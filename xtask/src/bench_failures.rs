@@ -1,0 +1,223 @@
+//! What failures cost (the paper's 4.1 and table 2): throughput through an outage of one server and its return, and
+//! degraded over normal throughput with every server limited to a part of a core, so that the servers are the limit
+//! although all of them share one machine. Prints tables; docs/performance.md is written by hand from them.
+
+use crate::cluster::{self, Cluster, kill9};
+use crate::packages;
+use crate::run::{command, read};
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// What to measure.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Seconds before, during and after the outage: each
+    #[arg(long, default_value_t = 15)]
+    outage: u64,
+    /// Seconds per job of table 2
+    #[arg(long, default_value_t = 6)]
+    seconds: u64,
+    /// Per cent of one core that each server may use in table 2
+    #[arg(long, default_value_t = 20)]
+    cpu: u64,
+    /// Only one of `outage`, `table2`
+    #[arg(long)]
+    only: Option<String>,
+}
+
+/// The server that fails.
+const VICTIM: &str = "s4";
+
+/// Runs it.
+pub fn run(arguments: Arguments) -> Result<()> {
+    packages::install_missing()?;
+    let petal = cluster::build_petal()?;
+    let wanted = |what: &str| arguments.only.as_ref().is_none_or(|only| only == what);
+    if wanted("outage") {
+        outage(&petal, arguments.outage)?;
+    }
+    if wanted("table2") {
+        table2(&petal, &arguments)?;
+    }
+    Ok(())
+}
+
+/// A cluster whose disk was written before: 1 GiB.
+fn prepared(petal: &Path, name: &str) -> Result<Cluster> {
+    let cluster = Cluster::new(petal, name)?;
+    cluster.up(&["--disk-size", "8GiB"])?;
+    read(fio(&cluster)?.args(["--rw=write", "--bs=1m", "--iodepth=8"]))?;
+    Ok(cluster)
+}
+
+fn fio(cluster: &Cluster) -> Result<Command> {
+    let mut fio = command("fio");
+    fio.args(["--name=job", "--ioengine=nbd", "--size=1g", "--randrepeat=0", "--norandommap", "--thread"]);
+    fio.arg("--output-format=json").arg(format!("--uri={}", cluster.nbd_uri("vol0")?)).current_dir(cluster.folder());
+    Ok(fio)
+}
+
+fn kill(cluster: &Cluster) -> Result<()> {
+    let status = cluster.status()?;
+    let victim = status["servers"].as_array().into_iter().flatten().find(|s| s["id"] == VICTIM);
+    kill9(victim.and_then(|s| s["pid"].as_u64()).context("it does not run")? as u32)
+}
+
+fn is_full(cluster: &Cluster) -> bool {
+    cluster.status().is_ok_and(|s| s["redundancy"]["full"] == true)
+}
+
+// ------------------------------------------------------------------------------------------------
+
+fn outage(petal: &Path, seconds: u64) -> Result<()> {
+    let cluster = prepared(petal, "outage")?;
+    let mut load = fio(&cluster)?;
+    load.args(["--rw=randwrite", "--bs=4k", "--iodepth=4", "--time_based", "--output=/dev/null"]);
+    load.args(["--write_lat_log=done", &format!("--runtime={}", 3 * seconds)]);
+    let begun = Instant::now();
+    let mut load = load.spawn()?;
+    let at = |second: u64| std::thread::sleep(Duration::from_secs(second).saturating_sub(begun.elapsed()));
+    at(seconds);
+    kill(&cluster)?;
+    let killed = begun.elapsed();
+    at(2 * seconds);
+    cluster.up(&[])?;
+    let returned = begun.elapsed();
+    Cluster::wait_for("everything is redundant again", Duration::from_secs(120), || is_full(&cluster))?;
+    let full = begun.elapsed();
+    ensure!(load.wait()?.success(), "fio failed");
+    let done = completions(&cluster.folder().join("done_clat.1.log"))?;
+    let per_second = |from: Duration, to: Duration| -> Vec<usize> {
+        let (from, to) = (from.as_millis() as u64, to.as_millis() as u64);
+        let windows = (from..to).step_by(1000).take_while(|start| start + 1000 <= to);
+        windows.map(|start| done.iter().filter(|at| (start..start + 1000).contains(*at)).count()).collect()
+    };
+    let median = |mut counts: Vec<usize>| {
+        counts.sort_unstable();
+        counts.get(counts.len() / 2).copied().unwrap_or(0)
+    };
+    let normal = median(per_second(Duration::from_secs(2), killed));
+    let gap = done.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0);
+    // What the failure itself costs is the gap; the load is whole again behind it.
+    let away = per_second(killed + Duration::from_secs(3), returned);
+    let back = per_second(returned, Duration::from_secs(3 * seconds));
+    let lowest = |counts: &[usize]| counts.iter().min().copied().unwrap_or(0);
+    println!("4 KiB random writes, depth 4, kill -9 of {VICTIM} for {seconds} s:");
+    println!("| normal IOPS | longest gap | lowest second while it is away | from its return on | full again after |");
+    println!("|---:|---:|---:|---:|---:|");
+    println!(
+        "| {normal} | {:.2} s | {} ({:.0} %) | {} ({:.0} %) | {:.2} s |",
+        gap as f64 / 1000.0,
+        lowest(&away),
+        percent(lowest(&away), normal),
+        lowest(&back),
+        percent(lowest(&back), normal),
+        (full - returned).as_secs_f64()
+    );
+    cluster.down()
+}
+
+fn percent(part: usize, whole: usize) -> f64 {
+    part as f64 * 100.0 / whole.max(1) as f64
+}
+
+/// Milliseconds at which fio's requests were completed, ascending.
+fn completions(log: &Path) -> Result<Vec<u64>> {
+    let text = std::fs::read_to_string(log).with_context(|| format!("fio wrote no {}", log.display()))?;
+    let mut at: Vec<u64> = text.lines().filter_map(|line| line.split(',').next()?.trim().parse().ok()).collect();
+    at.sort_unstable();
+    ensure!(!at.is_empty(), "{} is empty", log.display());
+    Ok(at)
+}
+
+// ------------------------------------------------------------------------------------------------
+
+fn table2(petal: &Path, arguments: &Arguments) -> Result<()> {
+    let jobs: Vec<(&str, &str)> =
+        ["randread", "randwrite"].into_iter().flat_map(|rw| ["512", "8k", "64k"].map(|bs| (rw, bs))).collect();
+    let cluster = prepared(petal, "table2")?;
+    let limits = Limits::new(&cluster, arguments.cpu)?;
+    let measure =
+        || -> Result<Vec<f64>> { jobs.iter().map(|(rw, bs)| iops(&cluster, rw, bs, arguments.seconds)).collect() };
+    let normal = measure()?;
+    kill(&cluster)?;
+    Cluster::wait_for("it is declared down", Duration::from_secs(15), || {
+        let status = cluster.status().unwrap_or_default();
+        status["servers"].as_array().into_iter().flatten().any(|s| s["id"] == VICTIM && s["down"] == true)
+    })?;
+    let degraded = measure()?;
+    println!("4 servers, each with {} % of a core ({}), depth 32; degraded: one is down", arguments.cpu, limits.how);
+    println!("| job | normal IOPS | degraded IOPS | degraded / normal |\n|---|---:|---:|---:|");
+    for ((job, normal), degraded) in jobs.iter().zip(normal).zip(degraded) {
+        println!("| {} {} | {normal:.0} | {degraded:.0} | {:.0} % |", job.0, job.1, degraded * 100.0 / normal);
+    }
+    cluster.down()
+}
+
+fn iops(cluster: &Cluster, rw: &str, bs: &str, seconds: u64) -> Result<f64> {
+    let mut fio = fio(cluster)?;
+    fio.args([format!("--rw={rw}"), format!("--bs={bs}"), format!("--runtime={seconds}")]);
+    let text = read(fio.args(["--iodepth=32", "--time_based", "--ramp_time=1"]))?;
+    let json: Value = serde_json::from_str(&text[text.find('{').unwrap_or(0)..])?;
+    json["jobs"][0][rw.trim_start_matches("rand")]["iops"].as_f64().context("fio told no IOPS")
+}
+
+/// A control group for each server's process; removed when dropped.
+struct Limits {
+    folder: PathBuf,
+    how: &'static str,
+}
+
+/// Short, so that a server that has used its share does not stand still for long: microseconds.
+const PERIOD: u64 = 10_000;
+
+impl Limits {
+    fn new(cluster: &Cluster, percent: u64) -> Result<Limits> {
+        let name = format!("petal-bench-{}", std::process::id());
+        let first = Path::new("/sys/fs/cgroup/cpu");
+        let (root, how) = match first.join("cpu.cfs_quota_us").exists() || first.join("cgroup.procs").exists() {
+            true => (first, "cgroup v1, cpu.cfs_quota_us"),
+            false => (Path::new("/sys/fs/cgroup"), "cgroup v2, cpu.max"),
+        };
+        let limits = Limits { folder: root.join(name), how };
+        std::fs::create_dir(&limits.folder).context("cannot make a control group: root is needed")?;
+        let write = |path: PathBuf, text: String| {
+            std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+        };
+        let quota = PERIOD * percent / 100;
+        if how.contains("v2") {
+            write(root.join("cgroup.subtree_control"), "+cpu".into())?;
+            write(limits.folder.join("cgroup.subtree_control"), "+cpu".into())?;
+        }
+        for (n, pid) in cluster.server_pids()?.into_iter().enumerate() {
+            let group = limits.folder.join(format!("server{n}"));
+            std::fs::create_dir(&group)?;
+            if how.contains("v2") {
+                write(group.join("cpu.max"), format!("{quota} {PERIOD}"))?;
+            } else {
+                write(group.join("cpu.cfs_period_us"), PERIOD.to_string())?;
+                write(group.join("cpu.cfs_quota_us"), quota.to_string())?;
+            }
+            write(group.join("cgroup.procs"), pid.to_string())?;
+        }
+        Ok(limits)
+    }
+}
+
+impl Drop for Limits {
+    fn drop(&mut self) {
+        // The kernel removes only groups without processes: those that are left go up first.
+        let parent = self.folder.parent().map(|p| p.join("cgroup.procs"));
+        for group in std::fs::read_dir(&self.folder).into_iter().flatten().flatten().filter(|e| e.path().is_dir()) {
+            let pids = std::fs::read_to_string(group.path().join("cgroup.procs")).unwrap_or_default();
+            for (pid, parent) in pids.lines().zip(parent.iter().cycle()) {
+                let _ = std::fs::write(parent, pid);
+            }
+            let _ = std::fs::remove_dir(group.path());
+        }
+        let _ = std::fs::remove_dir(&self.folder);
+    }
+}

@@ -1,0 +1,159 @@
+//! What an operator does with disks that are not what they should be: restored from a backup, of another cluster,
+//! given twice; and wall clocks that jump. Refused with the reason, or handled; never wrong data.
+
+use super::chaos::judge;
+use super::failures::{declared_down, full_again, leader, pid_of};
+use crate::cluster::{Cluster, kill9};
+use crate::run::{command, nbdsh, read, read_failure};
+use anyhow::{Context, Result, ensure};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// One write to every slot: those of all letters are told apart.
+fn write_everywhere(cluster: &Cluster, letter: char) -> Result<()> {
+    let code = format!("[h.pwrite(b'{letter}' * 65536, i << 20) for i in range(256)]; h.flush()");
+    read(nbdsh().args(["-u", &cluster.nbd_uri("vol0")?, "-c", &code])).map(|_| ())
+}
+
+fn everywhere_is(cluster: &Cluster, letter: char) -> Result<()> {
+    let code = format!("assert all(h.pread(65536, i << 20) == b'{letter}' * 65536 for i in range(256)), 'old data'");
+    read(nbdsh().args(["-u", &cluster.nbd_uri("vol0")?, "-c", &code])).map(|_| ())
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    read(command("cp").args(["--sparse=always", "--remove-destination"]).args([from, to])).map(|_| ())
+}
+
+pub fn restored_from_a_backup(cluster: &Cluster) -> Result<()> {
+    cluster.up(&["--disk-size", "2GiB"])?;
+    write_everywhere(cluster, 'o')?;
+    // Of somebody who leads the ring, as of somebody who only learns.
+    for server in [leader(cluster)?, "s4".to_string()] {
+        let disk = cluster.data().join(&server).join("disk1");
+        let (backup, right) = (cluster.folder().join("backup"), cluster.folder().join("right"));
+        read(cluster.petal().args(["down", &server]))?;
+        copy(&disk, &backup)?;
+        cluster.up(&[])?;
+        full_again(cluster)?;
+        write_everywhere(cluster, 'n')?;
+        read(cluster.petal().args(["down", &server]))?;
+        std::fs::rename(&disk, &right)?;
+        copy(&backup, &disk)?;
+        let config = cluster.data().join(&server).join("server.toml");
+        // Again, as a supervisor would: what it tried before must not make it pass.
+        for _ in 0..3 {
+            let (code, said) = read_failure(cluster.petal().args(["server", "--config"]).arg(&config))?;
+            let words = ["earlier life", "restored"];
+            ensure!(code == 1 && words.iter().all(|w| said.contains(w)), "{server}: exit code {code}: {said}");
+            println!("{server}: {}", said.lines().last().unwrap_or_default());
+        }
+        everywhere_is(cluster, 'n')?;
+        std::fs::rename(&right, &disk)?;
+        cluster.up(&[])?;
+        full_again(cluster)?;
+        everywhere_is(cluster, 'n')?;
+        write_everywhere(cluster, 'o')?;
+    }
+    read(cluster.petal().arg("verify"))?;
+    cluster.down()
+}
+
+pub fn copied_in_the_same_life(cluster: &Cluster) -> Result<()> {
+    // As a storage array that was set back to its own snapshot, or a disk that lied about what it had written: by
+    // its numbers nobody can tell it from the right one. What it lacks the others have.
+    cluster.up(&["--disk-size", "2GiB"])?;
+    write_everywhere(cluster, 'o')?;
+    let (disk, backup) = (cluster.data().join("s4/disk1"), cluster.folder().join("backup"));
+    for wait_until_down in [true, false] {
+        // A copy of one moment, without stopping its life.
+        let pid = pid_of(cluster, "s4")?.to_string();
+        read(command("kill").args(["-STOP", &pid]))?;
+        let copied = copy(&disk, &backup);
+        read(command("kill").args(["-CONT", &pid]))?;
+        copied?;
+        full_again(cluster)?;
+        let letter = if wait_until_down { 'm' } else { 'n' };
+        write_everywhere(cluster, letter)?;
+        kill9(pid_of(cluster, "s4")?)?;
+        if wait_until_down {
+            declared_down(cluster, "s4")?;
+        }
+        copy(&backup, &disk)?;
+        cluster.up(&[])?;
+        full_again(cluster)?;
+        everywhere_is(cluster, letter)?;
+        read(cluster.petal().arg("verify"))?;
+    }
+    cluster.down()
+}
+
+pub fn of_another_cluster(cluster: &Cluster) -> Result<()> {
+    cluster.up(&["--servers", "3", "--disk-size", "2GiB"])?;
+    write_everywhere(cluster, 'n')?;
+    let other = cluster.folder().join("other");
+    let other_petal = |arguments: &[&str]| read(cluster.petal().env("PETAL_CLUSTER", &other).args(arguments));
+    other_petal(&["up", "--detach", "--nbd-port", "0", "--servers", "3", "--disk-size", "2GiB"])?;
+    other_petal(&["down"])?;
+    let disk = cluster.data().join("s2/disk1");
+    read(cluster.petal().args(["down", "s2"]))?;
+    std::fs::rename(&disk, disk.with_extension("right"))?;
+    copy(&other.join("s2/disk1"), &disk)?;
+    // The others serve; who has the wrong disk is named, with the reason.
+    let said = crate::run::output(cluster.petal().args(["up", "--detach", "--nbd-port", "0"]))?;
+    let said = crate::run::tail(&said);
+    ensure!(said.contains("s2") && said.contains("cluster"), "the foreign disk is not named: {said}");
+    println!("{}", said.lines().find(|l| l.contains("s2")).unwrap_or_default());
+    everywhere_is(cluster, 'n')?;
+    std::fs::rename(disk.with_extension("right"), &disk)?;
+    cluster.up(&[])?;
+    full_again(cluster)?;
+    read(cluster.petal().arg("verify"))?;
+    cluster.down()
+}
+
+pub fn wall_clock_jumps(cluster: &Cluster) -> Result<()> {
+    cluster.up(&[])?;
+    read(cluster.petal().args(["disk", "create", "judged", "1GiB"]))?;
+    // One server gets a wall clock of its own; the clock that counts is left as it is.
+    let offset = cluster.folder().join("offset");
+    std::fs::write(&offset, "+0")?;
+    kill9(pid_of(cluster, "s2")?)?;
+    let mut up = cluster.petal();
+    up.env("LD_PRELOAD", faketime()?).env("FAKETIME_TIMESTAMP_FILE", &offset).env("FAKETIME_NO_CACHE", "1");
+    up.env("FAKETIME_DONT_FAKE_MONOTONIC", "1").args(["up", "--detach", "--nbd-port", "0"]);
+    read(&mut up)?;
+    full_again(cluster)?;
+    let suspected = |cluster: &Cluster| -> Result<usize> {
+        Ok(read(cluster.petal().args(["log", "-n", "1024"]))?.matches("is suspected").count())
+    };
+    let before = suspected(cluster)?;
+    let record = cluster.folder().join("history.jsonl");
+    let mut history = cluster.petal();
+    history.args(["history", "judged", "--clients", "2", "--seconds", "6", "--out"]).arg(&record);
+    let mut history = history.spawn().context("cannot start `petal history`")?;
+    let steps = ["+1h", "-1d", "+3650d", "-3650d", "+3650d"].into_iter().try_for_each(|step| -> Result<()> {
+        std::thread::sleep(Duration::from_secs(1));
+        // All at once, as the library reads it at any time.
+        std::fs::write(offset.with_extension("new"), step)?;
+        Ok(std::fs::rename(offset.with_extension("new"), &offset)?)
+    });
+    let status = history.wait()?;
+    steps?;
+    ensure!(status.success(), "`petal history` ended with {status}");
+    println!("{}", judge(&record)?);
+    ensure!(suspected(cluster)? == before, "somebody was suspected because a wall clock jumped");
+    read(cluster.petal().args(["down", "s2"]))?;
+    let log = std::fs::read_to_string(cluster.data().join("s2/log"))?;
+    let year = |line: &str| line.trim_start_matches('\x1b').split('-').next()?.parse::<u32>().ok();
+    let years: Vec<u32> = log.lines().filter_map(year).collect();
+    let (first, last) = (years.first().context("no line with a date")?, years.last().context("no line")?);
+    ensure!(last > first, "its wall clock did not jump: the log begins in {first} and ends in {last}");
+    cluster.down()
+}
+
+/// The library that gives a process another wall clock.
+fn faketime() -> Result<PathBuf> {
+    let files = read(command("dpkg").args(["-L", "libfaketime"]))?;
+    let library = files.lines().find(|line| line.ends_with("/libfaketime.so.1"));
+    library.map(PathBuf::from).context("the package libfaketime has no library")
+}
