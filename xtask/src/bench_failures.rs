@@ -21,7 +21,7 @@ pub struct Arguments {
     #[arg(long, default_value_t = 6)]
     seconds: u64,
     /// Per cent of one core that each server may use in table 2
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(5..=100))]
     cpu: u64,
     /// Only one of `outage`, `table2`
     #[arg(long)]
@@ -172,7 +172,7 @@ struct Limits {
 }
 
 /// Short, so that a server that has used its share does not stand still for long: microseconds.
-const PERIOD: u64 = 10_000;
+const PERIOD: u64 = 20_000;
 
 impl Limits {
     fn new(cluster: &Cluster, percent: u64) -> Result<Limits> {

@@ -94,6 +94,9 @@ pub const REQUEST_LENGTH_MAX: u64 = 64 << 20;
 pub const CLIENT_BYTES_MAX: u64 = 256 << 20;
 /// Requests that may wait in a client behind `CLIENT_BYTES_MAX`; the next is refused.
 pub const CLIENT_REQUESTS_WAITING_MAX: usize = 65536;
+/// Reads of one client that are watched for being slow; what is more is not hedged. 100,000 reads per second that
+/// take up to 150 ms are 15,000.
+pub const HEDGES_WATCHED_MAX: usize = 16384;
 /// Numbers of a session between the oldest unfinished write and the newest. One hung write lets this
 /// many others pass; servers remember the ids of all of them, in the elements, 16 bytes each.
 pub const SESSION_NUMBERS_MAX: usize = 65536;

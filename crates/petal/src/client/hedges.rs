@@ -4,6 +4,7 @@
 //! definition, and all of them while something is slow for everybody, which is when asking twice hurts most: so
 //! hedges are paid from a purse into which every read puts a small part of the price.
 
+use crate::limits::HEDGES_WATCHED_MAX;
 use crate::message::Tag;
 use std::collections::VecDeque;
 use stdx::Instant;
@@ -12,8 +13,6 @@ use stdx::Instant;
 const SHARE: u32 = 32;
 /// Hedges that may be saved up: what was on its way to a server that stops answering.
 const SAVED_MAX: u32 = 16;
-/// Reads that are watched; what is more is not hedged. 100,000 reads per second, for `IMPATIENCE`, are 15,000.
-const WATCHED_MAX: usize = 16384;
 
 #[derive(Debug)]
 pub(super) struct Hedges {
@@ -34,7 +33,7 @@ impl Hedges {
     /// earlier.
     pub fn read_sent(&mut self, due: Instant, tag: Tag) {
         self.saved = (self.saved + 1).min(SAVED_MAX * SHARE);
-        if self.watched.len() < WATCHED_MAX {
+        if self.watched.len() < HEDGES_WATCHED_MAX {
             self.watched.push_back((due, tag));
         }
     }
