@@ -471,6 +471,7 @@ impl Walk {
     fn on_event(&mut self, event: Event) -> Verdict {
         match event {
             Event::Opened => self.opened = true,
+            Event::LifeTakenBack => return Err("nobody took a life back".into()),
             Event::DiskFailed { reason, .. } => self.failed = Some(reason),
             Event::Loaded(element) => {
                 ensure!(self.stores.load(element) == Loaded::Ready, "{element:?} is told loaded, and is not");
