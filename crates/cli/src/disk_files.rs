@@ -266,7 +266,11 @@ mod tests {
         names.iter().map(|n| dir.path().join(n)).collect()
     }
 
-    fn refusal(paths: &[PathBuf], expected: Option<ServerId>) -> String {
+    fn refusal(paths: &[PathBuf], server: Option<ServerId>) -> String {
+        refusal_of(paths, Owner { server, cluster: None })
+    }
+
+    fn refusal_of(paths: &[PathBuf], expected: Owner) -> String {
         match open(paths, expected) {
             Ok(_) => panic!("{paths:?} were opened"),
             Err(error) => format!("{error:#}"),
@@ -278,7 +282,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let p = paths(&dir, &["a", "b"]);
         format(&p, Some(SIZE), &genesis(1), ServerId(1), false).unwrap();
-        let (open, _engine) = open(&[p[1].clone(), p[0].clone()], Some(ServerId(1))).unwrap();
+        let owner = Owner { server: Some(ServerId(1)), cluster: Some(ClusterId(1)) };
+        let (open, _engine) = open(&[p[1].clone(), p[0].clone()], owner).unwrap();
         assert_eq!(open[0].path, p[0].display().to_string());
         assert!(open[0].frontier > open[0].superblock.layout.data.offset);
         assert!(refusal(&p, None).contains("in use"));
@@ -291,6 +296,8 @@ mod tests {
         format(&p[..2], Some(SIZE), &genesis(1), ServerId(1), false).unwrap();
         format(&p[2..3], Some(SIZE), &genesis(1), ServerId(2), false).unwrap();
         assert!(refusal(&p[..1], None).contains("number 2 of them"));
+        let elsewhere = Owner { server: None, cluster: Some(ClusterId(2)) };
+        assert!(refusal_of(&p[..2], elsewhere).contains("is of the cluster 00000000000000000000000000000001"));
         assert!(refusal(&p[1..3], None).contains("belongs to server s1"));
         assert!(refusal(&p[2..3], Some(ServerId(1))).contains("belongs to server s2, and this is s1"));
         std::fs::copy(&p[0], &p[3]).unwrap();

@@ -82,7 +82,7 @@ mod tests {
         }
         // The last look was at the sample before the last seven: 930 to 993.
         assert_eq!(recent.p95(), Some(Duration::from_millis(990)));
-        for _ in 0..WINDOW {
+        for _ in 0..WINDOW + LOOK_EVERY {
             recent.add(Duration::from_micros(10));
         }
         assert_eq!(recent.p95(), Some(Duration::from_micros(10)));
