@@ -20,6 +20,7 @@ pub mod promise;
 mod repair;
 mod resync;
 pub mod sabotage;
+pub mod scrub;
 pub mod server;
 mod silence;
 pub mod store;

@@ -7,6 +7,7 @@ use crate::ids::*;
 use crate::liveness::{Liveness, LivenessOutput};
 use crate::message::*;
 use crate::sabotage::Sabotage;
+use crate::scrub::ScrubConfig;
 use crate::store::{Change, DiskCommand, DiskResult, Event, OpId, OpenDisk, StageError, StoreConfig, Stores, Ticket};
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
@@ -113,6 +114,8 @@ pub struct ServerConfig {
     pub addresses: Vec<String>,
     /// Bounds of memory.
     pub store: StoreConfig,
+    /// How it looks for bad blocks.
+    pub scrub: ScrubConfig,
     /// A rule left out, to test the checkers. Always `Sabotage::None` in a real server.
     pub sabotage: Sabotage,
 }
@@ -205,7 +208,7 @@ impl Server {
             stores: Stores::open(disks, incarnation, store),
             global: None,
             liveness: Liveness::new(now, me, incarnation, config.sabotage),
-            data: DataAccess::new(me, incarnation, config.sabotage),
+            data: DataAccess::new(now, me, incarnation, config.scrub, config.sabotage),
             admin: Desk::default(),
             persists: FastMap::new(),
             persist_waits: BTreeMap::new(),
@@ -298,6 +301,9 @@ impl Server {
             self.liveness.retire();
             self.global().propose_own(now, Command::Goodbye { server: me, incarnation })
         });
+        if self.global.is_some() {
+            self.with_data(|data, ctx| data.run_scrub(ctx, false));
+        }
         self.stage = Stage::Stopping { deadline: now + STOP_DEADLINE, goodbye };
     }
 
@@ -480,6 +486,10 @@ impl Server {
             AdminRequest::State => Ok(AdminResponse::State(self.global().state().encode())),
             AdminRequest::Verify { after } => {
                 return self.with_data(|data, ctx| data.on_verify(ctx, client, tag, after));
+            }
+            AdminRequest::Scrub(order) => {
+                let status = self.with_data(|data, ctx| data.on_scrub_order(ctx, order));
+                Ok(AdminResponse::Scrub(Box::new(status)))
             }
         };
         self.reply_admin(client, tag, result);
@@ -801,6 +811,7 @@ impl Server {
                 self.stage = Stage::Running;
                 self.follow_state(None);
                 self.data.want_sweep();
+                self.with_data(|data, ctx| data.run_scrub(ctx, true));
                 self.out.push_back(Output::Ready);
             }
         }

@@ -13,6 +13,7 @@ pub mod log;
 pub mod nbd;
 pub mod rejoin;
 pub mod server;
+pub mod scrub;
 pub mod status;
 pub mod up;
 pub mod verify;

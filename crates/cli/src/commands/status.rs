@@ -1,6 +1,6 @@
 //! `petal status`: the whole cluster on one screen.
 
-use super::disk;
+use super::{disk, scrub};
 use crate::cluster_folder::ClusterFolder;
 use crate::connect::{self, Connection};
 use crate::output;
@@ -11,7 +11,7 @@ use crate::supervisor;
 use anyhow::Result;
 use petal::global_state::State;
 use petal::ids::ServerId;
-use petal::message::ServerStatus;
+use petal::message::{ScrubOrder, ScrubStatus, ServerStatus};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -66,6 +66,7 @@ struct ServerReport {
     ring: bool,
     leads: bool,
     status: Option<ServerStatus>,
+    scrub: Option<ScrubStatus>,
 }
 
 async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report> {
@@ -86,16 +87,20 @@ async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report>
         let connection = connection.clone();
         asked.spawn_local(async move {
             let status = if local_and_down { None } else { connection.server_status(id, ANSWER_LIMIT).await.ok() };
-            (id, status)
+            let scrub = match &status {
+                Some(_) => connection.scrub(id, ScrubOrder::Tell, ANSWER_LIMIT).await.ok(),
+                None => None,
+            };
+            (id, status.map(|status| (status, scrub)))
         });
     }
-    let mut statuses: BTreeMap<ServerId, Option<ServerStatus>> = BTreeMap::new();
+    let mut statuses: BTreeMap<ServerId, Option<(ServerStatus, Option<ScrubStatus>)>> = BTreeMap::new();
     while let Some(answer) = asked.join_next().await {
         statuses.extend(answer);
     }
-    let leader = statuses.values().flatten().max_by_key(|s| s.state_index).and_then(|s| s.ring_leader);
+    let leader = statuses.values().flatten().map(|(s, _)| s).max_by_key(|s| s.state_index).and_then(|s| s.ring_leader);
     let server = |(id, known): (&ServerId, &petal::global_state::ServerState)| {
-        let status = statuses.get_mut(id).and_then(Option::take);
+        let (status, scrub) = statuses.get_mut(id).and_then(Option::take).unzip();
         let pid = pids.get(id).copied();
         ServerReport {
             id: *id,
@@ -107,6 +112,7 @@ async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report>
             ring: state.ring.members.iter().any(|m| m.server == *id),
             leads: leader == Some(*id),
             status,
+            scrub: scrub.flatten(),
         }
     };
     let servers: Vec<ServerReport> = state.servers.iter().map(server).collect();
@@ -177,6 +183,8 @@ impl Report {
             println!("  {}", server.sentence());
         }
         self.redundancy.sentences(|server, missing| self.why(server, missing)).iter().for_each(|l| println!("{l}"));
+        let scrubs = self.servers.iter().filter_map(|s| Some((s.id, s.scrub.as_ref()?)));
+        scrub::sentences(scrubs, output::unix_seconds()).iter().for_each(|l| println!("{l}"));
         println!();
         let mut table = output::table(&["server", "state", "lease", "pid", "ring", "used", "of", "slots", "address"]);
         for server in &self.servers {
@@ -270,6 +278,7 @@ impl ServerReport {
             "slots_served": status.map(|s| s.slots_acting.1),
             "disks": status.map(|s| s.disks.iter().map(disk).collect::<Vec<_>>()),
             "counters": status.map(counters),
+            "scrub": self.scrub.as_ref().map(scrub::json),
         })
     }
 }

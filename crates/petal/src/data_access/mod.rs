@@ -37,6 +37,7 @@ use crate::message::*;
 use crate::promise::Acting;
 use crate::resync::{Share, WHOLE};
 use crate::sabotage::Sabotage;
+use crate::scrub::ScrubConfig;
 use crate::server::{ClientId, Output, Peer};
 use crate::store::{BlockData, BlockSum, Change, Loaded, ReadBlocks, ReadError, ReadId, StageError, Stores, Ticket};
 use bytes::{Bytes, BytesMut};
@@ -185,6 +186,7 @@ pub(crate) enum LoadWaiter {
     Repair,
     Drop,
     Verify,
+    Scrub,
 }
 
 /// Who waits for a ticket.
@@ -204,6 +206,7 @@ pub(crate) enum ReadOwner {
     Fetch(u64),
     Copy(OpNumber),
     Repair(ElementKey),
+    Scrub(ElementKey),
 }
 
 /// Somebody asked when an index is settled here.
@@ -232,6 +235,8 @@ pub struct DataAccess {
     pub(crate) copies: BTreeMap<OpNumber, crate::resync::Copy>,
     /// Elements whose bad blocks are made good (`repair.rs`).
     pub(crate) repairs: crate::repair::Repairs,
+    /// Looking for bad blocks (`scrub.rs`).
+    pub(crate) scrub: crate::scrub::Scrub,
     /// Slots and members in which that goes on.
     pub(crate) joining: BTreeSet<(SlotIndex, ServerId)>,
     /// Somebody came, went, or was brought back: look through all slots.
@@ -309,7 +314,7 @@ pub struct Counters {
 
 impl DataAccess {
     /// A room that knows of no slot yet.
-    pub fn new(me: ServerId, incarnation: Incarnation, sabotage: Sabotage) -> Self {
+    pub fn new(now: Instant, me: ServerId, incarnation: Incarnation, scrub: ScrubConfig, sabotage: Sabotage) -> Self {
         DataAccess {
             me,
             sabotage,
@@ -320,6 +325,7 @@ impl DataAccess {
             queues: FastMap::new(),
             copies: BTreeMap::new(),
             repairs: crate::repair::Repairs::default(),
+            scrub: crate::scrub::Scrub::new(now, scrub),
             joining: BTreeSet::new(),
             joins_due: false,
             wake_at: None,
@@ -1061,6 +1067,7 @@ impl DataAccess {
                 LoadWaiter::Repair => self.look(ctx, element),
                 LoadWaiter::Drop => self.drop_element(ctx, element),
                 LoadWaiter::Verify => self.verify_element(ctx, element),
+                LoadWaiter::Scrub => self.on_scrub_loaded(ctx, element),
             }
         }
     }
@@ -1133,6 +1140,7 @@ impl DataAccess {
             Some(ReadOwner::Fetch(job)) => self.on_fetch_read(ctx, job, result),
             Some(ReadOwner::Copy(number)) => self.on_copy_read(ctx, number, result),
             Some(ReadOwner::Repair(element)) => self.on_repair_read(ctx, element, read, result),
+            Some(ReadOwner::Scrub(element)) => self.on_scrub_read(ctx, element, read, &result),
             None => {
                 self.on_verify_read(ctx, read, &result);
             }
@@ -1336,6 +1344,7 @@ impl DataAccess {
             self.send_watermarks(ctx);
         }
         self.advance_sweep(ctx);
+        self.advance_scrub(ctx);
     }
 
     fn retry_starved(&mut self, ctx: &mut Context) {
@@ -1388,10 +1397,8 @@ impl DataAccess {
 
     /// When something is due although nothing else happens.
     pub fn next_timeout(&self) -> Option<Instant> {
-        [self.watermark_timer, self.wake_at, self.silence.next_look(), self.repairs.next_timeout()]
-            .into_iter()
-            .flatten()
-            .min()
+        let rooms = [self.silence.next_look(), self.repairs.next_timeout(), self.scrub.next_timeout()];
+        rooms.into_iter().chain([self.watermark_timer, self.wake_at]).flatten().min()
     }
 
     /// A session is over: nothing of it will be asked again.

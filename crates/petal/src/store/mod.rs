@@ -840,6 +840,11 @@ impl Stores {
     // --------------------------------------------------------------------------------------------
     // Telling.
 
+    /// Elements on all disks.
+    pub fn elements(&self) -> u64 {
+        self.disks.iter().map(|d| d.elements).sum()
+    }
+
     /// Free blocks on the fullest disk, beyond the reserve for deletes, settlements and metadata.
     pub fn free_blocks(&self) -> u64 {
         self.disks.iter().map(disk::Disk::free_blocks).min().unwrap_or(0)
