@@ -40,6 +40,12 @@ kinds! {
     BadMet => "a bad block was met",
     /// And repaired it.
     Repaired => "a bad block was repaired from another copy",
+    /// A round of scrub was finished (a server's last one, by number, counted at the end of each of its lives).
+    Scrubbed => "a round of scrub ended",
+    /// A block that was spoilt when nobody asked for anything any more.
+    SpoiltAtRest => "a block went bad at rest, for the scrub to find",
+    /// And the scrub found a bad block there.
+    FoundByScrub => "the scrub found and repaired a bad block at rest",
     /// A server died while it was brought back.
     DiedCatchingUp => "a member that was being brought back died",
     /// The primary of a slot died while it brought somebody back.

@@ -3,7 +3,8 @@
 //! ```text
 //!   Faulty --time or operations up--> Draining --all answered, all ready--> PowerLoss (half of the runs)
 //!     --all ready--> Judging: a new client takes over every disk, reads, writes, reads again
-//!     --done--> Quiet: nothing happens for a while --> Over: all stopped, disks examined
+//!     --done--> Scrubbing: blocks of one server have gone bad, and the scrub must find them all
+//!     --all rounds ended--> Quiet: nothing happens for a while --> Over: all stopped, disks examined
 //! ```
 //!
 //! Each arrow but the first has a bound in virtual time: that is the progress checker.
@@ -20,8 +21,10 @@ use crate::world::World;
 use petal::client::Request;
 use petal::global_state::{Attachment, State};
 use petal::ids::VdiskId;
+use petal::message::{Admin, AdminRequest, Body, Message, ScrubOrder};
+use petal::server::{self, Peer};
 use std::collections::{BTreeMap, VecDeque};
-use stdx::{Duration, Instant};
+use stdx::{Duration, Instant, Machine};
 
 /// How often the world looks whether a phase is over.
 pub const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -40,6 +43,8 @@ pub enum Phase {
     PowerLoss,
     /// The judge reads everything.
     Judging,
+    /// Blocks of one server went bad, and every server reads everything that it stores.
+    Scrubbing,
     /// Nothing is asked.
     Quiet,
 }
@@ -56,6 +61,8 @@ pub struct Ending {
     to_judge: VecDeque<(VdiskId, String)>,
     /// The one that it asked for last.
     asked: Option<(VdiskId, String)>,
+    /// Rounds of scrub that must end.
+    rounds: BTreeMap<usize, u64>,
     /// What the judge does with the present one.
     steps: VecDeque<Step>,
     held: Option<Held>,
@@ -103,6 +110,10 @@ impl World {
                 Some(what) => self.lose_patience(waited, &what),
             },
             Phase::Judging => self.lose_patience(waited, "the judge has not read everything"),
+            Phase::Scrubbing => match self.unscrubbed() {
+                None => self.enter(Phase::Quiet),
+                Some(what) => self.lose_patience(waited, &what),
+            },
             Phase::Quiet if waited >= QUIET => {
                 self.check_at_rest();
                 self.stop();
@@ -248,7 +259,7 @@ impl World {
                 let request = Request::Attach { name, mode, holder: "judge".into(), take_over: true };
                 self.ask(host, request, Asked::Attach { mode, take_over: true });
             }
-            None => self.enter(Phase::Quiet),
+            None => self.begin_to_scrub(),
         }
     }
 
@@ -265,6 +276,45 @@ impl World {
         }
         self.ending.steps = steps;
         self.ending.held = Some(held);
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Scrub.
+
+    /// All copies are in sync and nobody asks for anything any more. Blocks of one server go bad, each where another
+    /// server has a good one, so all of them must be found and repaired by scrub alone.
+    fn begin_to_scrub(&mut self) {
+        self.enter(Phase::Scrubbing);
+        let host = self.chaos.below(self.servers.len() as u64) as usize;
+        let spoilt = if self.options.faults.spoil > 0 { self.spoil_blocks_of(host, 20) } else { 0 };
+        self.counters.add(Kind::SpoiltAtRest, spoilt);
+        for host in 0..self.servers.len() {
+            let machine = &mut self.servers[host];
+            let (local, Some(life)) = (machine.clock.local(self.now), &mut machine.life) else { continue };
+            let request = AdminRequest::Scrub(ScrubOrder::Begin);
+            let message = Message { state_index: 0, body: Body::Admin(Admin { tag: 1, request }) };
+            life.server.handle(local, server::Input::Message { from: Peer::Client(u64::MAX), message });
+            let round = life.server.data().scrub_status().present.map_or(0, |r| r.number);
+            self.ending.rounds.insert(host, round);
+            self.plan_run(Node::Server(host));
+        }
+    }
+
+    /// Whose round has not ended.
+    fn unscrubbed(&mut self) -> Option<String> {
+        for (host, round) in self.ending.rounds.clone() {
+            let Some(life) = &self.servers[host].life else { continue };
+            let status = life.server.data().scrub_status();
+            let Some(last) = status.last.filter(|r| r.number >= round) else {
+                return Some(format!("the scrub of host {host} has not ended: {:?}", status.present));
+            };
+            self.ending.rounds.remove(&host);
+            self.counters.add(Kind::FoundByScrub, last.repaired);
+            if last.repaired < last.bad {
+                self.complain(format!("the scrub of host {host} repaired {} of {} blocks", last.repaired, last.bad));
+            }
+        }
+        None
     }
 
     // --------------------------------------------------------------------------------------------
@@ -296,8 +346,6 @@ impl World {
         let mut found = BTreeMap::new();
         for host in 0..self.servers.len() {
             let Some(id) = self.servers[host].id else { continue };
-            // What nobody has read nobody has noticed.
-            self.servers[host].disks.iter_mut().for_each(crate::disk::SimDisk::mend);
             let examined = checkers::addresses::examine(&mut self.servers[host], &self.options);
             for complaint in &examined.complaints {
                 self.complain(format!("the disks of {id}: {complaint}"));

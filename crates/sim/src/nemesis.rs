@@ -557,6 +557,14 @@ impl World {
     fn spoil_blocks(&mut self) {
         for _ in 0..20 {
             let host = self.chaos.below(self.servers.len() as u64) as usize;
+            self.spoil_blocks_of(host, 1);
+        }
+    }
+
+    /// Up to so many blocks of one server become bad, each where another server has a good copy; how many did.
+    pub(crate) fn spoil_blocks_of(&mut self, host: usize, most: usize) -> u64 {
+        let mut spoilt = 0;
+        for _ in 0..most {
             let disk = self.chaos.below(self.servers[host].disks.len() as u64) as usize;
             let Some((page, content)) = self.servers[host].disks[disk].draw_page() else { continue };
             let content = *content;
@@ -566,8 +574,10 @@ impl World {
                 self.counters.count(how);
                 self.trace.words(self.now, || format!("host {host} disk {disk}: page {page} is bad: {how:?}"));
                 self.servers[host].disks[disk].spoil(page, how);
+                spoilt += 1;
             }
         }
+        spoilt
     }
 
     fn freeze_one(&mut self) {

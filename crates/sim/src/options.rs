@@ -69,6 +69,8 @@ pub struct Options {
     /// Servers that die are declared down and stay away while writes go on, to many elements of one slot: much is
     /// to be copied when they come back.
     pub recovering: bool,
+    /// Time of a round of scrub.
+    pub scrub_period: Option<Duration>,
     /// Whether the end of the run is a loss of power before everything is read again.
     pub power_loss_at_end: bool,
     /// A rule that is left out on purpose.
@@ -221,6 +223,7 @@ impl Options {
             crowded: false,
             full: false,
             recovering: false,
+            scrub_period: Some(petal::scrub::PERIOD_DEFAULT),
             power_loss_at_end: prng.chance(1, 2),
             sabotage: overrides.sabotage,
         };
@@ -228,6 +231,10 @@ impl Options {
         let mut more = Prng::new(prng.clone().next_u64() ^ 0x5ca1ab1e);
         if servers > 1 && !overrides.crowded && more.chance(1, 3) {
             options.recover(&mut more);
+        }
+        if !overrides.crowded {
+            let millis = *more.pick(&[None, Some(300), Some(1000), Some(5000)]);
+            options.scrub_period = millis.map(Duration::from_millis);
         }
         options.apply(overrides);
         if overrides.recovering {

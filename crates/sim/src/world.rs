@@ -229,8 +229,8 @@ impl World {
             self.counters.count(Kind::Restart);
         }
         machine.lives += 1;
-        let config = formatting::server_config(options, host);
-        let server = Server::start(machine.clock.local(self.now), config, disks);
+        let local = machine.clock.local(self.now);
+        let server = Server::start(local, formatting::server_config(options, host, local), disks);
         let driver = Driver::new(machine.lives);
         machine.life = Some(ServerLife { server, driver, open: false, ready: false, next_client: 1 });
         self.run_server(host);
@@ -286,6 +286,8 @@ impl World {
         let met = lives().find(|(h, _)| *h == host).map(|(_, l)| l.server.counters().clone()).unwrap_or_default();
         self.counters.add(Kind::BadMet, met.bad_blocks);
         self.counters.add(Kind::Repaired, met.repaired_blocks);
+        let rounds = lives().find(|(h, _)| *h == host).and_then(|(_, l)| l.server.data().scrub_status().last);
+        self.counters.add(Kind::Scrubbed, rounds.map_or(0, |r| r.number));
         self.counters.add(Kind::SourceDied, u64::from(is_source));
         self.counters.add(Kind::DiedCatchingUp, u64::from(is_member));
     }

@@ -261,8 +261,7 @@ mod tests {
             repaired,
             ..ScrubRound::default()
         });
-        let present =
-            present.map(|(elements, of)| ScrubRound { number: 2, elements, of, ..ScrubRound::default() });
+        let present = present.map(|(elements, of)| ScrubRound { number: 2, elements, of, ..ScrubRound::default() });
         ScrubStatus { present, is_full: false, last, period_seconds: 1_209_600 }
     }
 
