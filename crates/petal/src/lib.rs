@@ -10,6 +10,7 @@
 pub mod client;
 pub mod data_access;
 pub mod desk;
+mod disk_watch;
 pub mod global_state;
 pub mod ids;
 pub mod limits;

@@ -2,8 +2,10 @@
 
 use crate::data_access::{Context, DataAccess};
 use crate::desk::Desk;
+use crate::disk_watch::{DiskWatch, Trouble};
 use crate::global_state::{Command, Effects, Entry, Genesis, GlobalOutput, GlobalState, ServerState, State};
 use crate::ids::*;
+use crate::limits::TEXT_MAX;
 use crate::liveness::{Liveness, LivenessOutput};
 use crate::message::*;
 use crate::sabotage::Sabotage;
@@ -133,8 +135,8 @@ enum Stage {
     Joining { server_up: CommandId },
     /// Serves.
     Running,
-    /// Serves no more. Where there are others it has said `Goodbye`, and ends when that is decided; else it
-    /// ends when the requests in progress have.
+    /// Serves no more. Where there are others it has said `Goodbye`, or that a disk failed, and ends when that is
+    /// decided; else it ends when the requests in progress have.
     Stopping { deadline: Instant, goodbye: Option<CommandId> },
 }
 
@@ -156,7 +158,10 @@ pub struct Server {
     /// As the disks were found: id, last incarnation, capacity.
     disks_found: Vec<(DiskId, Incarnation, u64)>,
     stage: Stage,
+    /// What it ends with, if not as it was told to.
+    last_word: Option<Output>,
     stores: Stores,
+    watch: DiskWatch,
     global: Option<GlobalState>,
     liveness: Liveness,
     data: DataAccess,
@@ -205,6 +210,8 @@ impl Server {
             addresses: config.addresses,
             disks_found,
             stage: Stage::Opening,
+            last_word: None,
+            watch: DiskWatch::new(now, disks.len()),
             stores: Stores::open(disks, incarnation, store),
             global: None,
             liveness: Liveness::new(now, me, incarnation, config.sabotage),
@@ -294,17 +301,80 @@ impl Server {
         if matches!(self.stage, Stage::Stopping { .. }) {
             return;
         }
-        let (me, incarnation, now) = (self.me, self.incarnation, self.now);
-        let is_live = |(server, s): (&ServerId, &ServerState)| *server != me && s.incarnation.0 > 0 && !s.down;
-        let others = self.stage == Stage::Running && self.state().is_some_and(|s| s.servers.iter().any(is_live));
-        let goodbye = others.then(|| {
+        let (server, incarnation, now) = (self.me, self.incarnation, self.now);
+        let goodbye = self.has_others().then(|| {
             self.liveness.retire();
-            self.global().propose_own(now, Command::Goodbye { server: me, incarnation })
+            self.global().propose_own(now, Command::Goodbye { server, incarnation })
         });
         if self.global.is_some() {
             self.with_data(|data, ctx| data.run_scrub(ctx, false));
         }
         self.stage = Stage::Stopping { deadline: now + STOP_DEADLINE, goodbye };
+    }
+
+    /// It serves, and others may act in its place.
+    fn has_others(&self) -> bool {
+        let is_live = |(server, s): (&ServerId, &ServerState)| *server != self.me && s.incarnation.0 > 0 && !s.down;
+        self.stage == Stage::Running && self.state().is_some_and(|s| s.servers.iter().any(is_live))
+    }
+
+    /// The ring can decide without this server, as far as it knows.
+    fn ring_needs_it(&self) -> bool {
+        let Some(state) = self.state() else { return true };
+        let is_live = |s: ServerId| state.servers.get(&s).is_some_and(|s| !s.down && s.suspect.is_none());
+        let members = &state.ring.members;
+        let others = members.iter().filter(|m| m.server != self.me && is_live(m.server)).count();
+        others < members.len() / 2 + 1
+    }
+
+    /// A disk does not work: this life ends, with `last_word`. It says so to the others and is down by its own word,
+    /// so that they need not wait for its lease to end. Who leads the ring cannot have anything decided without its
+    /// disk: it goes at once, and they find that it refuses connections.
+    fn leave(&mut self, why: String, last_word: Output) {
+        if self.last_word.is_some() {
+            return;
+        }
+        let leads = self.global.as_ref().is_some_and(GlobalState::leads);
+        if !self.has_others() || leads {
+            return self.out.push_back(last_word);
+        }
+        let (server, incarnation, now) = (self.me, self.incarnation, self.now);
+        self.liveness.retire();
+        self.with_data(|data, ctx| data.run_scrub(ctx, false));
+        let goodbye = Some(self.global().propose_own(now, Command::DiskFailed { server, incarnation, why }));
+        self.stage = Stage::Stopping { deadline: now + LEAVE_DEADLINE, goodbye };
+        self.last_word = Some(last_word);
+    }
+
+    /// A disk has failed for good.
+    fn on_disk_failed(&mut self, reason: &str) {
+        let why = format!("disk {reason}");
+        if matches!(self.stage, Stage::Opening | Stage::Joining { .. }) {
+            return self.out.push_back(Output::Fatal(why));
+        }
+        let advice = format!(
+            "{why}; the others go on with their copies. See what is wrong with the disk (dmesg, smartctl), and start the \
+             server again when it works; a disk that does not must be replaced (docs/operating.md)"
+        );
+        self.leave(short(why), Output::Fatal(advice));
+    }
+
+    /// A disk that hangs, or fails too often. Where the others could do nothing without this server it waits.
+    fn watch_disks(&mut self) {
+        let Some((disk, trouble)) = self.watch.look(self.now) else { return };
+        if self.stage != Stage::Running {
+            return;
+        }
+        let path = self.stores.path(disk).to_string();
+        match trouble {
+            Trouble::Fails(what) => self.on_disk_failed(&format!("{path} {what}")),
+            Trouble::Hangs(_) if self.ring_needs_it() || !self.has_others() => {}
+            Trouble::Hangs(what) => {
+                let why = format!("disk {path} {what}");
+                let restart = format!("{why}; others act in its place, and it begins a new life when the disk answers");
+                self.leave(short(why), Output::Restart(restart));
+            }
+        }
     }
 
     /// The cluster knows that this life is over.
@@ -573,6 +643,7 @@ impl Server {
                 counter("replicated", counters.replicated),
                 counter("settlements", counters.settlements),
                 counter("settled_elements", counters.settled_elements),
+                counter("disk_errors", self.watch.errors()),
                 counter("bad_blocks", counters.bad_blocks),
                 counter("repaired_blocks", counters.repaired_blocks),
                 counter("recovering_slots", self.data.recovery().0 as u64),
@@ -644,7 +715,7 @@ impl Server {
     fn on_store_event(&mut self, event: Event) {
         match event {
             Event::Opened => self.on_opened(),
-            Event::DiskFailed { disk, reason } => self.out.push_back(Output::Fatal(format!("disk {disk}: {reason}"))),
+            Event::DiskFailed { reason, .. } => self.on_disk_failed(&reason),
             Event::Loaded(element) => self.with_data(|data, ctx| data.on_loaded(ctx, element)),
             Event::Stable(ticket) => {
                 if let Some(number) = self.persists.remove(&ticket) {
@@ -738,7 +809,10 @@ impl Server {
                 Ok(ticket) => {
                     self.persists.insert(ticket, number);
                 }
-                Err(StageError::NoSpace) => return self.unstaged.push_front((number, key, value)),
+                // A disk that has failed is told of by itself.
+                Err(StageError::NoSpace | StageError::DiskFailed) => {
+                    return self.unstaged.push_front((number, key, value));
+                }
                 Err(error) => {
                     let why = format!("the global state cannot be stored: {error:?}; check this server's disks");
                     return self.out.push_back(Output::Fatal(why));
@@ -869,7 +943,7 @@ impl Server {
             _ => self.data.operations() == 0,
         };
         if over || self.now >= deadline {
-            self.out.push_back(Output::Stopped);
+            self.out.push_back(self.last_word.clone().unwrap_or(Output::Stopped));
         }
     }
 }
@@ -882,7 +956,10 @@ impl Machine for Server {
         self.now = self.now.max(now);
         self.flushed = false;
         match input {
-            Input::Disk { disk, op, result } => self.stores.on_disk(disk, op, result),
+            Input::Disk { disk, op, result } => {
+                self.watch.on_answer(self.now, disk, op, &result);
+                self.stores.on_disk(disk, op, result);
+            }
             Input::Tick => {
                 if let Some(global) = &mut self.global {
                     global.tick(now);
@@ -895,6 +972,7 @@ impl Machine for Server {
                     self.growth_retry = None;
                     self.stores.retry_growth();
                 }
+                self.watch_disks();
             }
             Input::ShutDown => self.shut_down(),
             input if self.global.is_none() => self.early.push_back(input),
@@ -911,6 +989,7 @@ impl Machine for Server {
             self.flush();
         }
         if let Some((disk, op, command)) = self.stores.poll_command() {
+            self.watch.on_command(self.now, disk, op, &command);
             return Some(Output::Disk { disk, op, command });
         }
         self.out.pop_front()
@@ -923,7 +1002,7 @@ impl Machine for Server {
         };
         let global = self.global.as_ref().and_then(GlobalState::next_timeout);
         let liveness = self.global.as_ref().map(|_| self.liveness.next_timeout());
-        let rooms = [global, liveness, self.data.next_timeout(), self.admin.next_timeout()];
+        let rooms = [global, liveness, self.data.next_timeout(), self.admin.next_timeout(), self.watch.next_look()];
         rooms.into_iter().chain([stopping, self.growth_retry]).flatten().min()
     }
 
@@ -942,10 +1021,21 @@ impl Machine for Server {
 const GROWTH_RETRY: Duration = Duration::from_secs(2);
 /// How long a stop waits for requests in progress, or for its goodbye to be decided.
 const STOP_DEADLINE: Duration = Duration::from_secs(2);
+/// How long one whose disk does not work waits until that is decided; it may never hear.
+const LEAVE_DEADLINE: Duration = Duration::from_millis(300);
 /// Messages that wait for a newer state: what all peers may have in flight in a moment.
 const DEFERRED_MAX: usize = 65536;
 /// Of these, from clients: 64 KiB each at most.
 const DEFERRED_CLIENTS_MAX: usize = 512;
+
+/// Words for people that fit into a command.
+fn short(mut words: String) -> String {
+    if words.len() > TEXT_MAX {
+        let end = (0..=TEXT_MAX).rev().find(|at| words.is_char_boundary(*at)).unwrap_or(0);
+        words.truncate(end);
+    }
+    words
+}
 
 /// Who must settle a command: every member of a slot, but nobody who is down, whose next life begins with a
 /// state that has it.

@@ -40,6 +40,16 @@ kinds! {
     BadMet => "a bad block was met",
     /// And repaired it.
     Repaired => "a bad block was repaired from another copy",
+    /// A disk answered nothing for seconds.
+    HungDisk => "a disk hung",
+    /// A server took itself out of the way because of that.
+    LeftHung => "a server whose disk hung took itself out of the way",
+    /// A disk failed for good.
+    FailedDisk => "a disk failed for good",
+    /// Its server went down in order.
+    LeftFailed => "a server whose disk failed went down",
+    /// One write failed.
+    Stumble => "a disk failed one write",
     /// A round of scrub was finished (a server's last one, by number, counted at the end of each of its lives).
     Scrubbed => "a round of scrub ended",
     /// A block that was spoilt when nobody asked for anything any more.

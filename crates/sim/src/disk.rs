@@ -66,8 +66,12 @@ pub struct SimDisk {
     last_commit_done: Instant,
     /// Where blocks of data begin, in bytes. Only these go bad: a journal that does not read costs the whole disk.
     pub data_start: u64,
-    /// Answers every command with an error: the point where EIO will be injected.
+    /// Answers every command with an error.
     pub failing: bool,
+    /// Answers nothing before that moment.
+    hung_until: Instant,
+    /// The next write fails, and leaves any of its sectors behind.
+    pub stumbles: bool,
 }
 
 impl SimDisk {
@@ -91,6 +95,8 @@ impl SimDisk {
             last_commit_done: Instant::ZERO,
             data_start: 0,
             failing: false,
+            hung_until: Instant::ZERO,
+            stumbles: false,
         }
     }
 
@@ -107,6 +113,16 @@ impl SimDisk {
     /// Makes the disk `factor` times slower until `until`.
     pub fn slow_down(&mut self, factor: u32, until: Instant) {
         self.slow = (factor, until);
+    }
+
+    /// Answers nothing before that moment.
+    pub fn hang(&mut self, until: Instant) {
+        self.hung_until = until;
+    }
+
+    /// It answers nothing.
+    pub fn is_hung(&self, now: Instant) -> bool {
+        now < self.hung_until
     }
 
     /// Takes a command; it will be done at the returned moment, when `finish` must be called.
@@ -138,6 +154,13 @@ impl SimDisk {
             counters.count(Kind::DiskReordered);
         }
         self.newest_answered = self.newest_answered.max(ticket);
+        if let DiskCommand::Write { offset, pieces } = &command
+            && std::mem::take(&mut self.stumbles)
+        {
+            let mut subset = self.prng.fork();
+            self.write(*offset, &gather(pieces), |_| subset.chance(1, 2));
+            return Some((op, failed(&command, DiskError::Io("this write failed".into()))));
+        }
         Some((op, self.execute(command)))
     }
 

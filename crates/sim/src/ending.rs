@@ -14,7 +14,7 @@ use crate::checkers::progress::PATIENCE;
 use crate::clock::Clock;
 use crate::counters::Kind;
 use crate::event::Event;
-use crate::host::ClientHost;
+use crate::host::{ClientHost, ServerHost};
 use crate::net::Node;
 use crate::workload::{Asked, Held, Role};
 use crate::world::World;
@@ -90,6 +90,9 @@ impl World {
     pub(crate) fn on_phase(&mut self) {
         self.queue.plan(self.now + LOOK_EVERY, Event::Phase);
         let waited = self.now.since(self.ending.since);
+        if self.ending.phase == Phase::Draining {
+            self.mend_the_only_copy();
+        }
         match self.ending.phase {
             Phase::Faulty => {
                 let enough = self.history.finished() + self.history.unknown() >= 2 * self.options.operations;
@@ -158,6 +161,8 @@ impl World {
             }
             for disk in &mut self.servers[host].disks {
                 disk.slow_down(1, Instant::ZERO);
+                disk.hang(Instant::ZERO);
+                disk.stumbles = false;
             }
             if self.servers[host].id.is_some() && self.servers[host].life.is_none() {
                 self.plan_start(Node::Server(host), self.now);
@@ -173,11 +178,24 @@ impl World {
         matches!(self.ending.phase, Phase::Faulty | Phase::Draining)
     }
 
-    fn unready(&self) -> Option<String> {
+    /// Nobody has promised to survive the loss of a copy that is the only one at that moment, because the others were
+    /// taken out before: then somebody has repaired the disk after all.
+    fn mend_the_only_copy(&mut self) {
+        let Some(host) = (0..self.servers.len()).find(|h| self.servers[*h].lost) else { return };
+        let (Some(id), Some(state)) = (self.servers[host].id, self.newest_state()) else { return };
+        if state.all_slots().any(|(_, slot)| slot.in_sync().eq([id])) {
+            self.servers[host].lost = false;
+            self.servers[host].disks.iter_mut().for_each(|d| d.failing = false);
+            self.plan_start(Node::Server(host), self.now);
+        }
+    }
+
+    pub(crate) fn unready(&self) -> Option<String> {
         if !self.workload.is_set_up() {
             return Some("not every server has joined, or no disk could be made".into());
         }
-        let not = |h: &usize| !self.servers[*h].life.as_ref().is_some_and(|l| l.ready);
+        let is_ready = |s: &ServerHost| s.lost || s.life.as_ref().is_some_and(|l| l.ready);
+        let not = |h: &usize| !is_ready(&self.servers[*h]);
         let unready: Vec<usize> = (0..self.servers.len()).filter(not).collect();
         if !unready.is_empty() {
             return Some(format!("hosts {unready:?} are not ready"));
@@ -185,7 +203,8 @@ impl World {
         let state = self.newest_state()?;
         let out = state
             .all_slots()
-            .flat_map(|(id, slot)| slot.tuple.iter().filter(|m| !m.in_sync).map(move |m| (id, m.server)));
+            .flat_map(|(id, slot)| slot.tuple.iter().filter(|m| !m.in_sync).map(move |m| (id, m.server)))
+            .filter(|(_, server)| !self.servers.iter().any(|s| s.lost && s.id == Some(*server)));
         let out: Vec<_> = out.take(3).collect();
         (!out.is_empty()).then(|| format!("{out:?} are not in sync again"))
     }
@@ -345,7 +364,7 @@ impl World {
         let Some(state) = state else { return };
         let mut found = BTreeMap::new();
         for host in 0..self.servers.len() {
-            let Some(id) = self.servers[host].id else { continue };
+            let Some(id) = self.servers[host].id.filter(|_| !self.servers[host].has_failed()) else { continue };
             let examined = checkers::addresses::examine(&mut self.servers[host], &self.options);
             for complaint in &examined.complaints {
                 self.complain(format!("the disks of {id}: {complaint}"));

@@ -5,6 +5,7 @@ use crate::counters::Kind;
 use crate::disk::SimDisk;
 use crate::event::Event;
 use crate::formatting;
+use crate::host::ServerHost;
 use crate::net::{ConnectionId, EndPoint, Node, Side};
 use crate::workload::draw_weighted;
 use crate::world::World;
@@ -106,7 +107,10 @@ impl World {
             19 => self.trap = Some(Trap::Lag),
             20 => self.trap = Some(Trap::Late),
             21 => self.spoil_blocks(),
-            _ => self.lose_disks(),
+            22 => self.lose_disks(),
+            23 => self.hang_disk(),
+            24 => self.fail_disk(),
+            _ => self.stumble(),
         }
     }
 
@@ -568,7 +572,7 @@ impl World {
             let disk = self.chaos.below(self.servers[host].disks.len() as u64) as usize;
             let Some((page, content)) = self.servers[host].disks[disk].draw_page() else { continue };
             let content = *content;
-            let others = self.servers.iter().enumerate().filter(|(h, _)| *h != host);
+            let others = self.servers.iter().enumerate().filter(|(h, s)| *h != host && !s.has_failed());
             if others.flat_map(|(_, s)| &s.disks).any(|d| d.has(&content)) {
                 let how = *self.chaos.pick(&[Kind::Rotten, Kind::Unreadable]);
                 self.counters.count(how);
@@ -578,6 +582,48 @@ impl World {
             }
         }
         spoilt
+    }
+
+    /// A disk answers nothing for a while. Where nothing else goes wrong, not before everything is whole again.
+    fn hang_disk(&mut self) {
+        let others = self.options.faults.list().iter().sum::<u64>() > self.options.faults.hang;
+        let is_hung = self.servers.iter().flat_map(|s| &s.disks).any(|d| d.is_hung(self.now));
+        if is_hung || !others && self.unready().is_some() {
+            return;
+        }
+        let host = self.chaos.below(self.servers.len() as u64) as usize;
+        let disk = self.chaos.below(self.servers[host].disks.len() as u64) as usize;
+        let until = self.now + Duration::from_millis(self.chaos.between(2_000, 20_000));
+        self.counters.count(Kind::HungDisk);
+        self.trace.words(self.now, || format!("host {host} disk {disk} hangs until {until:?}"));
+        self.servers[host].disks[disk].hang(until);
+    }
+
+    /// A disk fails for good: not where it is the only one that has something, or its server has the only voice.
+    fn fail_disk(&mut self) {
+        if self.servers.iter().any(ServerHost::has_failed) || self.unready().is_some() {
+            return;
+        }
+        let host = self.chaos.below(self.servers.len() as u64) as usize;
+        let state = self.servers[host].life.as_ref().and_then(|l| l.server.state());
+        let (Some(state), Some(id)) = (state, self.servers[host].id) else { return };
+        let is_alone = state.all_slots().any(|(_, slot)| slot.in_sync().eq([id]));
+        if is_alone || host < self.options.ring && self.options.ring < 3 {
+            return;
+        }
+        let disk = self.chaos.below(self.servers[host].disks.len() as u64) as usize;
+        self.counters.count(Kind::FailedDisk);
+        self.trace.words(self.now, || format!("host {host} disk {disk} fails for good"));
+        self.servers[host].disks[disk].failing = true;
+        // A block that rotted elsewhere may have had its only good copy here: two failures.
+        self.servers.iter_mut().flat_map(|s| &mut s.disks).for_each(SimDisk::mend);
+    }
+
+    fn stumble(&mut self) {
+        let host = self.chaos.below(self.servers.len() as u64) as usize;
+        let disk = self.chaos.below(self.servers[host].disks.len() as u64) as usize;
+        self.counters.count(Kind::Stumble);
+        self.servers[host].disks[disk].stumbles = true;
     }
 
     fn freeze_one(&mut self) {

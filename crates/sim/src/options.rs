@@ -129,6 +129,12 @@ pub struct FaultWeights {
     pub spoil: u64,
     /// A server loses one of its disks, or all, while others have everything, and is made anew.
     pub lose: u64,
+    /// A disk answers nothing for 2 to 20 seconds; one at a time.
+    pub hang: u64,
+    /// A disk fails for good, where all data have other copies; once in a run.
+    pub fail: u64,
+    /// A disk fails one write.
+    pub stumble: u64,
 }
 
 /// How likely each operation is, relative to the others.
@@ -235,6 +241,9 @@ impl Options {
         if !overrides.crowded {
             let millis = *more.pick(&[None, Some(300), Some(1000), Some(5000)]);
             options.scrub_period = millis.map(Duration::from_millis);
+            options.faults.hang = *more.pick(&[0, 0, 1, 3]);
+            options.faults.fail = *more.pick(&[0, 0, 1, 3]);
+            options.faults.stumble = *more.pick(&[0, 1, 3]);
         }
         options.apply(overrides);
         if overrides.recovering {
@@ -337,6 +346,9 @@ impl FaultWeights {
         late: 0,
         spoil: 0,
         lose: 0,
+        hang: 0,
+        fail: 0,
+        stumble: 0,
     };
 
     fn draw(prng: &mut Prng) -> FaultWeights {
@@ -365,11 +377,14 @@ impl FaultWeights {
             late: some(2),
             spoil: some(8),
             lose: some(2),
+            hang: 0,
+            fail: 0,
+            stumble: 0,
         }
     }
 
     /// The weights in the order of the fields.
-    pub fn list(&self) -> [u64; 23] {
+    pub fn list(&self) -> [u64; 26] {
         [
             self.crash_one,
             self.crash_several,
@@ -394,6 +409,9 @@ impl FaultWeights {
             self.late,
             self.spoil,
             self.lose,
+            self.hang,
+            self.fail,
+            self.stumble,
         ]
     }
 }

@@ -840,6 +840,11 @@ impl Stores {
     // --------------------------------------------------------------------------------------------
     // Telling.
 
+    /// Where a disk is, for people.
+    pub fn path(&self, disk: usize) -> &str {
+        &self.disks[disk].path
+    }
+
     /// Elements on all disks.
     pub fn elements(&self) -> u64 {
         self.disks.iter().map(|d| d.elements).sum()
