@@ -22,6 +22,10 @@ const TABLES: usize = 5;
 /// Batches of the journal after which a page was written a while ago: more than are on their way at once.
 const OLD: u64 = 12;
 
+/// Commands between two writes that fail, and how many may: fewer than a server bears.
+const STEADY: Ticket = 64;
+const STUMBLES_MAX: u32 = 8;
+
 /// Number of a command in flight on one disk; grows with each.
 pub type Ticket = u64;
 
@@ -71,7 +75,10 @@ pub struct SimDisk {
     /// Answers nothing before that moment.
     hung_until: Instant,
     /// The next write fails, and leaves any of its sectors behind.
-    pub stumbles: bool,
+    stumbles: bool,
+    /// It may do so again from this command on.
+    steady_until: Ticket,
+    stumbled: u32,
 }
 
 impl SimDisk {
@@ -97,6 +104,8 @@ impl SimDisk {
             failing: false,
             hung_until: Instant::ZERO,
             stumbles: false,
+            steady_until: 0,
+            stumbled: 0,
         }
     }
 
@@ -118,6 +127,19 @@ impl SimDisk {
     /// Answers nothing before that moment.
     pub fn hang(&mut self, until: Instant) {
         self.hung_until = until;
+    }
+
+    /// The next write will fail: not soon after the last one that did, since the same write failing twice is a disk
+    /// that fails, and not often, since that is one, too.
+    pub fn stumble(&mut self) -> bool {
+        let may = !self.stumbles && self.next_ticket > self.steady_until && self.stumbled < STUMBLES_MAX;
+        self.stumbles |= may;
+        may
+    }
+
+    /// No write is to fail any more.
+    pub fn steady(&mut self) {
+        self.stumbles = false;
     }
 
     /// It answers nothing.
@@ -157,6 +179,7 @@ impl SimDisk {
         if let DiskCommand::Write { offset, pieces } = &command
             && std::mem::take(&mut self.stumbles)
         {
+            (self.steady_until, self.stumbled) = (self.next_ticket + STEADY, self.stumbled + 1);
             let mut subset = self.prng.fork();
             self.write(*offset, &gather(pieces), |_| subset.chance(1, 2));
             return Some((op, failed(&command, DiskError::Io("this write failed".into()))));

@@ -622,8 +622,8 @@ impl World {
     fn stumble(&mut self) {
         let host = self.chaos.below(self.servers.len() as u64) as usize;
         let disk = self.chaos.below(self.servers[host].disks.len() as u64) as usize;
-        self.counters.count(Kind::Stumble);
-        self.servers[host].disks[disk].stumbles = true;
+        let stumbles = self.servers[host].disks[disk].stumble();
+        self.counters.add(Kind::Stumble, u64::from(stumbles));
     }
 
     fn freeze_one(&mut self) {

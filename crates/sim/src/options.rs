@@ -191,6 +191,8 @@ pub struct Overrides {
     pub full: bool,
     /// With `crowded`: servers that die stay away for a while, and hot blocks lie in many elements of one slot.
     pub recovering: bool,
+    /// A fast network, fast disks, a ring of three and much time: where it is measured how long something takes.
+    pub swift: bool,
     /// These faults only.
     pub faults: Option<FaultWeights>,
 }
@@ -292,6 +294,15 @@ impl Options {
         }
         if let Some(faults) = overrides.faults {
             self.faults = faults;
+        }
+        if overrides.swift {
+            self.ring = self.servers.min(3);
+            self.net = NetTimes { min: Duration::from_micros(20), max: Duration::from_millis(1), spike_one_in: 300 };
+            let (min, max) = (Duration::from_micros(20), Duration::from_micros(500));
+            self.disk_times = DiskTimes { min, max, commit_factor: 3 };
+            self.run_delay = Duration::from_micros(20);
+            self.faulty = Duration::from_secs(10);
+            self.client_deadline = None;
         }
         if overrides.no_faults {
             self.fault_interval = None;
