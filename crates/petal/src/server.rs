@@ -646,6 +646,7 @@ impl Server {
                 counter("disk_errors", self.watch.errors()),
                 counter("bad_blocks", counters.bad_blocks),
                 counter("repaired_blocks", counters.repaired_blocks),
+                counter("slots_lost_by_lying_disks", counters.lost_by_others),
                 counter("recovering_slots", self.data.recovery().0 as u64),
                 counter("recovering_elements_left", self.data.recovery().1 as u64),
                 counter("recovered_elements", counters.recovered_elements),

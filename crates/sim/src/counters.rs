@@ -48,6 +48,10 @@ kinds! {
     FailedDisk => "a disk failed for good",
     /// Its server went down in order.
     LeftFailed => "a server whose disk failed went down",
+    /// What a disk had answered was gone after a crash.
+    Lied => "a disk lost what it had acknowledged",
+    /// And whoever had been told so noticed.
+    LieNoticed => "a primary noticed that a member's disk had lied, in a slot",
     /// One write failed.
     Stumble => "a disk failed one write",
     /// A round of scrub was finished (a server's last one, by number, counted at the end of each of its lives).

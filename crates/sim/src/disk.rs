@@ -11,14 +11,17 @@
 
 use crate::counters::{Counters, Kind};
 use bytes::Bytes;
+use petal::store::superblock::SUPERBLOCK_SIZE;
 use petal::store::{DiskCommand, DiskError, DiskResult, OpId, Table};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use stdx::{Duration, FastMap, Instant, Prng};
 
 /// What a crash keeps or loses independently.
 pub const SECTOR: usize = 512;
 const PAGE: usize = 4096;
 const TABLES: usize = 5;
+/// Both copies of the superblock.
+const SUPERBLOCKS: u64 = 2 * SUPERBLOCK_SIZE as u64;
 /// Batches of the journal after which a page was written a while ago: more than are on their way at once.
 const OLD: u64 = 12;
 
@@ -48,6 +51,15 @@ enum Bad {
     /// Reads of it fail.
     Unreadable,
 }
+
+/// What was there before something that was answered.
+enum Before {
+    Pages(Vec<(u64, Box<[u8; PAGE]>, Option<Bad>)>),
+    Entries(Vec<(Table, Bytes, Option<Bytes>)>),
+}
+
+/// Answered commands that a disk that lies may lose.
+const LOSABLE_MAX: usize = 40;
 
 /// One physical disk: what is durable, and what is in flight.
 pub struct SimDisk {
@@ -79,6 +91,9 @@ pub struct SimDisk {
     /// It may do so again from this command on.
     steady_until: Ticket,
     stumbled: u32,
+    /// It keeps in mind what it could lose of what it has answered; the newest last.
+    pub lies: bool,
+    losable: VecDeque<Before>,
 }
 
 impl SimDisk {
@@ -106,6 +121,8 @@ impl SimDisk {
             stumbles: false,
             steady_until: 0,
             stumbled: 0,
+            lies: false,
+            losable: VecDeque::new(),
         }
     }
 
@@ -184,6 +201,7 @@ impl SimDisk {
             self.write(*offset, &gather(pieces), |_| subset.chance(1, 2));
             return Some((op, failed(&command, DiskError::Io("this write failed".into()))));
         }
+        self.remember(&command);
         Some((op, self.execute(command)))
     }
 
@@ -261,6 +279,59 @@ impl SimDisk {
         self.newest_answered = self.next_ticket;
         self.last_commit_done = Instant::ZERO;
         self.slow = (1, Instant::ZERO);
+    }
+
+    /// Notes what a command replaces. Identities are kept: a disk of an earlier life is refused, which is another case.
+    fn remember(&mut self, command: &DiskCommand) {
+        if !self.lies || self.failing {
+            return;
+        }
+        let before = match command {
+            DiskCommand::Write { offset, .. } if *offset < SUPERBLOCKS => return self.losable.clear(),
+            DiskCommand::Write { offset, pieces } => {
+                let pages = pieces.iter().map(Bytes::len).sum::<usize>() as u64 / PAGE as u64;
+                let first = offset / PAGE as u64;
+                let of = |n: u64| {
+                    let page = self.pages.get(&n).cloned().unwrap_or_else(|| Box::new([0; PAGE]));
+                    (n, page, self.bad.get(&n).copied())
+                };
+                Before::Pages((first..first + pages).map(of).collect())
+            }
+            DiskCommand::PmapCommit { changes } => {
+                let of = |(table, key, _): &(Table, Bytes, Option<Bytes>)| {
+                    (*table, key.clone(), self.table(*table).get(key).cloned())
+                };
+                Before::Entries(changes.iter().map(of).collect())
+            }
+            _ => return,
+        };
+        self.losable.push_back(before);
+        if self.losable.len() > LOSABLE_MAX {
+            self.losable.pop_front();
+        }
+    }
+
+    /// The power goes, and with it what the disk had answered and only had in its cache: the newest commands, all
+    /// from some moment on. True if anything was lost.
+    pub fn lose(&mut self) -> bool {
+        self.pending.clear();
+        let count = self.prng.below(self.losable.len() as u64 + 1);
+        for _ in 0..count {
+            match self.losable.pop_back().expect("counted") {
+                Before::Pages(pages) => {
+                    for (number, page, bad) in pages {
+                        self.pages.insert(number, page);
+                        match bad {
+                            Some(bad) => self.bad.insert(number, bad),
+                            None => self.bad.remove(&number),
+                        };
+                    }
+                }
+                Before::Entries(entries) => self.commit(entries),
+            }
+        }
+        self.losable.clear();
+        count > 0
     }
 
     /// Draws a page of data that was written a while ago, is good, and is not empty.

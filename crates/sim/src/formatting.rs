@@ -59,6 +59,7 @@ fn format_for(
     let (journal, data) = (layout.journal.offset, layout.data.offset);
     let disk = &mut machine.disks[disk];
     disk.data_start = data;
+    disk.lies = options.faults.lie > 0;
     disk.execute(DiskCommand::Extend { to: data });
     let before = Superblock { generation: 0, ..superblock.clone() };
     for (offset, bytes) in [

@@ -82,6 +82,10 @@ impl World {
         if weights.iter().sum::<u64>() == 0 {
             return;
         }
+        if std::mem::take(&mut self.lied) && self.unready().is_some() {
+            self.lied = true;
+            return;
+        }
         let kind = draw_weighted(&mut self.chaos, &weights);
         self.trace.event(self.now, &[9, kind as u64], || format!("fault {kind}"));
         match kind {
@@ -110,7 +114,8 @@ impl World {
             22 => self.lose_disks(),
             23 => self.hang_disk(),
             24 => self.fail_disk(),
-            _ => self.stumble(),
+            25 => self.stumble(),
+            _ => self.lie(),
         }
     }
 
@@ -617,6 +622,32 @@ impl World {
         self.servers[host].disks[disk].failing = true;
         // A block that rotted elsewhere may have had its only good copy here: two failures.
         self.servers.iter_mut().flat_map(|s| &mut s.disks).for_each(SimDisk::mend);
+    }
+
+    /// A server dies, and one of its disks has not kept what it had acknowledged; all of it is elsewhere. Not what a
+    /// ring member has promised and accepted, of which there is one copy where it has one disk.
+    fn lie(&mut self) {
+        if self.unready().is_some() {
+            return;
+        }
+        let host = self.chaos.below(self.servers.len() as u64) as usize;
+        let state = self.servers[host].life.as_ref().and_then(|l| l.server.state());
+        let (Some(state), Some(id)) = (state, self.servers[host].id) else { return };
+        let is_alone = state.all_slots().any(|(_, slot)| slot.in_sync().eq([id]));
+        if is_alone || host < self.options.ring && self.options.disks < 2 {
+            return;
+        }
+        let disk = self.chaos.below(self.servers[host].disks.len() as u64) as usize;
+        // First: what a crash keeps of what is in flight is newer than what is lost here.
+        let lost = self.servers[host].disks[disk].lose();
+        self.crash_server(host);
+        if lost {
+            self.counters.count(Kind::Lied);
+            self.trace.words(self.now, || format!("host {host} disk {disk} has lost what it had acknowledged"));
+            self.lied = true;
+        }
+        let at = self.now + self.draw(self.options.restart_delay);
+        self.plan_start(Node::Server(host), at);
     }
 
     fn stumble(&mut self) {

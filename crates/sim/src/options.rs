@@ -135,6 +135,9 @@ pub struct FaultWeights {
     pub fail: u64,
     /// A disk fails one write.
     pub stumble: u64,
+    /// A server is killed, and one of its disks has lost the last of what it had acknowledged. Drawn only by itself: any
+    /// other failure before the others have put it back is a second one.
+    pub lie: u64,
 }
 
 /// How likely each operation is, relative to the others.
@@ -360,6 +363,7 @@ impl FaultWeights {
         hang: 0,
         fail: 0,
         stumble: 0,
+        lie: 0,
     };
 
     fn draw(prng: &mut Prng) -> FaultWeights {
@@ -391,11 +395,12 @@ impl FaultWeights {
             hang: 0,
             fail: 0,
             stumble: 0,
+            lie: 0,
         }
     }
 
     /// The weights in the order of the fields.
-    pub fn list(&self) -> [u64; 26] {
+    pub fn list(&self) -> [u64; 27] {
         [
             self.crash_one,
             self.crash_several,
@@ -423,6 +428,7 @@ impl FaultWeights {
             self.hang,
             self.fail,
             self.stumble,
+            self.lie,
         ]
     }
 }

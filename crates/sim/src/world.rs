@@ -76,6 +76,8 @@ pub struct World {
     pub written: BTreeSet<SlotId>,
     /// The longest time that one operation of a client took.
     pub longest: Duration,
+    /// A disk has lied, and what it lost is not put back everywhere yet: no other failure meanwhile.
+    pub lied: bool,
     /// What an assassin waits for.
     pub trap: Option<Trap>,
     prng: Prng,
@@ -110,6 +112,7 @@ impl World {
             caught_up: BTreeMap::new(),
             written: BTreeSet::new(),
             longest: Duration::ZERO,
+            lied: false,
             trap: None,
             prng,
             frames: 0,
@@ -299,6 +302,7 @@ impl World {
         let met = lives().find(|(h, _)| *h == host).map(|(_, l)| l.server.counters().clone()).unwrap_or_default();
         self.counters.add(Kind::BadMet, met.bad_blocks);
         self.counters.add(Kind::Repaired, met.repaired_blocks);
+        self.counters.add(Kind::LieNoticed, met.lost_by_others);
         let rounds = lives().find(|(h, _)| *h == host).and_then(|(_, l)| l.server.data().scrub_status().last);
         self.counters.add(Kind::Scrubbed, rounds.map_or(0, |r| r.number));
         self.counters.add(Kind::SourceDied, u64::from(is_source));

@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod chaos;
+mod disk_faults;
 mod failures;
 mod nbd;
 mod processes;
@@ -56,6 +57,7 @@ const SCENARIOS: &[Scenario] = &[
     ("servers_that_lost_their_disks_are_made_anew_under_load", failures::lost_disks_made_anew),
     ("two_neighbours_killed_hold_up_their_common_slots_only", failures::two_neighbours_killed),
     ("what_clients_see_while_servers_die_and_hang_is_linearizable", chaos::history_is_linearizable),
+    ("scrub_finds_and_repairs_what_was_written_over", disk_faults::scrub_repairs),
     ("damaged_and_foreign_disks_are_refused_by_name", bad_input::damaged_disks),
     ("bad_arguments_are_refused_with_a_remedy", bad_input::bad_arguments),
 ];

@@ -95,6 +95,8 @@ pub(crate) struct Slot {
     pub watermark: Version,
     /// Nobody asks for changes up to here any more.
     pub lowest_durable: Version,
+    /// Watermarks that others told to have on stable storage, while this server acted.
+    pub told_durable: BTreeMap<ServerId, Version>,
     /// Changes of this slot that are staged and not stable, of any term.
     pub outstanding: usize,
     /// As primary of the term.
@@ -306,6 +308,8 @@ pub struct Counters {
     pub bad_blocks: u64,
     /// Of these, made good from another copy.
     pub repaired_blocks: u64,
+    /// Slots in which a member came back with less than it had told to have on stable storage: its disk lied.
+    pub lost_by_others: u64,
     /// Elements copied to members that were brought back.
     pub recovered_elements: u64,
     /// Blocks that travelled for that.
@@ -1195,6 +1199,7 @@ impl DataAccess {
             promised: 0,
             watermark,
             lowest_durable: Version::ZERO,
+            told_durable: BTreeMap::new(),
             outstanding: 0,
             acting: None,
             incoming: None,
