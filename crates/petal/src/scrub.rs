@@ -93,7 +93,7 @@ enum Look {
     Loading { tries: u32 },
     Reading { read: ReadId, blocks: u64, tries: u32, since: Instant },
     Again { at: Instant, tries: u32 },
-    Repairing { until: Instant },
+    Repairing { until: Instant, blocks: u64 },
 }
 
 /// The scrub of a server.
@@ -161,7 +161,7 @@ impl Scrub {
             return self.next_round;
         }
         let due = |look: &Look| match look {
-            Look::Again { at, .. } | Look::Repairing { until: at } => Some(*at),
+            Look::Again { at, .. } | Look::Repairing { until: at, .. } => Some(*at),
             Look::Loading { .. } | Look::Reading { .. } => None,
         };
         let looks = self.looks.values().filter_map(due);
@@ -326,7 +326,7 @@ impl DataAccess {
     /// What waited for its time.
     fn look_again(&mut self, ctx: &mut Context) {
         let is_due = |look: &Look| match look {
-            Look::Again { at, .. } | Look::Repairing { until: at } => *at <= ctx.now,
+            Look::Again { at, .. } | Look::Repairing { until: at, .. } => *at <= ctx.now,
             Look::Loading { .. } | Look::Reading { .. } => false,
         };
         let due: Vec<(ElementKey, Look)> =
@@ -428,7 +428,7 @@ impl DataAccess {
             self.scrub.looks.insert(element, again);
             return;
         };
-        self.scrub.looks.insert(element, Look::Repairing { until: ctx.now + REPAIR_PATIENCE });
+        self.scrub.looks.insert(element, Look::Repairing { until: ctx.now + REPAIR_PATIENCE, blocks });
         if !self.repair_for_scrub(ctx, slot, element) {
             self.scrub.looks.insert(element, again); // Many others are repaired at the moment.
         }
@@ -436,14 +436,12 @@ impl DataAccess {
 
     /// Repairing -> done: so many blocks were bad, and so many of them are good again.
     pub(crate) fn on_scrub_repaired(&mut self, now: Instant, element: ElementKey, found: u64, repaired: u64) {
-        if !matches!(self.scrub.looks.get(&element), Some(Look::Repairing { .. })) {
-            return;
-        }
+        let Some(Look::Repairing { blocks, .. }) = self.scrub.looks.get(&element).copied() else { return };
         if let Some(round) = &mut self.scrub.record.present {
             round.bad += found;
             round.repaired += repaired.min(found);
         }
-        self.scrub.finish(now, element, 0);
+        self.scrub.finish(now, element, blocks);
     }
 }
 
@@ -504,7 +502,7 @@ mod tests {
         scrub.begin_round(Instant::ZERO, 50, true);
         for n in 0..REPAIRS_MAX as u64 {
             assert!(scrub.may_begin());
-            scrub.looks.insert(key(n), Look::Repairing { until: Instant::ZERO });
+            scrub.looks.insert(key(n), Look::Repairing { until: Instant::ZERO, blocks: 16 });
         }
         assert!(!scrub.may_begin());
     }
