@@ -103,6 +103,23 @@ fn a_disk_that_fails_for_good_costs_nothing_but_its_copies() {
     assert!(left >= 3 && stumbles > 20, "{left} servers went down, {stumbles} writes failed once");
 }
 
+/// What a disk had acknowledged and lost is listed by the others, and put back before anything of it is served.
+#[test]
+fn what_a_lying_disk_lost_is_put_back() {
+    let faults = FaultWeights { lie: 1, ..FaultWeights::NONE };
+    let interval = Some(Duration::from_millis(300));
+    let ground = Overrides { servers: Some(4), faults: Some(faults), fault_interval: interval, ..Overrides::default() };
+    let (mut lies, mut noticed) = (0, 0);
+    // The first of these found that a disk that had lost all of a slot looked like one that never had anything.
+    for seed in 33..=40 {
+        let report = run_seed(seed, &ground, Keep::Hash);
+        assert!(report.complaints.is_empty(), "seed {seed}: {:#?}", report.complaints);
+        lies += report.counters.get(Kind::Lied);
+        noticed += report.counters.get(Kind::LieNoticed);
+    }
+    assert!(lies > 5 && noticed > 5, "{lies} disks lied, which was noticed in {noticed} slots");
+}
+
 #[test]
 fn the_same_seed_gives_the_same_log() {
     for seed in 100..=104 {

@@ -11,7 +11,7 @@ use crate::supervisor;
 use anyhow::Result;
 use petal::global_state::State;
 use petal::ids::ServerId;
-use petal::message::{ScrubOrder, ScrubStatus, ServerStatus};
+use petal::message::{LogLine, ScrubOrder, ScrubStatus, ServerStatus};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -63,6 +63,8 @@ struct ServerReport {
     /// State index of the command that suspects it, which its being down relies on.
     suspected_since: Option<u64>,
     down: bool,
+    /// Why it went down, if by itself for a disk.
+    why_down: Option<String>,
     ring: bool,
     leads: bool,
     status: Option<ServerStatus>,
@@ -98,6 +100,8 @@ async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report>
     while let Some(answer) = asked.join_next().await {
         statuses.extend(answer);
     }
+    let is_any_down = state.servers.values().any(|s| s.down);
+    let log = if is_any_down { connection.log(None).await.unwrap_or_default() } else { Vec::new() };
     let leader = statuses.values().flatten().map(|(s, _)| s).max_by_key(|s| s.state_index).and_then(|s| s.ring_leader);
     let server = |(id, known): (&ServerId, &petal::global_state::ServerState)| {
         let (status, scrub) = statuses.get_mut(id).and_then(Option::take).unzip();
@@ -109,6 +113,7 @@ async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report>
             state: state_word(folder.is_some(), pid, status.as_ref(), known),
             suspected_since: known.suspect,
             down: known.down,
+            why_down: if known.down { why_down(&log, *id) } else { None },
             ring: state.ring.members.iter().any(|m| m.server == *id),
             leads: leader == Some(*id),
             status,
@@ -120,6 +125,17 @@ async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report>
     let redundancy = Redundancy::of(&state, &away).with_progress(servers.iter().filter_map(|s| s.status.as_ref()));
     Ok(Report { redundancy, servers, nbd: nbd(folder), state })
 }
+
+/// What a server that is down said of its disk when it went, if the log reaches back so far.
+fn why_down(log: &[LogLine], server: ServerId) -> Option<String> {
+    let of_server = format!("{server} ");
+    let last = log.iter().rev().filter_map(|line| line.text.strip_prefix(&of_server));
+    let gone = last.take_while(|text| !text.starts_with("is up")).find_map(|text| text.strip_prefix(BY_ITSELF));
+    gone.map(String::from)
+}
+
+/// How `Command::DiskFailed` is told in the log, behind the server's name.
+const BY_ITSELF: &str = "goes down by itself: ";
 
 fn state_word(
     local: bool,
@@ -232,7 +248,10 @@ impl ServerReport {
     fn sentence(&self) -> String {
         let id = self.id;
         match (self.state, self.suspected_since) {
-            ("down", _) if self.down => format!("{id} is down: others act in its place where they have the data."),
+            ("down", _) if self.down => {
+                let why = self.why_down.as_ref().map_or_else(String::new, |why| format!(" ({why})"));
+                format!("{id} is down{why}: others act in its place where they have the data.")
+            }
             ("suspected", Some(since)) => {
                 format!(
                     "{id} is suspected since state index {since}: it is about to be declared down, or to be heard again."
@@ -267,6 +286,7 @@ impl ServerReport {
             "pid": self.pid,
             "state": self.state,
             "down": self.down,
+            "why_down": self.why_down,
             "suspected_since": self.suspected_since,
             "lease": status.map(|s| s.lease),
             "ring": self.ring,
@@ -280,5 +300,33 @@ impl ServerReport {
             "counters": status.map(counters),
             "scrub": self.scrub.as_ref().map(scrub::json),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use petal::global_state::Command;
+    use petal::ids::Incarnation;
+
+    #[test]
+    fn a_server_is_down_for_what_it_said_of_its_disk_when_it_went_last() {
+        let failed = |server| Command::DiskFailed {
+            server: ServerId(server),
+            incarnation: Incarnation(1),
+            why: format!("disk {server} hangs"),
+        };
+        let up = Command::ServerUp {
+            server: ServerId(1),
+            incarnation: Incarnation(2),
+            addresses: Vec::new(),
+            disks: Vec::new(),
+        };
+        let line = |command: Command| LogLine { index: 1, text: command.to_string(), refused: None };
+        let mut log = vec![line(failed(1)), line(failed(2))];
+        assert_eq!(why_down(&log, ServerId(1)).as_deref(), Some("disk 1 hangs"));
+        assert_eq!(why_down(&log, ServerId(3)), None);
+        log.push(line(up));
+        assert_eq!(why_down(&log, ServerId(1)), None, "that was an earlier life");
     }
 }
