@@ -1,15 +1,16 @@
 //! A Petal server: owns its rooms, and is the only file that routes between them.
 
+mod leaving;
+
 use crate::data_access::{Context, DataAccess};
 use crate::desk::Desk;
-use crate::disk_watch::{DiskWatch, Trouble};
+use crate::disk_watch::DiskWatch;
 use crate::global_state::{Command, Effects, Entry, Genesis, GlobalOutput, GlobalState, ServerState, State};
 use crate::ids::*;
-use crate::limits::TEXT_MAX;
 use crate::liveness::{Liveness, LivenessOutput};
 use crate::message::*;
 use crate::sabotage::Sabotage;
-use crate::scrub::ScrubConfig;
+use crate::scrub::{Scrub, ScrubConfig};
 use crate::store::{Change, DiskCommand, DiskResult, Event, OpId, OpenDisk, StageError, StoreConfig, Stores, Ticket};
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
@@ -215,7 +216,7 @@ impl Server {
             stores: Stores::open(disks, incarnation, store),
             global: None,
             liveness: Liveness::new(now, me, incarnation, config.sabotage),
-            data: DataAccess::new(now, me, incarnation, config.scrub, config.sabotage),
+            data: DataAccess::new(me, incarnation, Scrub::new(now, config.scrub), config.sabotage),
             admin: Desk::default(),
             persists: FastMap::new(),
             persist_waits: BTreeMap::new(),
@@ -316,65 +317,6 @@ impl Server {
     fn has_others(&self) -> bool {
         let is_live = |(server, s): (&ServerId, &ServerState)| *server != self.me && s.incarnation.0 > 0 && !s.down;
         self.stage == Stage::Running && self.state().is_some_and(|s| s.servers.iter().any(is_live))
-    }
-
-    /// The ring can decide without this server, as far as it knows.
-    fn ring_needs_it(&self) -> bool {
-        let Some(state) = self.state() else { return true };
-        let is_live = |s: ServerId| state.servers.get(&s).is_some_and(|s| !s.down && s.suspect.is_none());
-        let members = &state.ring.members;
-        let others = members.iter().filter(|m| m.server != self.me && is_live(m.server)).count();
-        others < members.len() / 2 + 1
-    }
-
-    /// A disk does not work: this life ends, with `last_word`. It says so to the others and is down by its own word,
-    /// so that they need not wait for its lease to end. Who leads the ring cannot have anything decided without its
-    /// disk: it goes at once, and they find that it refuses connections.
-    fn leave(&mut self, why: String, last_word: Output) {
-        if self.last_word.is_some() {
-            return;
-        }
-        let leads = self.global.as_ref().is_some_and(GlobalState::leads);
-        if !self.has_others() || leads {
-            return self.out.push_back(last_word);
-        }
-        let (server, incarnation, now) = (self.me, self.incarnation, self.now);
-        self.liveness.retire();
-        self.with_data(|data, ctx| data.run_scrub(ctx, false));
-        let goodbye = Some(self.global().propose_own(now, Command::DiskFailed { server, incarnation, why }));
-        self.stage = Stage::Stopping { deadline: now + LEAVE_DEADLINE, goodbye };
-        self.last_word = Some(last_word);
-    }
-
-    /// A disk has failed for good.
-    fn on_disk_failed(&mut self, reason: &str) {
-        let why = format!("disk {reason}");
-        if matches!(self.stage, Stage::Opening | Stage::Joining { .. }) {
-            return self.out.push_back(Output::Fatal(why));
-        }
-        let advice = format!(
-            "{why}; the others go on with their copies. See what is wrong with the disk (dmesg, smartctl), and start the \
-             server again when it works; a disk that does not must be replaced (docs/operating.md)"
-        );
-        self.leave(short(why), Output::Fatal(advice));
-    }
-
-    /// A disk that hangs, or fails too often. Where the others could do nothing without this server it waits.
-    fn watch_disks(&mut self) {
-        let Some((disk, trouble)) = self.watch.look(self.now) else { return };
-        if self.stage != Stage::Running {
-            return;
-        }
-        let path = self.stores.path(disk).to_string();
-        match trouble {
-            Trouble::Fails(what) => self.on_disk_failed(&format!("{path} {what}")),
-            Trouble::Hangs(_) if self.ring_needs_it() || !self.has_others() => {}
-            Trouble::Hangs(what) => {
-                let why = format!("disk {path} {what}");
-                let restart = format!("{why}; others act in its place, and it begins a new life when the disk answers");
-                self.leave(short(why), Output::Restart(restart));
-            }
-        }
     }
 
     /// The cluster knows that this life is over.
@@ -1022,21 +964,10 @@ impl Machine for Server {
 const GROWTH_RETRY: Duration = Duration::from_secs(2);
 /// How long a stop waits for requests in progress, or for its goodbye to be decided.
 const STOP_DEADLINE: Duration = Duration::from_secs(2);
-/// How long one whose disk does not work waits until that is decided; it may never hear.
-const LEAVE_DEADLINE: Duration = Duration::from_millis(300);
 /// Messages that wait for a newer state: what all peers may have in flight in a moment.
 const DEFERRED_MAX: usize = 65536;
 /// Of these, from clients: 64 KiB each at most.
 const DEFERRED_CLIENTS_MAX: usize = 512;
-
-/// Words for people that fit into a command.
-fn short(mut words: String) -> String {
-    if words.len() > TEXT_MAX {
-        let end = (0..=TEXT_MAX).rev().find(|at| words.is_char_boundary(*at)).unwrap_or(0);
-        words.truncate(end);
-    }
-    words
-}
 
 /// Who must settle a command: every member of a slot, but nobody who is down, whose next life begins with a
 /// state that has it.

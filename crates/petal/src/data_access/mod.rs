@@ -37,7 +37,6 @@ use crate::message::*;
 use crate::promise::Acting;
 use crate::resync::{Share, WHOLE};
 use crate::sabotage::Sabotage;
-use crate::scrub::ScrubConfig;
 use crate::server::{ClientId, Output, Peer};
 use crate::store::{BlockData, BlockSum, Change, Loaded, ReadBlocks, ReadError, ReadId, StageError, Stores, Ticket};
 use bytes::{Bytes, BytesMut};
@@ -93,9 +92,8 @@ pub(crate) struct Slot {
     pub promised: Term,
     /// Every write up to here is complete.
     pub watermark: Version,
-    /// Nobody asks for changes up to here any more.
+    /// Nobody asks for changes up to here any more. Below: what others told to have on stable storage.
     pub lowest_durable: Version,
-    /// Watermarks that others told to have on stable storage, while this server acted.
     pub told_durable: BTreeMap<ServerId, Version>,
     /// Changes of this slot that are staged and not stable, of any term.
     pub outstanding: usize,
@@ -235,9 +233,8 @@ pub struct DataAccess {
     queues: FastMap<ElementKey, ElementQueue>,
     /// Elements being copied to members that are brought back; numbered like operations.
     pub(crate) copies: BTreeMap<OpNumber, crate::resync::Copy>,
-    /// Elements whose bad blocks are made good (`repair.rs`).
+    /// Elements whose bad blocks are made good (`repair.rs`), and the search for such (`scrub.rs`).
     pub(crate) repairs: crate::repair::Repairs,
-    /// Looking for bad blocks (`scrub.rs`).
     pub(crate) scrub: crate::scrub::Scrub,
     /// Slots and members in which that goes on.
     pub(crate) joining: BTreeSet<(SlotIndex, ServerId)>,
@@ -308,7 +305,7 @@ pub struct Counters {
     pub bad_blocks: u64,
     /// Of these, made good from another copy.
     pub repaired_blocks: u64,
-    /// Slots in which a member came back with less than it had told to have on stable storage: its disk lied.
+    /// Slots in which a member came back with less than it had told to have on stable storage.
     pub lost_by_others: u64,
     /// Elements copied to members that were brought back.
     pub recovered_elements: u64,
@@ -318,7 +315,7 @@ pub struct Counters {
 
 impl DataAccess {
     /// A room that knows of no slot yet.
-    pub fn new(now: Instant, me: ServerId, incarnation: Incarnation, scrub: ScrubConfig, sabotage: Sabotage) -> Self {
+    pub(crate) fn new(me: ServerId, incarnation: Incarnation, scrub: crate::scrub::Scrub, sabotage: Sabotage) -> Self {
         DataAccess {
             me,
             sabotage,
@@ -329,7 +326,7 @@ impl DataAccess {
             queues: FastMap::new(),
             copies: BTreeMap::new(),
             repairs: crate::repair::Repairs::default(),
-            scrub: crate::scrub::Scrub::new(now, scrub),
+            scrub,
             joining: BTreeSet::new(),
             joins_due: false,
             wake_at: None,
