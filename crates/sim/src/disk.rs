@@ -389,6 +389,9 @@ impl SimDisk {
             self.write(offset, data, |_| true);
         } else if draw < weights[0] + weights[1] {
             counters.count(Kind::WriteLost);
+            // A block that was bad before is looked at when the disk is opened, if the journal has its record: a second
+            // fault at that place, for which the whole disk is refused. So it is readable again, and as it was.
+            self.write(offset, data, |_| false);
         } else {
             counters.count(Kind::WriteTorn);
             // Three ways to tear: any subset, a prefix, all but one.
