@@ -10,7 +10,7 @@ use petal::client::RequestError;
 use petal::global_state::{Attachment, Command, Outcome, State};
 use petal::ids::{ElementKey, ServerId};
 use petal::limits::SETTLE_DEADLINE;
-use petal::message::{AdminRequest, AdminResponse, LogLine, ServerStatus, VerifyPart};
+use petal::message::{AdminRequest, AdminResponse, LogLine, ScrubOrder, ScrubStatus, ServerStatus, VerifyPart};
 pub use petal_io::client::Disk;
 use petal_io::client::{Client, Config, ConnectError};
 use std::time::Duration;
@@ -99,6 +99,14 @@ impl Connection {
         match self.call(Some(server), AdminRequest::ServerStatus, limit).await? {
             AdminResponse::ServerStatus(status) => Ok(*status),
             other => bail!("{server} answered {other:?} to a question for its status"),
+        }
+    }
+
+    /// Tells a server's scrub something, and how it gets on.
+    pub async fn scrub(&self, server: ServerId, order: ScrubOrder, limit: Duration) -> Result<ScrubStatus> {
+        match self.call(Some(server), AdminRequest::Scrub(order), limit).await? {
+            AdminResponse::Scrub(status) => Ok(*status),
+            other => bail!("{server} answered {other:?} to a question about its scrub"),
         }
     }
 

@@ -80,6 +80,8 @@ enum Command {
     History(commands::history::Arguments),
     /// Check that replicas agree and that every block matches its checksum
     Verify(commands::verify::Arguments),
+    /// Look for bad blocks now, and repair them from another copy
+    Scrub(commands::scrub::Arguments),
     /// Look into a server's disk file
     #[command(subcommand)]
     Inspect(commands::inspect::Command),
@@ -106,6 +108,7 @@ fn main() -> ExitCode {
         Command::Bench(arguments) => commands::bench::run(&place, arguments),
         Command::History(arguments) => commands::history::run(&place, arguments),
         Command::Verify(arguments) => commands::verify::run(&place, arguments),
+        Command::Scrub(arguments) => commands::scrub::run(&place, arguments),
         Command::Inspect(command) => commands::inspect::run(command),
     };
     match result {

@@ -47,6 +47,23 @@ pub fn size(bytes: u64) -> String {
     Size(bytes).to_string()
 }
 
+/// Seconds since 1970, for people.
+pub fn unix_seconds() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |d| d.as_secs())
+}
+
+/// A time as a person would say it, in one or two units.
+pub fn duration(seconds: u64) -> String {
+    let (days, hours, minutes) = (seconds / 86400, seconds / 3600 % 24, seconds / 60 % 60);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds} s"),
+        (0, 0, minutes) => format!("{minutes} min {} s", seconds % 60),
+        (0, hours, minutes) => format!("{hours} h {minutes} min"),
+        (days, hours, _) => format!("{days} d {hours} h"),
+    }
+}
+
 /// Reads the name of a server on the command line: `s3`.
 pub fn parse_server(text: &str) -> Result<petal::ids::ServerId, String> {
     let number = text.strip_prefix('s').unwrap_or(text).parse().ok().filter(|n| *n > 0);

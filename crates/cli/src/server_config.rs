@@ -7,17 +7,22 @@
 //! advertise = ["10.0.0.1:7000"]       # what it tells others; the same as listen if left out
 //! disks = ["/dev/sdb", "disk2"]       # all of them; relative paths are relative to this file
 //! cache_elements = 65536              # element entries kept in memory
+//! scrub_hours = 336                   # time in which all blocks are read once; 0 = never by itself
 //! ```
 //!
 //! Who the server is, its cluster and the ring are on its disks, and nowhere else.
 
+use crate::output;
 use anyhow::{Context, Result, bail};
 use petal::ids::{ClusterId, ServerId};
+use petal::scrub::{PERIOD_DEFAULT, ScrubConfig};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 /// Element entries kept in memory if the file does not say: about 40 MiB.
 pub const CACHE_ELEMENTS_DEFAULT: usize = 65536;
+/// Longest time of a round of scrub: a year.
+const SCRUB_HOURS_MAX: u64 = 366 * 24;
 
 /// `server.toml`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +46,9 @@ pub struct ServerConfig {
     /// Element entries kept in memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_elements: Option<usize>,
+    /// Hours in which every block is read once in the background; 0: only when `petal scrub` asks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scrub_hours: Option<u64>,
 }
 
 /// Whose disks they should be; what is not said is not compared.
@@ -83,6 +91,16 @@ impl ServerConfig {
         if self.advertise.is_empty() { &self.listen } else { &self.advertise }
     }
 
+    /// How the server looks for bad blocks.
+    pub fn scrub(&self) -> ScrubConfig {
+        let period = match self.scrub_hours {
+            None => Some(PERIOD_DEFAULT),
+            Some(0) => None,
+            Some(hours) => Some(stdx::Duration::from_secs(hours * 3600)),
+        };
+        ScrubConfig { period, unix_seconds: output::unix_seconds() }
+    }
+
     /// Complains about what cannot work.
     pub fn check(&self) -> Result<()> {
         if self.disks.is_empty() {
@@ -90,6 +108,9 @@ impl ServerConfig {
         }
         if self.listen.is_empty() {
             bail!("the server listens nowhere; say where in the config file (listen = [...]) or with --listen");
+        }
+        if let Some(hours) = self.scrub_hours.filter(|hours| *hours > SCRUB_HOURS_MAX) {
+            bail!("scrub_hours = {hours} is more than a year ({SCRUB_HOURS_MAX}); 0 means never");
         }
         let anywhere = |a: &String| a.starts_with("0.0.0.0:") || a.starts_with("[::]:");
         if let Some(address) = self.addresses().iter().find(|a| anywhere(a)) {

@@ -154,6 +154,12 @@ where
             if let Some(ended) = self.ended.take() {
                 self.transport.drain(LAST_WORDS).await;
                 self.transport.shut_down();
+                // A disk that hangs holds up the end of the engine: who dials meanwhile must find that nobody is
+                // here. The tasks that listen end when they are polled.
+                self.listeners.clear();
+                for _ in 0..4 {
+                    tokio::task::yield_now().await;
+                }
                 return ended;
             }
             match self.wait(&mut timer, shutdown.as_mut()).await {

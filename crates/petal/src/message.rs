@@ -346,6 +346,8 @@ pub enum AdminRequest {
     Shutdown,
     /// The last commands that this server has applied.
     Log,
+    /// How this one server's scrub gets on, or that it is to.
+    Scrub(ScrubOrder),
 }
 
 /// Who proposed a command: a proposer draws a random id once and counts its commands.
@@ -383,6 +385,8 @@ pub enum AdminResponse {
     ShuttingDown,
     /// The last commands, oldest first.
     Log(Vec<LogLine>),
+    /// The scrub as it is after the order.
+    Scrub(Box<ScrubStatus>),
 }
 
 /// A command of the log, for people.
@@ -494,6 +498,51 @@ pub struct DiskStatus {
     pub elements: u64,
     /// None: works. Else why it does not.
     pub error: Option<String>,
+}
+
+/// What is asked of a server's scrub.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ScrubOrder {
+    /// Only how far it is.
+    Tell,
+    /// A round from the beginning, as fast as clients allow; if such a one goes on already, nothing more.
+    Begin,
+    /// The present round goes on at the pace of the background.
+    Slow,
+}
+
+/// A server's scrub.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ScrubStatus {
+    /// The present round.
+    pub present: Option<ScrubRound>,
+    /// It goes as fast as clients allow.
+    pub is_full: bool,
+    /// The last round that ended.
+    pub last: Option<ScrubRound>,
+    /// Seconds that a round takes in the background; 0: there are rounds only when somebody asks.
+    pub period_seconds: u64,
+}
+
+/// One look at everything that a server stores.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ScrubRound {
+    /// From 1.
+    pub number: u64,
+    /// When it began, in seconds since 1970.
+    pub began: u64,
+    /// When it ended, likewise.
+    pub ended: Option<u64>,
+    /// Elements that there were when it began.
+    pub of: u64,
+    /// Elements looked at.
+    pub elements: u64,
+    /// Blocks read.
+    pub blocks: u64,
+    /// Blocks found bad.
+    pub bad: u64,
+    /// Of these, made good from another copy.
+    pub repaired: u64,
 }
 
 /// What a part of a verification found.

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Whoever reads a bad block repairs its own copy: a client's read at any replica, the reading half of an unaligned
-//! write, a settlement, a fetch, a copy for a member that comes back. Every block of the element is then read by
+//! write, a settlement, a fetch, a copy for a member that comes back, the scrub. Every block of the element is then read by
 //! itself, and what is bad is asked of the other members of the slot, in sync or not, block by block, because two
 //! copies of an element may each have a bad block: only bytes with the checksum that this replica's own entry has are
 //! taken. So a repair changes no version, no entry and nothing that another
@@ -64,6 +64,8 @@ pub(crate) struct Repair {
     rounds: u32,
     /// Unaligned writes that need it.
     waiters: Vec<OpNumber>,
+    /// Blocks that were bad when it began, and of these, those that are good again.
+    progress: (u64, u64),
 }
 
 enum Stage {
@@ -118,6 +120,11 @@ impl Repairs {
     pub fn len(&self) -> usize {
         self.elements.len()
     }
+
+    /// Blocks of an element that were found bad, and of these, those that are good again.
+    pub fn progress(&self, element: ElementKey) -> (u64, u64) {
+        self.elements.get(&element).map_or((0, 0), |repair| repair.progress)
+    }
 }
 
 impl DataAccess {
@@ -136,6 +143,7 @@ impl DataAccess {
             is_missing: false,
             rounds: 0,
             waiters: Vec::new(),
+            progress: (0, 0),
         };
         self.repairs.elements.insert(element, repair);
         self.look(ctx, element);
@@ -155,6 +163,15 @@ impl DataAccess {
             None => return false,
         }
         true
+    }
+
+    /// The same for the scrub, which is told what becomes of it. False if too many others are being repaired.
+    pub(crate) fn repair_for_scrub(&mut self, ctx: &mut Context, slot: SlotIndex, element: ElementKey) -> bool {
+        let is_room = self.repairs.elements.contains_key(&element) || self.repairs.elements.len() < REPAIRS_MAX;
+        if is_room {
+            self.begin_repair(ctx, slot, element);
+        }
+        is_room
     }
 
     /// Something waits for a block to be repaired, here or at another replica.
@@ -251,6 +268,7 @@ impl DataAccess {
             return self.end_repair(ctx, element, true);
         }
         repair.bad.make_contiguous().sort_unstable();
+        repair.progress.0 = repair.progress.0.max(repair.progress.1 + repair.bad.len() as u64);
         self.ask_all(ctx, element);
     }
 
@@ -381,12 +399,15 @@ impl DataAccess {
         let Some(repair) = self.repairs.elements.get_mut(&element) else { return };
         let Stage::Writing { blocks } = repair.stage else { return };
         self.counters.repaired_blocks += blocks;
+        repair.progress.1 += blocks;
         repair.data.clear();
         self.end_round(ctx, element);
     }
 
     fn end_repair(&mut self, ctx: &mut Context, element: ElementKey, is_good: bool) {
         let Some(repair) = self.repairs.elements.remove(&element) else { return };
+        let (found, repaired) = repair.progress;
+        self.on_scrub_repaired(ctx.now, element, found, repaired);
         self.tell_waiters(ctx, repair.waiters, is_good);
     }
 

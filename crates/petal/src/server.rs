@@ -1,8 +1,11 @@
 //! A Petal server: owns its rooms, and is the only file that routes between them.
 
+mod leaving;
+
 use crate::data_access::{Context, DataAccess};
 use crate::desk::Desk;
 use crate::disk_times::DiskTimes;
+use crate::disk_watch::DiskWatch;
 use crate::global_state::{
     Command, CommandError, Effects, Entry, Genesis, GlobalOutput, GlobalState, ServerState, State,
 };
@@ -10,6 +13,7 @@ use crate::ids::*;
 use crate::liveness::{Liveness, LivenessOutput};
 use crate::message::*;
 use crate::sabotage::Sabotage;
+use crate::scrub::{Scrub, ScrubConfig};
 use crate::store::{Change, DiskCommand, DiskResult, Event, OpId, OpenDisk, StageError, StoreConfig, Stores, Ticket};
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
@@ -116,6 +120,8 @@ pub struct ServerConfig {
     pub addresses: Vec<String>,
     /// Bounds of memory.
     pub store: StoreConfig,
+    /// How it looks for bad blocks.
+    pub scrub: ScrubConfig,
     /// A rule left out, to test the checkers. Always `Sabotage::None` in a real server.
     pub sabotage: Sabotage,
     /// Drawn at random for each life. A disk that was copied begins the same life as the original did, by its number;
@@ -136,8 +142,8 @@ enum Stage {
     Joining { server_up: CommandId },
     /// Serves.
     Running,
-    /// Serves no more. Where there are others it has said `Goodbye`, and ends when that is decided; else it
-    /// ends when the requests in progress have.
+    /// Serves no more. Where there are others it has said `Goodbye`, or that a disk failed, and ends when that is
+    /// decided; else it ends when the requests in progress have.
     Stopping { deadline: Instant, goodbye: Option<CommandId> },
 }
 
@@ -162,7 +168,10 @@ pub struct Server {
     /// Why the cluster does not take this life.
     refused: Option<String>,
     stage: Stage,
+    /// What it ends with, if not as it was told to.
+    last_word: Option<Output>,
     stores: Stores,
+    watch: DiskWatch,
     global: Option<GlobalState>,
     liveness: Liveness,
     data: DataAccess,
@@ -214,10 +223,12 @@ impl Server {
             salt: config.salt,
             refused: None,
             stage: Stage::Opening,
+            last_word: None,
+            watch: DiskWatch::new(now, disks.len()),
             stores: Stores::open(disks, incarnation, store),
             global: None,
             liveness: Liveness::new(now, me, incarnation, config.sabotage),
-            data: DataAccess::new(me, incarnation, config.sabotage),
+            data: DataAccess::new(me, incarnation, Scrub::new(now, config.scrub), config.sabotage),
             admin: Desk::default(),
             persists: FastMap::new(),
             persist_waits: BTreeMap::new(),
@@ -304,14 +315,21 @@ impl Server {
         if matches!(self.stage, Stage::Stopping { .. }) {
             return;
         }
-        let (me, incarnation, now) = (self.me, self.incarnation, self.now);
-        let is_live = |(server, s): (&ServerId, &ServerState)| *server != me && s.incarnation.0 > 0 && !s.down;
-        let others = self.stage == Stage::Running && self.state().is_some_and(|s| s.servers.iter().any(is_live));
-        let goodbye = others.then(|| {
+        let (server, incarnation, now) = (self.me, self.incarnation, self.now);
+        let goodbye = self.has_others().then(|| {
             self.liveness.retire();
-            self.global().propose_own(now, Command::Goodbye { server: me, incarnation })
+            self.global().propose_own(now, Command::Goodbye { server, incarnation })
         });
+        if self.global.is_some() {
+            self.with_data(|data, ctx| data.run_scrub(ctx, false));
+        }
         self.stage = Stage::Stopping { deadline: now + STOP_DEADLINE, goodbye };
+    }
+
+    /// It serves, and others may act in its place.
+    fn has_others(&self) -> bool {
+        let is_live = |(server, s): (&ServerId, &ServerState)| *server != self.me && s.incarnation.0 > 0 && !s.down;
+        self.stage == Stage::Running && self.state().is_some_and(|s| s.servers.iter().any(is_live))
     }
 
     /// The cluster knows that this life is over.
@@ -494,6 +512,10 @@ impl Server {
             AdminRequest::Verify { after } => {
                 return self.with_data(|data, ctx| data.on_verify(ctx, client, tag, after));
             }
+            AdminRequest::Scrub(order) => {
+                let status = self.with_data(|data, ctx| data.on_scrub_order(ctx, order));
+                Ok(AdminResponse::Scrub(Box::new(status)))
+            }
         };
         self.reply_admin(client, tag, result);
     }
@@ -577,8 +599,10 @@ impl Server {
                 counter("replicated", counters.replicated),
                 counter("settlements", counters.settlements),
                 counter("settled_elements", counters.settled_elements),
+                counter("disk_errors", self.watch.errors()),
                 counter("bad_blocks", counters.bad_blocks),
                 counter("repaired_blocks", counters.repaired_blocks),
+                counter("slots_lost_by_lying_disks", counters.lost_by_others),
                 counter("recovering_slots", self.data.recovery().0 as u64),
                 counter("recovering_elements_left", self.data.recovery().1 as u64),
                 counter("recovered_elements", counters.recovered_elements),
@@ -650,11 +674,11 @@ impl Server {
     fn on_store_event(&mut self, event: Event) {
         match event {
             Event::Opened => self.on_opened(),
-            Event::DiskFailed { disk, reason } => self.out.push_back(Output::Fatal(format!("disk {disk}: {reason}"))),
             Event::LifeTakenBack => {
                 let why = self.refused.take().unwrap_or_default();
                 self.out.push_back(Output::Fatal(why));
             }
+            Event::DiskFailed { reason, .. } => self.on_disk_failed(&reason),
             Event::Loaded(element) => self.with_data(|data, ctx| data.on_loaded(ctx, element)),
             Event::Stable(ticket) => {
                 if let Some(number) = self.persists.remove(&ticket) {
@@ -748,7 +772,10 @@ impl Server {
                 Ok(ticket) => {
                     self.persists.insert(ticket, number);
                 }
-                Err(StageError::NoSpace) => return self.unstaged.push_front((number, key, value)),
+                // A disk that has failed is told of by itself.
+                Err(StageError::NoSpace | StageError::DiskFailed) => {
+                    return self.unstaged.push_front((number, key, value));
+                }
                 Err(error) => {
                     let why = format!("the global state cannot be stored: {error:?}; check this server's disks");
                     return self.out.push_back(Output::Fatal(why));
@@ -832,6 +859,7 @@ impl Server {
                 self.stage = Stage::Running;
                 self.follow_state(None);
                 self.data.want_sweep();
+                self.with_data(|data, ctx| data.run_scrub(ctx, true));
                 self.out.push_back(Output::Ready);
             }
         }
@@ -889,7 +917,7 @@ impl Server {
             _ => self.data.operations() == 0,
         };
         if over || self.now >= deadline {
-            self.out.push_back(Output::Stopped);
+            self.out.push_back(self.last_word.clone().unwrap_or(Output::Stopped));
         }
     }
 }
@@ -904,6 +932,7 @@ impl Machine for Server {
         match input {
             Input::Disk { disk, op, result } => {
                 self.disk_times.ended(self.now, disk, op);
+                self.watch.on_answer(self.now, disk, op, &result);
                 self.stores.on_disk(disk, op, result);
             }
             Input::Tick => {
@@ -918,6 +947,7 @@ impl Machine for Server {
                     self.growth_retry = None;
                     self.stores.retry_growth();
                 }
+                self.watch_disks();
             }
             Input::ShutDown => self.shut_down(),
             input if self.global.is_none() => self.early.push_back(input),
@@ -935,6 +965,7 @@ impl Machine for Server {
         }
         if let Some((disk, op, command)) = self.stores.poll_command() {
             self.disk_times.begun(self.now, disk, op, &command);
+            self.watch.on_command(self.now, disk, op, &command);
             return Some(Output::Disk { disk, op, command });
         }
         self.out.pop_front()
@@ -947,7 +978,7 @@ impl Machine for Server {
         };
         let global = self.global.as_ref().and_then(GlobalState::next_timeout);
         let liveness = self.global.as_ref().map(|_| self.liveness.next_timeout());
-        let rooms = [global, liveness, self.data.next_timeout(), self.admin.next_timeout()];
+        let rooms = [global, liveness, self.data.next_timeout(), self.admin.next_timeout(), self.watch.next_look()];
         rooms.into_iter().chain([stopping, self.growth_retry]).flatten().min()
     }
 

@@ -40,6 +40,26 @@ kinds! {
     BadMet => "a bad block was met",
     /// And repaired it.
     Repaired => "a bad block was repaired from another copy",
+    /// A disk answered nothing for seconds.
+    HungDisk => "a disk hung",
+    /// A server took itself out of the way because of that.
+    LeftHung => "a server whose disk hung took itself out of the way",
+    /// A disk failed for good.
+    FailedDisk => "a disk failed for good",
+    /// Its server went down in order.
+    LeftFailed => "a server whose disk failed went down",
+    /// What a disk had answered was gone after a crash.
+    Lied => "a disk lost what it had acknowledged",
+    /// And whoever had been told so noticed.
+    LieNoticed => "a primary noticed that a member's disk had lied, in a slot",
+    /// One write failed.
+    Stumble => "a disk failed one write",
+    /// A round of scrub was finished (a server's last one, by number, counted at the end of each of its lives).
+    Scrubbed => "a round of scrub ended",
+    /// A block that was spoilt when nobody asked for anything any more.
+    SpoiltAtRest => "a block went bad at rest, for the scrub to find",
+    /// And the scrub found a bad block there.
+    FoundByScrub => "the scrub found and repaired a bad block at rest",
     /// A server died while it was brought back.
     DiedCatchingUp => "a member that was being brought back died",
     /// The primary of a slot died while it brought somebody back.

@@ -11,16 +11,23 @@
 
 use crate::counters::{Counters, Kind};
 use bytes::Bytes;
+use petal::store::superblock::SUPERBLOCK_SIZE;
 use petal::store::{DiskCommand, DiskError, DiskResult, OpId, Table};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use stdx::{Duration, FastMap, Instant, Prng};
 
 /// What a crash keeps or loses independently.
 pub const SECTOR: usize = 512;
 const PAGE: usize = 4096;
 const TABLES: usize = 5;
+/// Both copies of the superblock.
+const SUPERBLOCKS: u64 = 2 * SUPERBLOCK_SIZE as u64;
 /// Batches of the journal after which a page was written a while ago: more than are on their way at once.
 const OLD: u64 = 12;
+
+/// Commands between two writes that fail, and how many may: fewer than a server bears.
+const STEADY: Ticket = 64;
+const STUMBLES_MAX: u32 = 8;
 
 /// Number of a command in flight on one disk; grows with each.
 pub type Ticket = u64;
@@ -45,6 +52,15 @@ enum Bad {
     Unreadable,
 }
 
+/// What was there before something that was answered.
+enum Before {
+    Pages(Vec<(u64, Box<[u8; PAGE]>, Option<Bad>)>),
+    Entries(Vec<(Table, Bytes, Option<Bytes>)>),
+}
+
+/// Answered commands that a disk that lies may lose.
+const LOSABLE_MAX: usize = 40;
+
 /// One physical disk: what is durable, and what is in flight.
 pub struct SimDisk {
     prng: Prng,
@@ -66,8 +82,18 @@ pub struct SimDisk {
     last_commit_done: Instant,
     /// Where blocks of data begin, in bytes. Only these go bad: a journal that does not read costs the whole disk.
     pub data_start: u64,
-    /// Answers every command with an error: the point where EIO will be injected.
+    /// Answers every command with an error.
     pub failing: bool,
+    /// Answers nothing before that moment.
+    hung_until: Instant,
+    /// The next write fails, and leaves any of its sectors behind.
+    stumbles: bool,
+    /// It may do so again from this command on.
+    steady_until: Ticket,
+    stumbled: u32,
+    /// It keeps in mind what it could lose of what it has answered; the newest last.
+    pub lies: bool,
+    losable: VecDeque<Before>,
 }
 
 impl SimDisk {
@@ -91,6 +117,12 @@ impl SimDisk {
             last_commit_done: Instant::ZERO,
             data_start: 0,
             failing: false,
+            hung_until: Instant::ZERO,
+            stumbles: false,
+            steady_until: 0,
+            stumbled: 0,
+            lies: false,
+            losable: VecDeque::new(),
         }
     }
 
@@ -107,6 +139,29 @@ impl SimDisk {
     /// Makes the disk `factor` times slower until `until`.
     pub fn slow_down(&mut self, factor: u32, until: Instant) {
         self.slow = (factor, until);
+    }
+
+    /// Answers nothing before that moment.
+    pub fn hang(&mut self, until: Instant) {
+        self.hung_until = until;
+    }
+
+    /// The next write will fail: not soon after the last one that did, since the same write failing twice is a disk
+    /// that fails, and not often, since that is one, too.
+    pub fn stumble(&mut self) -> bool {
+        let may = !self.stumbles && self.next_ticket > self.steady_until && self.stumbled < STUMBLES_MAX;
+        self.stumbles |= may;
+        may
+    }
+
+    /// No write is to fail any more.
+    pub fn steady(&mut self) {
+        self.stumbles = false;
+    }
+
+    /// It answers nothing.
+    pub fn is_hung(&self, now: Instant) -> bool {
+        now < self.hung_until
     }
 
     /// Takes a command; it will be done at the returned moment, when `finish` must be called.
@@ -138,6 +193,15 @@ impl SimDisk {
             counters.count(Kind::DiskReordered);
         }
         self.newest_answered = self.newest_answered.max(ticket);
+        if let DiskCommand::Write { offset, pieces } = &command
+            && std::mem::take(&mut self.stumbles)
+        {
+            (self.steady_until, self.stumbled) = (self.next_ticket + STEADY, self.stumbled + 1);
+            let mut subset = self.prng.fork();
+            self.write(*offset, &gather(pieces), |_| subset.chance(1, 2));
+            return Some((op, failed(&command, DiskError::Io("this write failed".into()))));
+        }
+        self.remember(&command);
         Some((op, self.execute(command)))
     }
 
@@ -217,6 +281,59 @@ impl SimDisk {
         self.slow = (1, Instant::ZERO);
     }
 
+    /// Notes what a command replaces. Identities are kept: a disk of an earlier life is refused, which is another case.
+    fn remember(&mut self, command: &DiskCommand) {
+        if !self.lies || self.failing {
+            return;
+        }
+        let before = match command {
+            DiskCommand::Write { offset, .. } if *offset < SUPERBLOCKS => return self.losable.clear(),
+            DiskCommand::Write { offset, pieces } => {
+                let pages = pieces.iter().map(Bytes::len).sum::<usize>() as u64 / PAGE as u64;
+                let first = offset / PAGE as u64;
+                let of = |n: u64| {
+                    let page = self.pages.get(&n).cloned().unwrap_or_else(|| Box::new([0; PAGE]));
+                    (n, page, self.bad.get(&n).copied())
+                };
+                Before::Pages((first..first + pages).map(of).collect())
+            }
+            DiskCommand::PmapCommit { changes } => {
+                let of = |(table, key, _): &(Table, Bytes, Option<Bytes>)| {
+                    (*table, key.clone(), self.table(*table).get(key).cloned())
+                };
+                Before::Entries(changes.iter().map(of).collect())
+            }
+            _ => return,
+        };
+        self.losable.push_back(before);
+        if self.losable.len() > LOSABLE_MAX {
+            self.losable.pop_front();
+        }
+    }
+
+    /// The power goes, and with it what the disk had answered and only had in its cache: the newest commands, all
+    /// from some moment on. True if anything was lost.
+    pub fn lose(&mut self) -> bool {
+        self.pending.clear();
+        let count = self.prng.below(self.losable.len() as u64 + 1);
+        for _ in 0..count {
+            match self.losable.pop_back().expect("counted") {
+                Before::Pages(pages) => {
+                    for (number, page, bad) in pages {
+                        self.pages.insert(number, page);
+                        match bad {
+                            Some(bad) => self.bad.insert(number, bad),
+                            None => self.bad.remove(&number),
+                        };
+                    }
+                }
+                Before::Entries(entries) => self.commit(entries),
+            }
+        }
+        self.losable.clear();
+        count > 0
+    }
+
     /// Draws a page of data that was written a while ago, is good, and is not empty.
     pub fn draw_page(&mut self) -> Option<(u64, &[u8; PAGE])> {
         let first = self.data_start / PAGE as u64;
@@ -272,6 +389,9 @@ impl SimDisk {
             self.write(offset, data, |_| true);
         } else if draw < weights[0] + weights[1] {
             counters.count(Kind::WriteLost);
+            // A block that was bad before is looked at when the disk is opened, if the journal has its record: a second
+            // fault at that place, for which the whole disk is refused. So it is readable again, and as it was.
+            self.write(offset, data, |_| false);
         } else {
             counters.count(Kind::WriteTorn);
             // Three ways to tear: any subset, a prefix, all but one.

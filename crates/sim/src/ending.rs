@@ -3,7 +3,8 @@
 //! ```text
 //!   Faulty --time or operations up--> Draining --all answered, all ready--> PowerLoss (half of the runs)
 //!     --all ready--> Judging: a new client takes over every disk, reads, writes, reads again
-//!     --done--> Quiet: nothing happens for a while --> Over: all stopped, disks examined
+//!     --done--> Scrubbing: blocks of one server have gone bad, and the scrub must find them all
+//!     --all rounds ended--> Quiet: nothing happens for a while --> Over: all stopped, disks examined
 //! ```
 //!
 //! Each arrow but the first has a bound in virtual time: that is the progress checker.
@@ -13,15 +14,17 @@ use crate::checkers::progress::PATIENCE;
 use crate::clock::Clock;
 use crate::counters::Kind;
 use crate::event::Event;
-use crate::host::ClientHost;
+use crate::host::{ClientHost, ServerHost};
 use crate::net::Node;
 use crate::workload::{Asked, Held, Role};
 use crate::world::World;
 use petal::client::Request;
 use petal::global_state::{Attachment, State};
 use petal::ids::VdiskId;
+use petal::message::{Admin, AdminRequest, Body, Message, ScrubOrder};
+use petal::server::{self, Peer};
 use std::collections::{BTreeMap, VecDeque};
-use stdx::{Duration, Instant};
+use stdx::{Duration, Instant, Machine};
 
 /// How often the world looks whether a phase is over.
 pub const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -40,6 +43,8 @@ pub enum Phase {
     PowerLoss,
     /// The judge reads everything.
     Judging,
+    /// Blocks of one server went bad, and every server reads everything that it stores.
+    Scrubbing,
     /// Nothing is asked.
     Quiet,
 }
@@ -56,6 +61,8 @@ pub struct Ending {
     to_judge: VecDeque<(VdiskId, String)>,
     /// The one that it asked for last.
     asked: Option<(VdiskId, String)>,
+    /// Rounds of scrub that must end.
+    rounds: BTreeMap<usize, u64>,
     /// What the judge does with the present one.
     steps: VecDeque<Step>,
     held: Option<Held>,
@@ -83,6 +90,9 @@ impl World {
     pub(crate) fn on_phase(&mut self) {
         self.queue.plan(self.now + LOOK_EVERY, Event::Phase);
         let waited = self.now.since(self.ending.since);
+        if self.ending.phase == Phase::Draining {
+            self.mend_the_only_copy();
+        }
         match self.ending.phase {
             Phase::Faulty => {
                 let enough = self.history.finished() + self.history.unknown() >= 2 * self.options.operations;
@@ -103,6 +113,10 @@ impl World {
                 Some(what) => self.lose_patience(waited, &what),
             },
             Phase::Judging => self.lose_patience(waited, "the judge has not read everything"),
+            Phase::Scrubbing => match self.unscrubbed() {
+                None => self.enter(Phase::Quiet),
+                Some(what) => self.lose_patience(waited, &what),
+            },
             Phase::Quiet if waited >= QUIET => {
                 self.check_at_rest();
                 self.stop();
@@ -147,6 +161,8 @@ impl World {
             }
             for disk in &mut self.servers[host].disks {
                 disk.slow_down(1, Instant::ZERO);
+                disk.hang(Instant::ZERO);
+                disk.steady();
             }
             if self.servers[host].id.is_some() && self.servers[host].life.is_none() {
                 self.plan_start(Node::Server(host), self.now);
@@ -162,11 +178,24 @@ impl World {
         matches!(self.ending.phase, Phase::Faulty | Phase::Draining)
     }
 
-    fn unready(&self) -> Option<String> {
+    /// Nobody has promised to survive the loss of a copy that is the only one at that moment, because the others were
+    /// taken out before: then somebody has repaired the disk after all.
+    fn mend_the_only_copy(&mut self) {
+        let Some(host) = (0..self.servers.len()).find(|h| self.servers[*h].lost) else { return };
+        let (Some(id), Some(state)) = (self.servers[host].id, self.newest_state()) else { return };
+        if state.all_slots().any(|(_, slot)| slot.in_sync().eq([id])) {
+            self.servers[host].lost = false;
+            self.servers[host].disks.iter_mut().for_each(|d| d.failing = false);
+            self.plan_start(Node::Server(host), self.now);
+        }
+    }
+
+    pub(crate) fn unready(&self) -> Option<String> {
         if !self.workload.is_set_up() {
             return Some("not every server has joined, or no disk could be made".into());
         }
-        let not = |h: &usize| !self.servers[*h].life.as_ref().is_some_and(|l| l.ready);
+        let is_ready = |s: &ServerHost| s.lost || s.life.as_ref().is_some_and(|l| l.ready);
+        let not = |h: &usize| !is_ready(&self.servers[*h]);
         let unready: Vec<usize> = (0..self.servers.len()).filter(not).collect();
         if !unready.is_empty() {
             return Some(format!("hosts {unready:?} are not ready"));
@@ -174,7 +203,8 @@ impl World {
         let state = self.newest_state()?;
         let out = state
             .all_slots()
-            .flat_map(|(id, slot)| slot.tuple.iter().filter(|m| !m.in_sync).map(move |m| (id, m.server)));
+            .flat_map(|(id, slot)| slot.tuple.iter().filter(|m| !m.in_sync).map(move |m| (id, m.server)))
+            .filter(|(_, server)| !self.servers.iter().any(|s| s.lost && s.id == Some(*server)));
         let out: Vec<_> = out.take(3).collect();
         (!out.is_empty()).then(|| format!("{out:?} are not in sync again"))
     }
@@ -248,7 +278,7 @@ impl World {
                 let request = Request::Attach { name, mode, holder: "judge".into(), take_over: true };
                 self.ask(host, request, Asked::Attach { mode, take_over: true });
             }
-            None => self.enter(Phase::Quiet),
+            None => self.begin_to_scrub(),
         }
     }
 
@@ -265,6 +295,45 @@ impl World {
         }
         self.ending.steps = steps;
         self.ending.held = Some(held);
+    }
+
+    // --------------------------------------------------------------------------------------------
+    // Scrub.
+
+    /// All copies are in sync and nobody asks for anything any more. Blocks of one server go bad, each where another
+    /// server has a good one, so all of them must be found and repaired by scrub alone.
+    fn begin_to_scrub(&mut self) {
+        self.enter(Phase::Scrubbing);
+        let host = self.chaos.below(self.servers.len() as u64) as usize;
+        let spoilt = if self.options.faults.spoil > 0 { self.spoil_blocks_of(host, 20) } else { 0 };
+        self.counters.add(Kind::SpoiltAtRest, spoilt);
+        for host in 0..self.servers.len() {
+            let machine = &mut self.servers[host];
+            let (local, Some(life)) = (machine.clock.local(self.now), &mut machine.life) else { continue };
+            let request = AdminRequest::Scrub(ScrubOrder::Begin);
+            let message = Message { state_index: 0, body: Body::Admin(Admin { tag: 1, request }) };
+            life.server.handle(local, server::Input::Message { from: Peer::Client(u64::MAX), message });
+            let round = life.server.data().scrub_status().present.map_or(0, |r| r.number);
+            self.ending.rounds.insert(host, round);
+            self.plan_run(Node::Server(host));
+        }
+    }
+
+    /// Whose round has not ended.
+    fn unscrubbed(&mut self) -> Option<String> {
+        for (host, round) in self.ending.rounds.clone() {
+            let Some(life) = &self.servers[host].life else { continue };
+            let status = life.server.data().scrub_status();
+            let Some(last) = status.last.filter(|r| r.number >= round) else {
+                return Some(format!("the scrub of host {host} has not ended: {:?}", status.present));
+            };
+            self.ending.rounds.remove(&host);
+            self.counters.add(Kind::FoundByScrub, last.repaired);
+            if last.repaired < last.bad {
+                self.complain(format!("the scrub of host {host} repaired {} of {} blocks", last.repaired, last.bad));
+            }
+        }
+        None
     }
 
     // --------------------------------------------------------------------------------------------
@@ -295,9 +364,7 @@ impl World {
         let Some(state) = state else { return };
         let mut found = BTreeMap::new();
         for host in 0..self.servers.len() {
-            let Some(id) = self.servers[host].id else { continue };
-            // What nobody has read nobody has noticed.
-            self.servers[host].disks.iter_mut().for_each(crate::disk::SimDisk::mend);
+            let Some(id) = self.servers[host].id.filter(|_| !self.servers[host].has_failed()) else { continue };
             let examined = checkers::addresses::examine(&mut self.servers[host], &self.options);
             for complaint in &examined.complaints {
                 self.complain(format!("the disks of {id}: {complaint}"));

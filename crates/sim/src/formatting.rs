@@ -4,9 +4,11 @@ use crate::host::{ServerHost, address_of};
 use crate::options::Options;
 use bytes::Bytes;
 use petal::ids::{BLOCK_SIZE, DiskId, Incarnation};
+use petal::scrub::ScrubConfig;
 use petal::server::ServerConfig;
 use petal::store::superblock::{FormatParams, SUPERBLOCK_SIZE, Superblock};
 use petal::store::{DiskCommand, DiskResult, OpenDisk, StoreConfig};
+use stdx::Instant;
 
 /// Formats one disk of a host that has an id. The PMap store of a pretended disk is empty from the
 /// start.
@@ -57,6 +59,7 @@ fn format_for(
     let (journal, data) = (layout.journal.offset, layout.data.offset);
     let disk = &mut machine.disks[disk];
     disk.data_start = data;
+    disk.lies = options.faults.lie > 0;
     disk.execute(DiskCommand::Extend { to: data });
     let before = Superblock { generation: 0, ..superblock.clone() };
     for (offset, bytes) in [
@@ -81,10 +84,11 @@ pub fn open(machine: &mut ServerHost, disk: usize) -> Result<OpenDisk, String> {
 }
 
 /// What a server is started with.
-pub fn server_config(options: &Options, host: usize) -> ServerConfig {
+pub fn server_config(options: &Options, host: usize, now: Instant) -> ServerConfig {
     ServerConfig {
         addresses: vec![address_of(host)],
         store: StoreConfig { cache_elements: options.cache_elements, ..StoreConfig::default() },
+        scrub: ScrubConfig { period: options.scrub_period, unix_seconds: now.as_nanos() / 1_000_000_000 },
         sabotage: options.sabotage,
         // No disk is copied here: the number of a life is enough.
         salt: 0,

@@ -142,6 +142,8 @@ pub struct ServerHost {
     pub slow_until: Instant,
     /// It does not run at all before.
     pub frozen_until: Instant,
+    /// Its disk has failed for good.
+    pub lost: bool,
     /// What a joining server draws once.
     pub token: u128,
     /// The cluster that it was formatted for.
@@ -185,6 +187,11 @@ pub fn host_at(address: &str) -> Option<usize> {
 }
 
 impl ServerHost {
+    /// One of its disks has failed for good, whether its server has met that or not.
+    pub fn has_failed(&self) -> bool {
+        self.lost || self.disks.iter().any(|d| d.failing)
+    }
+
     /// The running life as an end of connections.
     pub fn end_point(&self, host: usize) -> Option<EndPoint> {
         self.life.as_ref().map(|l| EndPoint { node: Node::Server(host), life: l.driver.life })

@@ -23,7 +23,7 @@ petal-sim: whole clusters in one thread, in virtual time, decided by a seed
   --no-faults  --only-crashes  --crowded  --busy  --full  --recovering  --no-shrink  likewise
   --only-fault KIND      this kind of fault only (again for more): crash-one, crash-all, reset, stall, ambush,
                          cut, hold, strand, differ, ghost, crash-client, partition, freeze, sever, relapse, lag, late,
-                         spoil, lose
+                         spoil, lose, hang, fail, stumble, lie
   --options              print what is drawn for each seed
   --judge FILE           judge what `petal history` recorded of a real cluster, instead
 
@@ -166,6 +166,10 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Arguments>, S
                     "late" => &mut faults.late,
                     "spoil" => &mut faults.spoil,
                     "lose" => &mut faults.lose,
+                    "hang" => &mut faults.hang,
+                    "fail" => &mut faults.fail,
+                    "stumble" => &mut faults.stumble,
+                    "lie" => &mut faults.lie,
                     other => return Err(format!("there is no fault '{other}' to ask for")),
                 };
                 *weight += 1;

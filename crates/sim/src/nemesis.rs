@@ -5,6 +5,7 @@ use crate::counters::Kind;
 use crate::disk::SimDisk;
 use crate::event::Event;
 use crate::formatting;
+use crate::host::ServerHost;
 use crate::net::{ConnectionId, EndPoint, Node, Side};
 use crate::workload::draw_weighted;
 use crate::world::World;
@@ -81,6 +82,10 @@ impl World {
         if weights.iter().sum::<u64>() == 0 {
             return;
         }
+        if std::mem::take(&mut self.lied) && self.unready().is_some() {
+            self.lied = true;
+            return;
+        }
         let kind = draw_weighted(&mut self.chaos, &weights);
         self.trace.event(self.now, &[9, kind as u64], || format!("fault {kind}"));
         match kind {
@@ -106,7 +111,11 @@ impl World {
             19 => self.trap = Some(Trap::Lag),
             20 => self.trap = Some(Trap::Late),
             21 => self.spoil_blocks(),
-            _ => self.lose_disks(),
+            22 => self.lose_disks(),
+            23 => self.hang_disk(),
+            24 => self.fail_disk(),
+            25 => self.stumble(),
+            _ => self.lie(),
         }
     }
 
@@ -557,17 +566,95 @@ impl World {
     fn spoil_blocks(&mut self) {
         for _ in 0..20 {
             let host = self.chaos.below(self.servers.len() as u64) as usize;
+            self.spoil_blocks_of(host, 1);
+        }
+    }
+
+    /// Up to so many blocks of one server become bad, each where another server has a good copy; how many did.
+    pub(crate) fn spoil_blocks_of(&mut self, host: usize, most: usize) -> u64 {
+        let mut spoilt = 0;
+        for _ in 0..most {
             let disk = self.chaos.below(self.servers[host].disks.len() as u64) as usize;
             let Some((page, content)) = self.servers[host].disks[disk].draw_page() else { continue };
             let content = *content;
-            let others = self.servers.iter().enumerate().filter(|(h, _)| *h != host);
+            let others = self.servers.iter().enumerate().filter(|(h, s)| *h != host && !s.has_failed());
             if others.flat_map(|(_, s)| &s.disks).any(|d| d.has(&content)) {
                 let how = *self.chaos.pick(&[Kind::Rotten, Kind::Unreadable]);
                 self.counters.count(how);
                 self.trace.words(self.now, || format!("host {host} disk {disk}: page {page} is bad: {how:?}"));
                 self.servers[host].disks[disk].spoil(page, how);
+                spoilt += 1;
             }
         }
+        spoilt
+    }
+
+    /// A disk answers nothing for a while. Where nothing else goes wrong, not before everything is whole again.
+    fn hang_disk(&mut self) {
+        let others = self.options.faults.list().iter().sum::<u64>() > self.options.faults.hang;
+        let is_hung = self.servers.iter().flat_map(|s| &s.disks).any(|d| d.is_hung(self.now));
+        if is_hung || !others && self.unready().is_some() {
+            return;
+        }
+        let host = self.chaos.below(self.servers.len() as u64) as usize;
+        let disk = self.chaos.below(self.servers[host].disks.len() as u64) as usize;
+        let until = self.now + Duration::from_millis(self.chaos.between(2_000, 20_000));
+        self.counters.count(Kind::HungDisk);
+        self.trace.words(self.now, || format!("host {host} disk {disk} hangs until {until:?}"));
+        self.servers[host].disks[disk].hang(until);
+    }
+
+    /// A disk fails for good: not where it is the only one that has something, or its server has the only voice.
+    fn fail_disk(&mut self) {
+        if self.servers.iter().any(ServerHost::has_failed) || self.unready().is_some() {
+            return;
+        }
+        let host = self.chaos.below(self.servers.len() as u64) as usize;
+        let state = self.servers[host].life.as_ref().and_then(|l| l.server.state());
+        let (Some(state), Some(id)) = (state, self.servers[host].id) else { return };
+        let is_alone = state.all_slots().any(|(_, slot)| slot.in_sync().eq([id]));
+        if is_alone || host < self.options.ring && self.options.ring < 3 {
+            return;
+        }
+        let disk = self.chaos.below(self.servers[host].disks.len() as u64) as usize;
+        self.counters.count(Kind::FailedDisk);
+        self.trace.words(self.now, || format!("host {host} disk {disk} fails for good"));
+        self.servers[host].disks[disk].failing = true;
+        // A block that rotted elsewhere may have had its only good copy here: two failures.
+        self.servers.iter_mut().flat_map(|s| &mut s.disks).for_each(SimDisk::mend);
+    }
+
+    /// A server dies, and one of its disks has not kept what it had acknowledged; all of it is elsewhere. Not what a
+    /// ring member has promised and accepted, of which there is one copy where it has one disk.
+    fn lie(&mut self) {
+        if self.unready().is_some() {
+            return;
+        }
+        let host = self.chaos.below(self.servers.len() as u64) as usize;
+        let state = self.servers[host].life.as_ref().and_then(|l| l.server.state());
+        let (Some(state), Some(id)) = (state, self.servers[host].id) else { return };
+        let is_alone = state.all_slots().any(|(_, slot)| slot.in_sync().eq([id]));
+        if is_alone || host < self.options.ring && self.options.disks < 2 {
+            return;
+        }
+        let disk = self.chaos.below(self.servers[host].disks.len() as u64) as usize;
+        // First: what a crash keeps of what is in flight is newer than what is lost here.
+        let lost = self.servers[host].disks[disk].lose();
+        self.crash_server(host);
+        if lost {
+            self.counters.count(Kind::Lied);
+            self.trace.words(self.now, || format!("host {host} disk {disk} has lost what it had acknowledged"));
+            self.lied = true;
+        }
+        let at = self.now + self.draw(self.options.restart_delay);
+        self.plan_start(Node::Server(host), at);
+    }
+
+    fn stumble(&mut self) {
+        let host = self.chaos.below(self.servers.len() as u64) as usize;
+        let disk = self.chaos.below(self.servers[host].disks.len() as u64) as usize;
+        let stumbles = self.servers[host].disks[disk].stumble();
+        self.counters.add(Kind::Stumble, u64::from(stumbles));
     }
 
     fn freeze_one(&mut self) {

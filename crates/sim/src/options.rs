@@ -69,6 +69,8 @@ pub struct Options {
     /// Servers that die are declared down and stay away while writes go on, to many elements of one slot: much is
     /// to be copied when they come back.
     pub recovering: bool,
+    /// Time of a round of scrub.
+    pub scrub_period: Option<Duration>,
     /// Whether the end of the run is a loss of power before everything is read again.
     pub power_loss_at_end: bool,
     /// A rule that is left out on purpose.
@@ -127,6 +129,15 @@ pub struct FaultWeights {
     pub spoil: u64,
     /// A server loses one of its disks, or all, while others have everything, and is made anew.
     pub lose: u64,
+    /// A disk answers nothing for 2 to 20 seconds; one at a time.
+    pub hang: u64,
+    /// A disk fails for good, where all data have other copies; once in a run.
+    pub fail: u64,
+    /// A disk fails one write.
+    pub stumble: u64,
+    /// A server is killed, and one of its disks has lost the last of what it had acknowledged. Drawn only by itself: any
+    /// other failure before the others have put it back is a second one.
+    pub lie: u64,
 }
 
 /// How likely each operation is, relative to the others.
@@ -183,6 +194,8 @@ pub struct Overrides {
     pub full: bool,
     /// With `crowded`: servers that die stay away for a while, and hot blocks lie in many elements of one slot.
     pub recovering: bool,
+    /// A fast network, fast disks, a ring of three and much time: where it is measured how long something takes.
+    pub swift: bool,
     /// These faults only.
     pub faults: Option<FaultWeights>,
 }
@@ -221,6 +234,7 @@ impl Options {
             crowded: false,
             full: false,
             recovering: false,
+            scrub_period: Some(petal::scrub::PERIOD_DEFAULT),
             power_loss_at_end: prng.chance(1, 2),
             sabotage: overrides.sabotage,
         };
@@ -228,6 +242,13 @@ impl Options {
         let mut more = Prng::new(prng.clone().next_u64() ^ 0x5ca1ab1e);
         if servers > 1 && !overrides.crowded && more.chance(1, 3) {
             options.recover(&mut more);
+        }
+        if !overrides.crowded {
+            let millis = *more.pick(&[None, Some(300), Some(1000), Some(5000)]);
+            options.scrub_period = millis.map(Duration::from_millis);
+            options.faults.hang = *more.pick(&[0, 0, 1, 3]);
+            options.faults.fail = *more.pick(&[0, 0, 1, 3]);
+            options.faults.stumble = *more.pick(&[0, 1, 3]);
         }
         options.apply(overrides);
         if overrides.recovering {
@@ -276,6 +297,15 @@ impl Options {
         }
         if let Some(faults) = overrides.faults {
             self.faults = faults;
+        }
+        if overrides.swift {
+            self.ring = self.servers.min(3);
+            self.net = NetTimes { min: Duration::from_micros(20), max: Duration::from_millis(1), spike_one_in: 300 };
+            let (min, max) = (Duration::from_micros(20), Duration::from_micros(500));
+            self.disk_times = DiskTimes { min, max, commit_factor: 3 };
+            self.run_delay = Duration::from_micros(20);
+            self.faulty = Duration::from_secs(10);
+            self.client_deadline = None;
         }
         if overrides.no_faults {
             self.fault_interval = None;
@@ -330,6 +360,10 @@ impl FaultWeights {
         late: 0,
         spoil: 0,
         lose: 0,
+        hang: 0,
+        fail: 0,
+        stumble: 0,
+        lie: 0,
     };
 
     fn draw(prng: &mut Prng) -> FaultWeights {
@@ -358,11 +392,15 @@ impl FaultWeights {
             late: some(2),
             spoil: some(8),
             lose: some(2),
+            hang: 0,
+            fail: 0,
+            stumble: 0,
+            lie: 0,
         }
     }
 
     /// The weights in the order of the fields.
-    pub fn list(&self) -> [u64; 23] {
+    pub fn list(&self) -> [u64; 27] {
         [
             self.crash_one,
             self.crash_several,
@@ -387,6 +425,10 @@ impl FaultWeights {
             self.late,
             self.spoil,
             self.lose,
+            self.hang,
+            self.fail,
+            self.stumble,
+            self.lie,
         ]
     }
 }

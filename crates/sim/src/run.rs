@@ -7,7 +7,7 @@ use crate::trace::{Keep, Trace};
 use crate::world::World;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use stdx::{Instant, Prng};
+use stdx::{Duration, Instant, Prng};
 
 /// What came of one seed.
 #[derive(Clone, Debug)]
@@ -26,6 +26,8 @@ pub struct Report {
     pub ended_at: Instant,
     /// Acknowledged operations.
     pub operations: u64,
+    /// The longest time that one operation of a client took.
+    pub longest: Duration,
     /// What must not be.
     pub complaints: Vec<String>,
     /// How often each kind of fault happened.
@@ -69,6 +71,7 @@ pub fn run_seed(seed: u64, overrides: &Overrides, keep: Keep) -> Report {
         events: world.trace.events(),
         ended_at: world.now,
         operations: world.history.finished(),
+        longest: world.longest,
         complaints: std::mem::take(&mut world.complaints),
         counters: world.counters.clone(),
         steps: world.trace.into_steps(),

@@ -19,7 +19,7 @@ use petal::ids::{BLOCK_SIZE, ELEMENT_SIZE, SessionId, VdiskId};
 use petal::message::{AdminError, AdminResponse, Refusal};
 use petal::translator::gmap::Scheme;
 use std::collections::BTreeMap;
-use stdx::{Duration, Prng};
+use stdx::{Duration, Instant, Prng};
 
 /// What a client host is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -38,6 +38,7 @@ pub struct User {
     role: Role,
     sessions: Vec<Held>,
     asked: BTreeMap<RequestNumber, Asked>,
+    asked_at: BTreeMap<RequestNumber, Instant>,
 }
 
 /// A session that a client holds.
@@ -201,7 +202,7 @@ impl Workload {
 impl User {
     /// A new life that holds nothing.
     pub fn new(role: Role) -> User {
-        User { role, sessions: Vec::new(), asked: BTreeMap::new() }
+        User { role, sessions: Vec::new(), asked: BTreeMap::new(), asked_at: BTreeMap::new() }
     }
 
     /// Nothing is outstanding.
@@ -226,6 +227,7 @@ impl World {
         life.driver.inbox.push_back(Arrival::Input(client::Input::Request { number, request }));
         life.driver.idle_ticks = 0;
         life.user.asked.insert(number, asked);
+        life.user.asked_at.insert(number, self.now);
         self.plan_run(Node::Client(host));
     }
 
@@ -450,6 +452,10 @@ impl World {
         let Some(asked) = life.user.asked.remove(&number) else {
             return self.complain(format!("client {host} answers request {number}, which is not open"));
         };
+        let asked_at = life.user.asked_at.remove(&number);
+        if let (Asked::Operation { .. }, Some(at)) = (&asked, asked_at) {
+            self.longest = self.longest.max(self.now.since(at));
+        }
         match (asked, result) {
             (Asked::Operation { id, held, what }, Ok(response)) => self.on_operation(host, id, &held, what, response),
             (Asked::Operation { id, held, what }, Err(error)) => self.on_operation_error(host, id, held, what, error),

@@ -31,6 +31,8 @@ use stdx::{Duration, Instant, Machine, Prng};
 
 /// When a server whose connection broke looks whether the other end is there, as the real driver does.
 const PROBES: [Duration; 3] = [Duration::from_millis(20), Duration::from_millis(60), Duration::from_millis(200)];
+/// How often it is looked whether a disk that hung answers again.
+const HUNG_LOOK: Duration = Duration::from_millis(10);
 /// Complaints after which a run is stopped.
 const COMPLAINTS_MAX: usize = 20;
 /// Events after which a run is stopped as endless.
@@ -72,6 +74,10 @@ pub struct World {
     pub caught_up: BTreeMap<(SlotId, ServerId), (Term, Incarnation)>,
     /// Slots in which something was written.
     pub written: BTreeSet<SlotId>,
+    /// The longest time that one operation of a client took.
+    pub longest: Duration,
+    /// A disk has lied, and what it lost is not put back everywhere yet: no other failure meanwhile.
+    pub lied: bool,
     /// What an assassin waits for.
     pub trap: Option<Trap>,
     prng: Prng,
@@ -105,6 +111,8 @@ impl World {
             chaos,
             caught_up: BTreeMap::new(),
             written: BTreeSet::new(),
+            longest: Duration::ZERO,
+            lied: false,
             trap: None,
             prng,
             frames: 0,
@@ -216,21 +224,29 @@ impl World {
         let options = &self.options;
         let machine = &mut self.servers[host];
         machine.start_planned = false;
-        if machine.life.is_some() || machine.losing {
+        if machine.life.is_some() || machine.losing || machine.lost {
             return;
+        }
+        if machine.disks.iter().any(|d| d.is_hung(self.now)) {
+            // The old process cannot end before its disk answers, and a new one cannot read from it.
+            return self.plan_start(Node::Server(host), self.now + HUNG_LOOK);
         }
         let opened: Result<Vec<_>, String> =
             (0..machine.disks.len()).map(|disk| formatting::open(machine, disk)).collect();
         let disks = match opened {
             Ok(disks) => disks,
+            Err(_) if machine.disks.iter().any(|d| d.failing) => {
+                machine.lost = true;
+                return;
+            }
             Err(why) => return self.complain(format!("host {host} cannot open its disk: {why}")),
         };
         if machine.lives > 0 {
             self.counters.count(Kind::Restart);
         }
         machine.lives += 1;
-        let config = formatting::server_config(options, host);
-        let server = Server::start(machine.clock.local(self.now), config, disks);
+        let local = machine.clock.local(self.now);
+        let server = Server::start(local, formatting::server_config(options, host, local), disks);
         let driver = Driver::new(machine.lives);
         machine.life = Some(ServerLife { server, driver, open: false, ready: false, next_client: 1 });
         self.run_server(host);
@@ -286,6 +302,9 @@ impl World {
         let met = lives().find(|(h, _)| *h == host).map(|(_, l)| l.server.counters().clone()).unwrap_or_default();
         self.counters.add(Kind::BadMet, met.bad_blocks);
         self.counters.add(Kind::Repaired, met.repaired_blocks);
+        self.counters.add(Kind::LieNoticed, met.lost_by_others);
+        let rounds = lives().find(|(h, _)| *h == host).and_then(|(_, l)| l.server.data().scrub_status().last);
+        self.counters.add(Kind::Scrubbed, rounds.map_or(0, |r| r.number));
         self.counters.add(Kind::SourceDied, u64::from(is_source));
         self.counters.add(Kind::DiedCatchingUp, u64::from(is_member));
     }
@@ -697,8 +716,17 @@ impl World {
             server::Output::Restart(why) => {
                 self.trace.words(self.now, || format!("host {host}: {why}"));
                 self.counters.count(Kind::NewLife);
+                if self.servers[host].disks.iter().any(|d| d.is_hung(self.now)) {
+                    self.counters.count(Kind::LeftHung);
+                }
                 self.crash_server(host);
                 self.plan_start(Node::Server(host), self.now);
+            }
+            server::Output::Fatal(why) if self.servers[host].disks.iter().any(|d| d.failing) => {
+                self.trace.words(self.now, || format!("host {host} gives up: {why}"));
+                self.counters.count(Kind::LeftFailed);
+                self.crash_server(host);
+                self.servers[host].lost = true;
             }
             server::Output::Fatal(why) => {
                 self.complain(format!("the server on host {host} gives up: {why}"));
@@ -724,6 +752,9 @@ impl World {
     fn on_disk_done(&mut self, host: usize, disk: usize, life: u64, ticket: Ticket) {
         let machine = &mut self.servers[host];
         let Some(server) = machine.life.as_mut().filter(|l| l.driver.life == life) else { return };
+        if machine.disks[disk].is_hung(self.now) {
+            return self.queue.plan(self.now + HUNG_LOOK, Event::DiskDone { host, disk, life, ticket });
+        }
         let Some((op, result)) = machine.disks[disk].finish(ticket, &mut self.counters) else { return };
         self.trace
             .event(self.now, &[5, host as u64, disk as u64, op], || format!("host {host} disk {disk}: {op} is done"));
@@ -890,6 +921,7 @@ fn draw_server(prng: &mut Prng, options: &Options, genesis: &Genesis, _host: usi
         losing: false,
         slow_until: Instant::ZERO,
         frozen_until: Instant::ZERO,
+        lost: false,
         token: id(prng),
         genesis: genesis.clone(),
     }

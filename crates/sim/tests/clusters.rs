@@ -1,9 +1,11 @@
 //! Whole clusters: a few seeds in every test run; `cargo xtask sim` runs many.
 
+use petal::limits::LEASE;
 use petal_sim::counters::{Counters, Kind};
 use petal_sim::options::{FaultWeights, Overrides};
 use petal_sim::trace::Keep;
 use petal_sim::{compare_runs, run_seed};
+use stdx::Duration;
 
 #[test]
 fn a_cluster_without_faults_finishes_everything() {
@@ -58,6 +60,64 @@ fn servers_that_lost_their_disks_are_made_anew() {
     for kind in [Kind::ServerReplaced, Kind::DiskReplaced] {
         assert!(counters.get(kind) > 3, "{kind:?} happened only {} times", counters.get(kind));
     }
+}
+
+/// The server of a disk that answers nothing goes out of the way, and comes back: no client waits for longer than two
+/// lease times, whichever server it was. (Where the network and the disks are fast: there is little time to spare.)
+#[test]
+fn i_o_goes_on_within_two_leases_when_a_disk_hangs() {
+    let hang = FaultWeights { hang: 1, ..FaultWeights::NONE };
+    let interval = Some(Duration::from_millis(200));
+    let ground = Overrides {
+        servers: Some(3),
+        copies: Some(2),
+        no_shrink: true,
+        fault_interval: interval,
+        ..Overrides::default()
+    };
+    let ground = Overrides { faults: Some(hang), operations: Some(3000), swift: true, ..ground };
+    let (mut left, mut longest) = (0, Duration::ZERO);
+    for seed in 1..=12 {
+        let report = run_seed(seed, &ground, Keep::Hash);
+        assert!(report.complaints.is_empty(), "seed {seed}: {:#?}", report.complaints);
+        assert!(report.longest <= LEASE * 2, "seed {seed}: an operation took {:?}", report.longest);
+        left += report.counters.get(Kind::LeftHung);
+        longest = longest.max(report.longest);
+    }
+    println!("{left} servers went out of the way; the longest operation took {longest:?}");
+    assert!(left >= 8, "only {left} servers whose disk hung went out of the way");
+}
+
+/// A server whose disk fails for good goes down and stays down; nobody loses anything.
+#[test]
+fn a_disk_that_fails_for_good_costs_nothing_but_its_copies() {
+    let faults = FaultWeights { fail: 1, stumble: 1, ..FaultWeights::NONE };
+    let ground = Overrides { servers: Some(3), copies: Some(2), faults: Some(faults), ..Overrides::default() };
+    let (mut left, mut stumbles) = (0, 0);
+    for seed in 1..=15 {
+        let report = run_seed(seed, &ground, Keep::Hash);
+        assert!(report.complaints.is_empty(), "seed {seed}: {:#?}", report.complaints);
+        left += report.counters.get(Kind::LeftFailed);
+        stumbles += report.counters.get(Kind::Stumble);
+    }
+    assert!(left >= 3 && stumbles > 20, "{left} servers went down, {stumbles} writes failed once");
+}
+
+/// What a disk had acknowledged and lost is listed by the others, and put back before anything of it is served.
+#[test]
+fn what_a_lying_disk_lost_is_put_back() {
+    let faults = FaultWeights { lie: 1, ..FaultWeights::NONE };
+    let interval = Some(Duration::from_millis(300));
+    let ground = Overrides { servers: Some(4), faults: Some(faults), fault_interval: interval, ..Overrides::default() };
+    let (mut lies, mut noticed) = (0, 0);
+    // The first of these found that a disk that had lost all of a slot looked like one that never had anything.
+    for seed in 33..=40 {
+        let report = run_seed(seed, &ground, Keep::Hash);
+        assert!(report.complaints.is_empty(), "seed {seed}: {:#?}", report.complaints);
+        lies += report.counters.get(Kind::Lied);
+        noticed += report.counters.get(Kind::LieNoticed);
+    }
+    assert!(lies > 5 && noticed > 5, "{lies} disks lied, which was noticed in {noticed} slots");
 }
 
 #[test]

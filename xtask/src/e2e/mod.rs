@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod chaos;
+mod disk_faults;
 mod failures;
 mod nbd;
 mod old_disks;
@@ -69,6 +70,7 @@ const SCENARIOS: &[Scenario] = &[
     ("one_link_cut_between_two_servers_suspects_nobody", partitions::one_link_cut),
     ("a_firewall_between_the_leader_and_one_server_suspects_nobody", partitions::one_link_refused),
     ("postgres_lives_through_kill_9_of_two_servers_in_turn", postgres::lives_through_two_kills),
+    ("scrub_finds_and_repairs_what_was_written_over", disk_faults::scrub_repairs),
     ("damaged_and_foreign_disks_are_refused_by_name", bad_input::damaged_disks),
     ("a_disk_restored_from_a_backup_is_refused_whoever_it_belongs_to", old_disks::restored_from_a_backup),
     ("a_disk_set_back_within_its_life_is_given_what_it_lacks", old_disks::copied_in_the_same_life),

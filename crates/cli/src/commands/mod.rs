@@ -12,6 +12,7 @@ pub mod join;
 pub mod log;
 pub mod nbd;
 pub mod rejoin;
+pub mod scrub;
 pub mod server;
 pub mod status;
 pub mod up;

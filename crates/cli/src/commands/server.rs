@@ -24,6 +24,7 @@ The config file:
   listen = [\"0.0.0.0:7000\"]
   advertise = [\"10.0.0.1:7000\"]
   disks = [\"/dev/sdb\", \"/dev/sdc\"]
+  scrub_hours = 336            (every block is read once in so long; 0: only when `petal scrub` asks)
 `petal init` and `petal join` format the disks and write it.")]
 pub struct Arguments {
     /// The config file
@@ -111,6 +112,7 @@ async fn live(
             cache_elements: config.cache_elements.unwrap_or(CACHE_ELEMENTS_DEFAULT),
             ..StoreConfig::default()
         },
+        scrub: config.scrub(),
         sabotage: Sabotage::None,
         salt: disk_files::random()? as u64,
     };

@@ -1,6 +1,6 @@
 //! `petal status`: the whole cluster on one screen.
 
-use super::disk;
+use super::{disk, scrub};
 use crate::cluster_folder::ClusterFolder;
 use crate::connect::{self, Connection};
 use crate::output;
@@ -11,7 +11,7 @@ use crate::supervisor;
 use anyhow::Result;
 use petal::global_state::State;
 use petal::ids::ServerId;
-use petal::message::ServerStatus;
+use petal::message::{LogLine, ScrubOrder, ScrubStatus, ServerStatus};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -65,9 +65,12 @@ struct ServerReport {
     /// State index of the command that suspects it, which its being down relies on.
     suspected_since: Option<u64>,
     down: bool,
+    /// Why it went down, if by itself for a disk.
+    why_down: Option<String>,
     ring: bool,
     leads: bool,
     status: Option<ServerStatus>,
+    scrub: Option<ScrubStatus>,
 }
 
 async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report> {
@@ -88,16 +91,22 @@ async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report>
         let connection = connection.clone();
         asked.spawn_local(async move {
             let status = if local_and_down { None } else { connection.server_status(id, ANSWER_LIMIT).await.ok() };
-            (id, status)
+            let scrub = match &status {
+                Some(_) => connection.scrub(id, ScrubOrder::Tell, ANSWER_LIMIT).await.ok(),
+                None => None,
+            };
+            (id, status.map(|status| (status, scrub)))
         });
     }
-    let mut statuses: BTreeMap<ServerId, Option<ServerStatus>> = BTreeMap::new();
+    let mut statuses: BTreeMap<ServerId, Option<(ServerStatus, Option<ScrubStatus>)>> = BTreeMap::new();
     while let Some(answer) = asked.join_next().await {
         statuses.extend(answer);
     }
-    let leader = statuses.values().flatten().max_by_key(|s| s.state_index).and_then(|s| s.ring_leader);
+    let is_any_down = state.servers.values().any(|s| s.down);
+    let log = if is_any_down { connection.log(None).await.unwrap_or_default() } else { Vec::new() };
+    let leader = statuses.values().flatten().map(|(s, _)| s).max_by_key(|s| s.state_index).and_then(|s| s.ring_leader);
     let server = |(id, known): (&ServerId, &petal::global_state::ServerState)| {
-        let status = statuses.get_mut(id).and_then(Option::take);
+        let (status, scrub) = statuses.get_mut(id).and_then(Option::take).unzip();
         let pid = pids.get(id).copied();
         ServerReport {
             id: *id,
@@ -106,9 +115,11 @@ async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report>
             state: state_word(folder.is_some(), pid, status.as_ref(), known),
             suspected_since: known.suspect,
             down: known.down,
+            why_down: if known.down { why_down(&log, *id) } else { None },
             ring: state.ring.members.iter().any(|m| m.server == *id),
             leads: leader == Some(*id),
             status,
+            scrub: scrub.flatten(),
         }
     };
     let servers: Vec<ServerReport> = state.servers.iter().map(server).collect();
@@ -116,6 +127,17 @@ async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report>
     let redundancy = Redundancy::of(&state, &away).with_progress(servers.iter().filter_map(|s| s.status.as_ref()));
     Ok(Report { redundancy, servers, nbd: nbd(folder), state })
 }
+
+/// What a server that is down said of its disk when it went, if the log reaches back so far.
+fn why_down(log: &[LogLine], server: ServerId) -> Option<String> {
+    let of_server = format!("{server} ");
+    let last = log.iter().rev().filter_map(|line| line.text.strip_prefix(&of_server));
+    let gone = last.take_while(|text| !text.starts_with("is up")).find_map(|text| text.strip_prefix(BY_ITSELF));
+    gone.map(String::from)
+}
+
+/// How `Command::DiskFailed` is told in the log, behind the server's name.
+const BY_ITSELF: &str = "goes down by itself: ";
 
 fn state_word(
     local: bool,
@@ -181,6 +203,8 @@ impl Report {
         }
         slow_servers(&self.servers).iter().for_each(|slow| println!("  {}", slow.sentence()));
         self.redundancy.sentences(|server, missing| self.why(server, missing)).iter().for_each(|l| println!("{l}"));
+        let scrubs = self.servers.iter().filter_map(|s| Some((s.id, s.scrub.as_ref()?)));
+        scrub::sentences(scrubs, output::unix_seconds()).iter().for_each(|l| println!("{l}"));
         println!();
         let mut table = output::table(&["server", "state", "lease", "pid", "ring", "used", "of", "slots", "address"]);
         for server in &self.servers {
@@ -228,7 +252,10 @@ impl ServerReport {
     fn sentence(&self) -> String {
         let id = self.id;
         match (self.state, self.suspected_since) {
-            ("down", _) if self.down => format!("{id} is down: others act in its place where they have the data."),
+            ("down", _) if self.down => {
+                let why = self.why_down.as_ref().map_or_else(String::new, |why| format!(" ({why})"));
+                format!("{id} is down{why}: others act in its place where they have the data.")
+            }
             ("suspected", Some(since)) => {
                 format!(
                     "{id} is suspected since state index {since}: it is about to be declared down, or to be heard again."
@@ -263,6 +290,7 @@ impl ServerReport {
             "pid": self.pid,
             "state": self.state,
             "down": self.down,
+            "why_down": self.why_down,
             "suspected_since": self.suspected_since,
             "lease": status.map(|s| s.lease),
             "ring": self.ring,
@@ -274,6 +302,7 @@ impl ServerReport {
             "slots_served": status.map(|s| s.slots_acting.1),
             "disks": status.map(|s| s.disks.iter().map(disk).collect::<Vec<_>>()),
             "counters": status.map(counters),
+            "scrub": self.scrub.as_ref().map(scrub::json),
         })
     }
 }
@@ -339,6 +368,8 @@ fn much_slower(times: &[(ServerId, u64)]) -> Vec<(ServerId, u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use petal::global_state::Command;
+    use petal::ids::Incarnation;
 
     #[test]
     fn slow_is_who_is_slow_beside_the_others() {
@@ -351,5 +382,26 @@ mod tests {
         assert_eq!(ids(&[100, 90, 8_000, 70]), [0u16; 0], "a few milliseconds hurt nobody");
         assert_eq!(ids(&[100_000]), [0u16; 0], "there is nobody to compare it with");
         assert_eq!(ids(&[100_000, 1000]), [1]);
+    }
+
+    #[test]
+    fn a_server_is_down_for_what_it_said_of_its_disk_when_it_went_last() {
+        let failed = |server| Command::DiskFailed {
+            server: ServerId(server),
+            incarnation: Incarnation(1),
+            why: format!("disk {server} hangs"),
+        };
+        let up = Command::ServerUp {
+            server: ServerId(1),
+            incarnation: Incarnation(2),
+            addresses: Vec::new(),
+            disks: Vec::new(),
+        };
+        let line = |command: Command| LogLine { index: 1, text: command.to_string(), refused: None };
+        let mut log = vec![line(failed(1)), line(failed(2))];
+        assert_eq!(why_down(&log, ServerId(1)).as_deref(), Some("disk 1 hangs"));
+        assert_eq!(why_down(&log, ServerId(3)), None);
+        log.push(line(up));
+        assert_eq!(why_down(&log, ServerId(1)), None, "that was an earlier life");
     }
 }

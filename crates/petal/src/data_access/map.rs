@@ -72,6 +72,9 @@ impl DataAccess {
         if self.sweep.owns(scan) {
             return self.on_sweep_scanned(ctx, elements);
         }
+        if self.scrub.owns(scan) {
+            return self.on_scrub_scanned(ctx.now, elements);
+        }
         if !self.on_verify_scanned(ctx, scan, &elements) {
             self.on_listing_scanned(ctx, scan, elements);
         }

@@ -92,8 +92,9 @@ pub(crate) struct Slot {
     pub promised: Term,
     /// Every write up to here is complete.
     pub watermark: Version,
-    /// Nobody asks for changes up to here any more.
+    /// Nobody asks for changes up to here any more. Below: what others told to have on stable storage.
     pub lowest_durable: Version,
+    pub told_durable: BTreeMap<ServerId, Version>,
     /// Changes of this slot that are staged and not stable, of any term.
     pub outstanding: usize,
     /// As primary of the term.
@@ -185,6 +186,7 @@ pub(crate) enum LoadWaiter {
     Repair,
     Drop,
     Verify,
+    Scrub,
 }
 
 /// Who waits for a ticket.
@@ -204,6 +206,7 @@ pub(crate) enum ReadOwner {
     Fetch(u64),
     Copy(OpNumber),
     Repair(ElementKey),
+    Scrub(ElementKey),
 }
 
 /// Somebody asked when an index is settled here.
@@ -230,8 +233,9 @@ pub struct DataAccess {
     queues: FastMap<ElementKey, ElementQueue>,
     /// Elements being copied to members that are brought back; numbered like operations.
     pub(crate) copies: BTreeMap<OpNumber, crate::resync::Copy>,
-    /// Elements whose bad blocks are made good (`repair.rs`).
+    /// Elements whose bad blocks are made good (`repair.rs`), and the search for such (`scrub.rs`).
     pub(crate) repairs: crate::repair::Repairs,
+    pub(crate) scrub: crate::scrub::Scrub,
     /// Slots and members in which that goes on.
     pub(crate) joining: BTreeSet<(SlotIndex, ServerId)>,
     /// Somebody came, went, or was brought back: look through all slots.
@@ -301,6 +305,8 @@ pub struct Counters {
     pub bad_blocks: u64,
     /// Of these, made good from another copy.
     pub repaired_blocks: u64,
+    /// Slots in which a member came back with less than it had told to have on stable storage.
+    pub lost_by_others: u64,
     /// Elements copied to members that were brought back.
     pub recovered_elements: u64,
     /// Blocks that travelled for that.
@@ -309,7 +315,7 @@ pub struct Counters {
 
 impl DataAccess {
     /// A room that knows of no slot yet.
-    pub fn new(me: ServerId, incarnation: Incarnation, sabotage: Sabotage) -> Self {
+    pub(crate) fn new(me: ServerId, incarnation: Incarnation, scrub: crate::scrub::Scrub, sabotage: Sabotage) -> Self {
         DataAccess {
             me,
             sabotage,
@@ -320,6 +326,7 @@ impl DataAccess {
             queues: FastMap::new(),
             copies: BTreeMap::new(),
             repairs: crate::repair::Repairs::default(),
+            scrub,
             joining: BTreeSet::new(),
             joins_due: false,
             wake_at: None,
@@ -1061,6 +1068,7 @@ impl DataAccess {
                 LoadWaiter::Repair => self.look(ctx, element),
                 LoadWaiter::Drop => self.drop_element(ctx, element),
                 LoadWaiter::Verify => self.verify_element(ctx, element),
+                LoadWaiter::Scrub => self.on_scrub_loaded(ctx, element),
             }
         }
     }
@@ -1133,6 +1141,7 @@ impl DataAccess {
             Some(ReadOwner::Fetch(job)) => self.on_fetch_read(ctx, job, result),
             Some(ReadOwner::Copy(number)) => self.on_copy_read(ctx, number, result),
             Some(ReadOwner::Repair(element)) => self.on_repair_read(ctx, element, read, result),
+            Some(ReadOwner::Scrub(element)) => self.on_scrub_read(ctx, element, read, &result),
             None => {
                 self.on_verify_read(ctx, read, &result);
             }
@@ -1187,6 +1196,7 @@ impl DataAccess {
             promised: 0,
             watermark,
             lowest_durable: Version::ZERO,
+            told_durable: BTreeMap::new(),
             outstanding: 0,
             acting: None,
             incoming: None,
@@ -1336,6 +1346,7 @@ impl DataAccess {
             self.send_watermarks(ctx);
         }
         self.advance_sweep(ctx);
+        self.advance_scrub(ctx);
     }
 
     fn retry_starved(&mut self, ctx: &mut Context) {
@@ -1388,10 +1399,8 @@ impl DataAccess {
 
     /// When something is due although nothing else happens.
     pub fn next_timeout(&self) -> Option<Instant> {
-        [self.watermark_timer, self.wake_at, self.silence.next_look(), self.repairs.next_timeout()]
-            .into_iter()
-            .flatten()
-            .min()
+        let rooms = [self.silence.next_look(), self.repairs.next_timeout(), self.scrub.next_timeout()];
+        rooms.into_iter().chain([self.watermark_timer, self.wake_at]).flatten().min()
     }
 
     /// A session is over: nothing of it will be asked again.

@@ -265,6 +265,8 @@ impl DataAccess {
             if !is_joiner {
                 let durable = acting.durable.entry(from).or_default();
                 *durable = ack.durable_watermark.max(*durable);
+                let told = slot.told_durable.entry(from).or_default();
+                *told = ack.durable_watermark.max(*told);
             }
             let window = self.windows.entry(from).or_default();
             window.in_flight = window.in_flight.saturating_sub(released.cost);

@@ -194,6 +194,16 @@ pub enum Command {
         /// members go on with what they have.
         accept_data_loss: bool,
     },
+    /// The same, because a disk of the server hangs or fails: nothing can be stored there, so it is down by its own word,
+    /// given when it has served its last read and acknowledged its last write.
+    DiskFailed {
+        /// The server.
+        server: ServerId,
+        /// The life that ends.
+        incarnation: Incarnation,
+        /// Which disk, and what is wrong with it, for people.
+        why: String,
+    },
 }
 
 impl Command {
@@ -238,6 +248,7 @@ impl std::fmt::Display for Command {
                 let loss = if *accept_data_loss { "; data loss is accepted" } else { "" };
                 write!(f, "{server} gets other disks ({}), and its copies count for nothing{ring}{loss}", disks.len())
             }
+            Command::DiskFailed { server, why, .. } => write!(f, "{server} goes down by itself: {why}"),
         }
     }
 }

@@ -258,7 +258,10 @@ impl GlobalState {
         let Some(ring) = &self.ring else { return accepted };
         let (state, mut forbidden, mut names, mut ends) = (&self.state, BTreeSet::new(), BTreeMap::new(), false);
         let known = ring.each_accepted_after(state.index, |index, entry| match &entry.command {
-            Command::Suspect { server, .. } | Command::ServerDown { server, .. } | Command::Goodbye { server, .. } => {
+            Command::Suspect { server, .. }
+            | Command::ServerDown { server, .. }
+            | Command::Goodbye { server, .. }
+            | Command::DiskFailed { server, .. } => {
                 forbidden.insert(*server);
                 names.insert(*server, index);
             }

@@ -584,6 +584,7 @@ impl State {
                 }
                 Ok(Outcome::Done)
             }
+            Command::DiskFailed { server, incarnation, why: _ } => self.goodbye(*server, *incarnation, effects),
         }
     }
 

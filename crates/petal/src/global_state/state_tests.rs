@@ -438,7 +438,7 @@ fn random_command(prng: &mut Prng, state: &State) -> Command {
     let incarnation = known.map_or(Incarnation(0), |s| s.incarnation);
     let suspect = known.and_then(|s| s.suspect).unwrap_or(state.index);
     let server_id = ServerId(server);
-    match prng.below(18) {
+    match prng.below(19) {
         17 => Command::ReplaceDisks {
             server: server_id,
             incarnation,
@@ -446,6 +446,7 @@ fn random_command(prng: &mut Prng, state: &State) -> Command {
             votes_lost: prng.chance(1, 2),
             accept_data_loss: prng.chance(1, 2),
         },
+        18 => Command::DiskFailed { server: server_id, incarnation, why: "it hangs".into() },
         10 | 11 => Command::Suspect { server: server_id, incarnation },
         12 => Command::ServerDown { server: server_id, incarnation, suspect },
         13 => Command::Reinstate { server: server_id, incarnation, suspect },
@@ -646,7 +647,8 @@ fn who_says_goodbye_is_down_at_once_and_leaves_nobody_to_wait_for() {
     assert_eq!(f.run(goodbye(2, 1)), Err(CommandError::Overtaken), "once");
     // The last copy stays in sync, whoever goes (I3), and comes back as it went.
     f.run(goodbye(1, 1)).unwrap();
-    f.run(goodbye(3, 1)).unwrap();
+    let failed = Command::DiskFailed { server: ServerId(3), incarnation: Incarnation(1), why: "it hangs".into() };
+    f.run(failed).unwrap();
     assert!(f.state.all_slots().all(|(_, slot)| slot.in_sync().count() == 1));
     f.run(server_up(3, 2, &[(3, 1)])).unwrap();
     assert!(!f.state.servers[&ServerId(3)].down);

@@ -176,8 +176,6 @@ pub(super) struct Disk {
     /// Newest staged, and newest durable watermark of each slot that this disk knows.
     pub watermarks: BTreeMap<SlotId, Version>,
     pub durable_watermarks: BTreeMap<SlotId, Version>,
-    /// The first of a slot, not durable yet: a crash may leave this one or none.
-    pub first_watermarks: BTreeMap<SlotId, Version>,
     pub meta: BTreeMap<Bytes, Bytes>,
     pub meta_generation: u64,
     dirty_meta: BTreeSet<Bytes>,
@@ -237,7 +235,6 @@ impl Disk {
             floors: BTreeMap::new(),
             watermarks: BTreeMap::new(),
             durable_watermarks: BTreeMap::new(),
-            first_watermarks: BTreeMap::new(),
             meta: BTreeMap::new(),
             meta_generation: 0,
             dirty_meta: BTreeSet::new(),
@@ -758,7 +755,6 @@ impl Disk {
             Some(newest) => *newest = (*newest).max(watermark),
             None => {
                 self.watermarks.insert(slot, watermark);
-                self.first_watermarks.insert(slot, watermark);
             }
         }
         // One after the other mostly of the same slot: the higher one counts.
@@ -931,9 +927,6 @@ impl Disk {
         for (slot, watermark) in batch.watermarks {
             let durable = self.durable_watermarks.entry(slot).or_default();
             *durable = (*durable).max(watermark);
-            if !self.first_watermarks.is_empty() {
-                self.first_watermarks.remove(&slot);
-            }
         }
         self.events.extend(batch.tickets.into_iter().map(DiskEvent::Stable));
         if !batch.frees.is_empty() {

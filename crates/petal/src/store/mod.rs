@@ -496,14 +496,13 @@ impl Stores {
     }
 
     fn on_all_open(&mut self) {
-        // 2.6: after a start a slot's watermark is the lowest that its disks show. A disk that has nothing
-        // of the slot shows none. What a disk lost that had acknowledged it is above this, and the other
-        // replicas list it.
-        for disk in &self.disks {
-            for (slot, watermark) in &disk.watermarks {
-                let lowest = self.watermarks.entry(*slot).or_insert(*watermark);
-                *lowest = (*lowest).min(*watermark);
-            }
+        // 2.6: after a start a slot's watermark is the lowest that the disks show, and zero where one shows none:
+        // every disk is told of every slot, so that one has lost it. What a disk lost that had acknowledged it is
+        // above this, and the other replicas list it.
+        let slots: BTreeSet<SlotId> = self.disks.iter().flat_map(|d| d.watermarks.keys().copied()).collect();
+        for slot in slots {
+            let lowest = self.disks.iter().map(|d| d.watermarks.get(&slot).copied().unwrap_or_default()).min();
+            self.watermarks.insert(slot, lowest.unwrap_or_default());
         }
         self.reconcile_meta();
         self.events.push_back(Event::Opened);
@@ -621,14 +620,9 @@ impl Stores {
                 let home = self.home(*element).unwrap_or(0);
                 self.disks[home].stage(ticket, change)?;
             }
-            Change::Watermark { slot, .. } => {
-                // On every disk that has one of the slot: after a start the lowest counts.
-                let slot = *slot;
-                let has = |d: &usize| self.disks[*d].watermarks.contains_key(&slot);
-                let mut homes: SmallVec<[usize; 4]> = (0..self.disks.len()).filter(has).collect();
-                if homes.is_empty() {
-                    homes.push(self.emptiest()?);
-                }
+            Change::Watermark { .. } => {
+                // On every disk: after a start the lowest counts.
+                let homes: SmallVec<[usize; 4]> = (0..self.disks.len()).collect();
                 self.stage_copies(ticket, &homes, &change)?;
             }
             Change::Meta { .. } => {
@@ -674,8 +668,8 @@ impl Stores {
         working.max_by_key(|d| (self.disks[*d].free_blocks(), usize::MAX - d)).ok_or(StageError::DiskFailed)
     }
 
-    /// The other disks that have elements of the slot are told now and then, so that none of them makes
-    /// the slot's watermark look old after a start.
+    /// The other disks are told now and then, so that none of them makes the slot's watermark look old after a
+    /// start; also those that have no element of the slot: else one that has lost all of it would look the same.
     fn note_watermark(&mut self, slot: SlotId, watermark: Version, home: usize) {
         let known = self.watermarks.entry(slot).or_default();
         *known = (*known).max(watermark);
@@ -683,9 +677,12 @@ impl Stores {
             return;
         }
         for (_, disk) in self.disks.iter_mut().enumerate().filter(|(d, _)| *d != home) {
-            let Some(told) = disk.watermarks.get(&slot) else { continue };
-            let behind = told.term != watermark.term || watermark.sequence > told.sequence + WATERMARK_LAG_MAX;
-            if behind && watermark > *told {
+            let is_behind = match disk.watermarks.get(&slot) {
+                None => true,
+                Some(told) if told.term != watermark.term => watermark > *told,
+                Some(told) => watermark.sequence > told.sequence + WATERMARK_LAG_MAX,
+            };
+            if is_behind {
                 disk.stage_watermark(slot, watermark);
             }
         }
@@ -834,14 +831,11 @@ impl Stores {
         self.watermarks.get(&slot).copied().unwrap_or(Version::ZERO)
     }
 
-    /// The watermark that the slot has at least after a crash now: the lowest of the disks that have one
-    /// on stable storage, or that may have by then.
+    /// The watermark that the slot has at least after a crash now: the lowest that the disks have on stable storage;
+    /// zero if one has none.
     pub fn durable_watermark(&self, slot: SlotId) -> Version {
-        if self.disks.iter().all(|d| !d.durable_watermarks.contains_key(&slot)) {
-            return Version::ZERO;
-        }
-        let of = |d: &disk::Disk| d.durable_watermarks.get(&slot).or(d.first_watermarks.get(&slot)).copied();
-        self.disks.iter().filter_map(of).min().unwrap_or(Version::ZERO)
+        let of = |d: &disk::Disk| d.durable_watermarks.get(&slot).copied().unwrap_or_default();
+        self.disks.iter().map(of).min().unwrap_or_default()
     }
 
     /// A durable metadata value (staged ones included).
@@ -858,6 +852,16 @@ impl Stores {
 
     // --------------------------------------------------------------------------------------------
     // Telling.
+
+    /// Where a disk is, for people.
+    pub fn path(&self, disk: usize) -> &str {
+        &self.disks[disk].path
+    }
+
+    /// Elements on all disks.
+    pub fn elements(&self) -> u64 {
+        self.disks.iter().map(|d| d.elements).sum()
+    }
 
     /// Free blocks on the fullest disk, beyond the reserve for deletes, settlements and metadata.
     pub fn free_blocks(&self) -> u64 {

@@ -308,7 +308,6 @@ impl Disk {
         }
         self.discard_open_batch();
         self.durable_watermarks.clone_from(&self.watermarks);
-        self.first_watermarks.clear();
         if self.sabotage == Sabotage::NoOpenRecord {
             self.opened();
         } else {

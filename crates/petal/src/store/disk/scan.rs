@@ -34,7 +34,11 @@ impl Disk {
                 return self.scan_page(scan, job);
             }
             Ok(_) => Ok(job.found.into_iter().take(job.limit).collect()),
-            Err(error) => Err(error),
+            Err(error) => {
+                // That store is dead after the first error.
+                self.fail(format!("its elements cannot be listed: {error}"));
+                Err(error)
+            }
         };
         self.events.push_back(DiskEvent::Scanned { scan, elements });
     }
