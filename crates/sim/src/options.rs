@@ -71,6 +71,8 @@ pub struct Options {
     pub recovering: bool,
     /// Whether the end of the run is a loss of power before everything is read again.
     pub power_loss_at_end: bool,
+    /// Every second client only reads: it does not learn from its own writes who acts by now.
+    pub readers: bool,
     /// A rule that is left out on purpose.
     pub sabotage: Sabotage,
 }
@@ -127,6 +129,11 @@ pub struct FaultWeights {
     pub spoil: u64,
     /// A server loses one of its disks, or all, while others have everything, and is made anew.
     pub lose: u64,
+    /// Cut a server off from all others, and not from clients, until others act in its place and longer.
+    pub isolate: u64,
+    /// Cut two servers off from each other, and one of them from all others at about the moment at which it is taken
+    /// out of its slots for that.
+    pub oust: u64,
 }
 
 /// How likely each operation is, relative to the others.
@@ -183,6 +190,8 @@ pub struct Overrides {
     pub full: bool,
     /// With `crowded`: servers that die stay away for a while, and hot blocks lie in many elements of one slot.
     pub recovering: bool,
+    /// Every second client only reads; and the run is long enough for several leases to end.
+    pub readers: bool,
     /// These faults only.
     pub faults: Option<FaultWeights>,
 }
@@ -221,6 +230,7 @@ impl Options {
             crowded: false,
             full: false,
             recovering: false,
+            readers: false,
             power_loss_at_end: prng.chance(1, 2),
             sabotage: overrides.sabotage,
         };
@@ -229,6 +239,10 @@ impl Options {
         if servers > 1 && !overrides.crowded && more.chance(1, 3) {
             options.recover(&mut more);
         }
+        let mut last = Prng::new(more.clone().next_u64() ^ 0x0a57);
+        options.readers = last.chance(1, 4);
+        options.faults.isolate = *last.pick(&[0, 1, 3]);
+        options.faults.oust = *last.pick(&[0, 1, 2]);
         options.apply(overrides);
         if overrides.recovering {
             options.recovering = true;
@@ -238,6 +252,14 @@ impl Options {
             options.fault_interval = overrides.fault_interval.or(Some(interval));
             options.faulty = Duration::from_millis(more.between(2000, 4000));
             options.operations = overrides.operations.unwrap_or(options.faulty.as_millis() as u64);
+        }
+        if overrides.readers {
+            // Time for several leases to end while those who only read still ask whom they know.
+            options.readers = true;
+            options.recovering = true;
+            options.faulty = Duration::from_millis(more.between(6000, 9000));
+            options.operations = overrides.operations.unwrap_or(options.faulty.as_millis() as u64);
+            options.fault_interval = overrides.fault_interval.or(Some(Duration::from_millis(1500)));
         }
         options
     }
@@ -330,6 +352,8 @@ impl FaultWeights {
         late: 0,
         spoil: 0,
         lose: 0,
+        isolate: 0,
+        oust: 0,
     };
 
     fn draw(prng: &mut Prng) -> FaultWeights {
@@ -358,11 +382,13 @@ impl FaultWeights {
             late: some(2),
             spoil: some(8),
             lose: some(2),
+            isolate: 0,
+            oust: 0,
         }
     }
 
     /// The weights in the order of the fields.
-    pub fn list(&self) -> [u64; 23] {
+    pub fn list(&self) -> [u64; 25] {
         [
             self.crash_one,
             self.crash_several,
@@ -387,6 +413,8 @@ impl FaultWeights {
             self.late,
             self.spoil,
             self.lose,
+            self.isolate,
+            self.oust,
         ]
     }
 }
