@@ -148,21 +148,21 @@ fn reading(faults: FaultWeights) -> Overrides {
 #[test]
 fn reads_without_a_lease() {
     let ground = reading(FaultWeights { isolate: 1, ..FaultWeights::NONE });
-    must_be_caught_within(Sabotage::ReadWithoutLease, 5..65, ground);
+    must_be_caught_within(Sabotage::ReadWithoutLease, 15..75, ground);
 }
 
 /// A server is taken out, does not know it, and has a lease.
 #[test]
 fn serving_at_once_when_a_member_was_taken_out() {
     let ground = reading(FaultWeights { oust: 1, ..FaultWeights::NONE });
-    must_be_caught_within(Sabotage::TakeOutWithoutWait, 15..95, ground);
+    must_be_caught_within(Sabotage::TakeOutWithoutWait, 5..65, ground);
 }
 
 /// A server was stopped, and others act in its place when it goes on.
 #[test]
 fn a_lease_that_is_judged_by_a_clock_that_was_read_before() {
     let ground = reading(FaultWeights { freeze: 1, ..FaultWeights::NONE });
-    must_be_caught_within(Sabotage::LeaseByEarlierClock, 20..120, ground);
+    must_be_caught_within(Sabotage::LeaseByEarlierClock, 20..100, ground);
 }
 
 /// A disk is taken over; a server that has not heard of it acknowledges what the old holder asks.
@@ -174,11 +174,12 @@ fn a_fence_that_returns_before_it_is_settled() {
         copies: Some(1),
         readers: true,
         no_shrink: true,
+        operations: Some(20_000),
         fault_interval: Some(Duration::from_millis(2500)),
         faults,
         ..Overrides::default()
     };
-    must_be_caught_within(Sabotage::FenceBeforeSettled, 50..150, ground);
+    must_be_caught_within(Sabotage::FenceBeforeSettled, 10..100, ground);
 }
 
 /// Suspicion moves who acts, and not the term.
