@@ -27,6 +27,7 @@ const DIRECTIONS: &[(&str, &[&str])] = &[
     ("petal-fuse", &["stdx", "petal-io"]),
     ("petal-cli", &["stdx", "petal", "petal-wire", "petal-io", "petal-nbd", "petal-fuse"]),
     ("petal-sim", &["stdx", "petal", "petal-wire"]),
+    ("petal-model", &[]),
     ("xtask", &[]),
 ];
 

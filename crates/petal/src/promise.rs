@@ -20,6 +20,7 @@
 use crate::data_access::{
     Context, DataAccess, Incoming, LoadWaiter, OpNumber, Outgoing, ReadOwner, SlotIndex, TicketOwner, family_ended,
 };
+use crate::global_state::{SlotState, State};
 use crate::ids::*;
 use crate::limits::{LEASE_SURELY_OVER, LIST_ELEMENTS_MAX};
 use crate::message::*;
@@ -179,10 +180,12 @@ impl DataAccess {
     ) {
         let id = self.slots[index].id;
         let state = &ctx.state.slots[&id.gmap][id.slot as usize];
-        let is_down = |s: &ServerId| ctx.state.servers.get(s).is_none_or(|s| s.down);
-        let in_sync: SmallVec<[ServerId; 3]> = state.in_sync().collect();
+        let mut in_sync: SmallVec<[ServerId; 3]> = state.in_sync().collect();
+        if self.sabotage == Sabotage::FirstNotSuspectedActs {
+            in_sync.retain(|s| *s == self.me || !is_suspected(ctx.state, *s));
+        }
         let was_out = !self.slots[index].in_sync.contains(&self.me);
-        let primary = in_sync.iter().copied().find(|s| !is_down(s));
+        let primary = self.who_acts(ctx.state, state);
         self.listings.retain(|_, l| l.slot != index);
         self.park_operations(index);
         self.forget_copies(index);
@@ -221,6 +224,13 @@ impl DataAccess {
         }
         self.on_slot_settled_or_not(ctx, index);
         self.answer_early_promise(ctx, id);
+    }
+
+    /// The first in-sync member that is not down acts, suspected or not.
+    pub(crate) fn who_acts(&self, state: &State, slot: &SlotState) -> Option<ServerId> {
+        let is_down = |s: &ServerId| state.servers.get(s).is_none_or(|s| s.down);
+        let passes_by = |s: &ServerId| self.sabotage == Sabotage::FirstNotSuspectedActs && is_suspected(state, *s);
+        slot.in_sync().find(|s| !is_down(s) && !passes_by(s))
     }
 
     fn begin_to_act(
@@ -896,6 +906,10 @@ impl DataAccess {
     }
 }
 
+fn is_suspected(state: &State, server: ServerId) -> bool {
+    state.servers.get(&server).is_some_and(|s| s.suspect.is_some())
+}
+
 /// The elements in which the members differ, and what each must be.
 fn differences(lists: &Lists, in_sync: &[ServerId], me: ServerId, sabotage: Sabotage) -> VecDeque<Difference> {
     if sabotage == Sabotage::NoSettlement {
@@ -950,7 +964,7 @@ pub(crate) fn finished_below(lows: &FastMap<SessionId, u64>, image: &ElementImag
     sessions.into_iter().filter_map(|s| Some((s, *lows.get(&s)?))).collect()
 }
 
-fn slot_of(state: &crate::global_state::State, key: ElementKey) -> Option<SlotId> {
+fn slot_of(state: &State, key: ElementKey) -> Option<SlotId> {
     let family = state.families.get(&key.family)?;
     let slots = state.slots.get(&family.gmap)?.len() as u32;
     let slot = crate::translator::gmap::slot_of_element(key.element, family.stripe_unit, family.shift, slots);

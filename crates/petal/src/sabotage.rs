@@ -48,6 +48,13 @@ pub enum Sabotage {
     /// `ServerDown` is not tied to the suspicion that was waited for: who was suspected once, and heard
     /// again, is declared down as soon as it is suspected the next time (counterexample F3).
     DownWithoutSuspectIndex,
+    /// The lease is judged by a clock that was read before the request was received: the process may have been
+    /// stopped in between. (The clock is read by whoever drives the core, so the rule is left out there.)
+    LeaseByEarlierClock,
+    /// The first in-sync member that is *not suspected* acts, in the same term, without the promises of those who are.
+    FirstNotSuspectedActs,
+    /// Who says goodbye goes on serving until it ends.
+    ServeAfterGoodbye,
     /// A ring member grants by what it has applied: an accepted `Suspect` that it does not know to be decided
     /// forbids nothing (counterexample F2).
     GrantByAppliedLog,
@@ -72,6 +79,10 @@ pub enum Sabotage {
     /// have a lease.
     TakeOutWithoutWait,
 
+    // ---- management
+    /// A call that narrows what data messages may do returns when its command is applied where it was asked for.
+    FenceBeforeSettled,
+
     // ---- the store
     /// Replay drops single records whose data does not match its CRC, wherever they are, and goes on
     /// behind them.
@@ -90,7 +101,7 @@ pub enum Sabotage {
 
 impl Sabotage {
     /// Every rule that can be left out.
-    pub const ALL: [Sabotage; 25] = [
+    pub const ALL: [Sabotage; 29] = [
         Sabotage::AckBeforeSecondary,
         Sabotage::NoSettlement,
         Sabotage::SettleByVersion,
@@ -103,6 +114,9 @@ impl Sabotage {
         Sabotage::ReadWithoutLease,
         Sabotage::DownWithoutSuspectIndex,
         Sabotage::GrantByAppliedLog,
+        Sabotage::LeaseByEarlierClock,
+        Sabotage::FirstNotSuspectedActs,
+        Sabotage::ServeAfterGoodbye,
         Sabotage::InSyncUnconditional,
         Sabotage::NewcomerNotCounted,
         Sabotage::InSyncWithSendsOutstanding,
@@ -111,6 +125,7 @@ impl Sabotage {
         Sabotage::ReadWhileCatchingUp,
         Sabotage::WatermarkWhileOut,
         Sabotage::TakeOutWithoutWait,
+        Sabotage::FenceBeforeSettled,
         Sabotage::ReplayDropsRecords,
         Sabotage::AckBatchesOutOfOrder,
         Sabotage::NoChain,
@@ -134,6 +149,9 @@ impl Sabotage {
             Sabotage::ReadWithoutLease => "read-without-lease",
             Sabotage::DownWithoutSuspectIndex => "down-without-suspect-index",
             Sabotage::GrantByAppliedLog => "grant-by-applied-log",
+            Sabotage::LeaseByEarlierClock => "lease-by-earlier-clock",
+            Sabotage::FirstNotSuspectedActs => "first-not-suspected-acts",
+            Sabotage::ServeAfterGoodbye => "serve-after-goodbye",
             Sabotage::InSyncUnconditional => "in-sync-unconditional",
             Sabotage::NewcomerNotCounted => "newcomer-not-counted",
             Sabotage::InSyncWithSendsOutstanding => "in-sync-with-sends-outstanding",
@@ -142,6 +160,7 @@ impl Sabotage {
             Sabotage::ReadWhileCatchingUp => "read-while-catching-up",
             Sabotage::WatermarkWhileOut => "watermark-while-out",
             Sabotage::TakeOutWithoutWait => "take-out-without-wait",
+            Sabotage::FenceBeforeSettled => "fence-before-settled",
             Sabotage::ReplayDropsRecords => "replay-drops-records",
             Sabotage::AckBatchesOutOfOrder => "ack-batches-out-of-order",
             Sabotage::NoChain => "no-chain",

@@ -317,7 +317,9 @@ impl Server {
         }
         let (server, incarnation, now) = (self.me, self.incarnation, self.now);
         let goodbye = self.has_others().then(|| {
-            self.liveness.retire();
+            if self.sabotage != Sabotage::ServeAfterGoodbye {
+                self.liveness.retire();
+            }
             self.global().propose_own(now, Command::Goodbye { server, incarnation })
         });
         if self.global.is_some() {
@@ -565,7 +567,7 @@ impl Server {
         // Who is asked follows from the present state, so that is what they must have settled: somebody who is
         // down by a later command is not waited for, and the others must know that command (2.1).
         let (servers, settled) = (settlers(state), state.index);
-        let settles = narrows && result.is_ok();
+        let settles = narrows && result.is_ok() && self.sabotage != Sabotage::FenceBeforeSettled;
         let result = result.clone();
         let settle_at = settles.then(|| (settled, servers.clone()));
         let Some(asked) = self.admin.on_executed(id, index, result, settle_at, &mut self.out) else { return };
@@ -818,7 +820,9 @@ impl Server {
                 self.on_own_server_up(id);
             }
         } else {
-            self.follow_state(Some(&effects.slots));
+            // A suspicion moves no slot.
+            let only_slots = self.sabotage != Sabotage::FirstNotSuspectedActs;
+            self.follow_state(only_slots.then_some(&effects.slots[..]));
             if !effects.servers.is_empty() || !effects.names.is_empty() {
                 self.data.want_review();
             }
@@ -903,7 +907,8 @@ impl Server {
 
     /// It has said goodbye, and that is not decided yet.
     fn is_handing_over(&self) -> bool {
-        matches!(self.stage, Stage::Stopping { goodbye: Some(_), .. }) && !self.is_out()
+        let serves_on = self.sabotage == Sabotage::ServeAfterGoodbye;
+        matches!(self.stage, Stage::Stopping { goodbye: Some(_), .. }) && !self.is_out() && !serves_on
     }
 
     fn check_stopping(&mut self) {

@@ -70,6 +70,10 @@ kinds! {
     Late => "a proposal to be in sync came too late",
     /// A server was cut off from other servers only.
     Sever => "a server was cut off from servers, not from clients",
+    /// A server was cut off from other servers for longer than they wait.
+    Isolate => "a server was cut off from servers until others acted in its place",
+    /// A server was cut off when it was about to be taken out.
+    Oust => "a server was cut off when it was about to be taken out",
     /// A server was cut off, from one other node or from all, in one direction or both.
     Partition => "a server was partitioned from others",
     /// A server was stopped and went on later, as by SIGSTOP.

@@ -70,8 +70,8 @@ pub struct SimDisk {
     pages: BTreeMap<u64, Box<[u8; PAGE]>>,
     /// Pages that cannot be read as they were written.
     bad: BTreeMap<u64, Bad>,
-    /// Writes done outside the data (the journal's batches), and how many there were when a page was written last.
-    writes: u64,
+    /// Batches of the journal that were answered, and how many there were when a page was written last, or was to be.
+    batches: u64,
     written: FastMap<u64, u64>,
     pmap: [BTreeMap<Bytes, Bytes>; TABLES],
     frontier: u64,
@@ -106,7 +106,7 @@ impl SimDisk {
             slow: (1, Instant::ZERO),
             pages: BTreeMap::new(),
             bad: BTreeMap::new(),
-            writes: 0,
+            batches: 0,
             written: FastMap::new(),
             pmap: Default::default(),
             frontier,
@@ -220,6 +220,9 @@ impl SimDisk {
                 }
             }
             DiskCommand::Write { offset, pieces } => {
+                // The superblock's copies are no batches: who dies again and again while it opens its disks writes
+                // nothing else.
+                self.batches += u64::from((SUPERBLOCKS..self.data_start).contains(&offset));
                 self.write(offset, &gather(&pieces), |_| true);
                 DiskResult::Written(Ok(()))
             }
@@ -345,7 +348,7 @@ impl SimDisk {
         let (number, page) = self.pages.range(first..).nth(at).expect("counted");
         // The blocks of the last batches are read when the disk is opened, to see where its journal ends: one that
         // is bad then is a disk that loses acknowledged writes, which is another fault.
-        let is_old = self.written.get(number).is_some_and(|written| self.writes - written >= OLD);
+        let is_old = self.written.get(number).is_some_and(|written| self.batches - written >= OLD);
         let is_empty = page.iter().all(|b| *b == 0);
         (is_old && !is_empty && !self.bad.contains_key(number)).then_some((*number, page))
     }
@@ -389,8 +392,8 @@ impl SimDisk {
             self.write(offset, data, |_| true);
         } else if draw < weights[0] + weights[1] {
             counters.count(Kind::WriteLost);
-            // A block that was bad before is looked at when the disk is opened, if the journal has its record: a second
-            // fault at that place, for which the whole disk is refused. So it is readable again, and as it was.
+            // The journal's record of it may be there: this page is one of the last batch's nevertheless. A block that
+            // was bad before is readable again, and as it was: for a second fault there the whole disk is refused.
             self.write(offset, data, |_| false);
         } else {
             counters.count(Kind::WriteTorn);
@@ -460,12 +463,10 @@ impl SimDisk {
 
     /// Writes the sectors that `keep` wants.
     fn write(&mut self, offset: u64, data: &[u8], mut keep: impl FnMut(u64) -> bool) {
-        // Batches of the journal are counted; the superblock's copies hardly matter.
-        self.writes += u64::from(offset < self.data_start);
         for (i, chunk) in data.chunks(PAGE).enumerate() {
             let number = offset / PAGE as u64 + i as u64;
             self.bad.remove(&number);
-            self.written.insert(number, self.writes);
+            self.written.insert(number, self.batches);
             let page = self.page_mut(number);
             for (s, sector) in chunk.chunks(SECTOR).enumerate() {
                 if keep((i * PAGE / SECTOR + s) as u64) {
@@ -574,6 +575,38 @@ mod tests {
         for kind in [Kind::WriteKept, Kind::WriteLost, Kind::WriteTorn] {
             assert!(counters.get(kind) > 5, "{kind:?}");
         }
+    }
+
+    /// Draws often enough to meet the page if it may go bad.
+    fn may_go_bad(disk: &mut SimDisk, page: u64) -> bool {
+        (0..100).any(|_| disk.draw_page().is_some_and(|(number, _)| number == page))
+    }
+
+    #[test]
+    fn only_batches_of_the_journal_make_a_page_old_enough_to_go_bad() {
+        let mut counters = Counters::default();
+        let mut d = disk(1);
+        d.data_start = 1 << 19;
+        let page = d.data_start / PAGE as u64;
+        d.execute(write(d.data_start, 7, PAGE));
+        for _ in 0..OLD {
+            d.execute(write(0, 1, PAGE)); // Lives that end before a batch of theirs is answered.
+            d.submit(Instant::ZERO, 1, write(8192, 2, PAGE));
+            d.crash(&mut counters);
+        }
+        assert!(!may_go_bad(&mut d, page));
+        for batch in 0..OLD {
+            d.execute(write(8192 + batch * PAGE as u64, 3, PAGE));
+        }
+        assert!(may_go_bad(&mut d, page));
+        // A write that a crash loses may have its record in the journal: then the page is read at the start.
+        let lost = counters.get(Kind::WriteLost);
+        for _ in 0..20 {
+            d.submit(Instant::ZERO, 2, write(d.data_start, 9, PAGE));
+            d.crash(&mut counters);
+            assert!(!may_go_bad(&mut d, page));
+        }
+        assert!(counters.get(Kind::WriteLost) > lost);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use petal::ids::DiskId;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
-use stdx::Instant;
+use stdx::{Duration, Instant};
 
 /// Something that will happen.
 #[derive(Clone, Debug)]
@@ -106,6 +106,20 @@ pub enum Event {
         to: usize,
         /// The message.
         frame: Bytes,
+    },
+    /// A server that another one does not hear is cut off from all others.
+    Oust {
+        /// Its host.
+        host: usize,
+        /// In which of its lives.
+        life: u64,
+    },
+    /// A server is stopped, and goes on later.
+    Freeze {
+        /// Its host.
+        host: usize,
+        /// For so long.
+        time: Duration,
     },
     /// A client thinks of something to do.
     Think {

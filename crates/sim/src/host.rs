@@ -116,6 +116,8 @@ pub struct ServerLife {
     pub open: bool,
     /// It said that it serves.
     pub ready: bool,
+    /// When it would have run first, had it not been stopped at that moment.
+    pub stopped_at: Option<Instant>,
     /// Number of the next client connection.
     pub next_client: ClientId,
 }

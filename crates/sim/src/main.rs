@@ -20,10 +20,10 @@ petal-sim: whole clusters in one thread, in virtual time, decided by a seed
   --sabotage NAME        leave out a rule, to see that it is caught (list: --sabotage help)
   --servers N  --disks N  --copies N  --operations N   instead of what the seed draws
   --fault-interval MILLISECONDS   mean time between two faults
-  --no-faults  --only-crashes  --crowded  --busy  --full  --recovering  --no-shrink  likewise
-  --only-fault KIND      this kind of fault only (again for more): crash-one, crash-all, reset, stall, ambush,
+  --no-faults  --only-crashes  --crowded  --busy  --full  --recovering  --readers  --no-shrink  likewise
+  --only-fault KIND      this kind of fault only (again for more): crash-one, crash-all, stop, reset, stall, ambush,
                          cut, hold, strand, differ, ghost, crash-client, partition, freeze, sever, relapse, lag, late,
-                         spoil, lose, hang, fail, stumble, lie
+                         spoil, lose, hang, fail, stumble, lie, isolate, oust
   --options              print what is drawn for each seed
   --judge FILE           judge what `petal history` recorded of a real cluster, instead
 
@@ -142,12 +142,14 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Arguments>, S
             "--crowded" => a.overrides.crowded = true,
             "--full" => a.overrides.full = true,
             "--busy" => a.overrides.busy = true,
+            "--readers" => a.overrides.readers = true,
             "--recovering" => a.overrides.recovering = true,
             "--only-fault" => {
                 let mut faults = a.overrides.faults.unwrap_or(FaultWeights::NONE);
                 let name = value()?;
                 let weight = match name.as_str() {
                     "crash-one" => &mut faults.crash_one,
+                    "stop" => &mut faults.stop,
                     "crash-all" => &mut faults.crash_all,
                     "reset" => &mut faults.reset,
                     "stall" => &mut faults.stall,
@@ -170,6 +172,8 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Arguments>, S
                     "fail" => &mut faults.fail,
                     "stumble" => &mut faults.stumble,
                     "lie" => &mut faults.lie,
+                    "isolate" => &mut faults.isolate,
+                    "oust" => &mut faults.oust,
                     other => return Err(format!("there is no fault '{other}' to ask for")),
                 };
                 *weight += 1;

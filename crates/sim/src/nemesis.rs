@@ -15,7 +15,7 @@ use petal::ids::{DiskId, ServerId, SlotId, Term};
 use petal::message::{Admin, AdminRequest, Body, CommandId, Message, Part, Payload};
 use petal::server::{self, Peer};
 use petal::store::{BlockSum, DiskCommand};
-use stdx::{Duration, Machine};
+use stdx::{Duration, Instant, Machine};
 
 /// A moment at which somebody is killed: while the command is in flight, or about when the message
 /// leaves or arrives.
@@ -115,7 +115,9 @@ impl World {
             23 => self.hang_disk(),
             24 => self.fail_disk(),
             25 => self.stumble(),
-            _ => self.lie(),
+            26 => self.lie(),
+            27 => self.isolate(),
+            _ => self.oust(),
         }
     }
 
@@ -538,10 +540,7 @@ impl World {
             return;
         }
         let host = *self.chaos.pick(&running);
-        let Some(at) = self.servers[host].end_point(host) else { return };
-        let is_between = |ends: [EndPoint; 2]| ends.iter().all(|e| matches!(e.node, Node::Server(_)));
-        let mut links = self.net.of(at);
-        links.retain(|(connection, _)| self.net.ends(*connection).is_some_and(is_between));
+        let mut links = self.links(host);
         if links.is_empty() {
             return;
         }
@@ -555,10 +554,68 @@ impl World {
                 self.chaos.between(1500, 3000)
             }
         };
-        let until = self.now + Duration::from_millis(millis);
+        self.sever_links(&links, Duration::from_millis(millis));
+    }
+
+    /// Connections of a host with other servers.
+    fn links(&self, host: usize) -> Vec<(ConnectionId, Side)> {
+        let Some(at) = self.servers[host].end_point(host) else { return Vec::new() };
+        let is_between = |ends: [EndPoint; 2]| ends.iter().all(|e| matches!(e.node, Node::Server(_)));
+        let mut links = self.net.of(at);
+        links.retain(|(connection, _)| self.net.ends(*connection).is_some_and(is_between));
+        links
+    }
+
+    fn sever_links(&mut self, links: &[(ConnectionId, Side)], time: Duration) {
         for (connection, side) in links {
-            self.net.stall(connection, side, until);
-            self.net.stall(connection, side.other(), until);
+            self.net.stall(*connection, *side, self.now + time);
+            self.net.stall(*connection, side.other(), self.now + time);
+        }
+    }
+
+    /// Others are silent to a server, and it to them, until they act in its place; clients reach it all the time, and
+    /// some of them have not heard of anything.
+    fn isolate(&mut self) {
+        let running = self.running();
+        if running.is_empty() {
+            return;
+        }
+        let host = *self.chaos.pick(&running);
+        let links = self.links(host);
+        if !links.is_empty() {
+            self.counters.count(Kind::Isolate);
+            let time = Duration::from_millis(self.chaos.between(1500, 3500));
+            self.sever_links(&links, time);
+        }
+    }
+
+    /// Two servers do not hear each other, and the ring hears both: one takes the other out. Just before that the
+    /// other one is cut off from all, and cannot know.
+    fn oust(&mut self) {
+        let running = self.running();
+        if running.is_empty() {
+            return;
+        }
+        let host = *self.chaos.pick(&running);
+        let links = self.links(host);
+        let Some(at) = self.servers[host].end_point(host) else { return };
+        if !links.is_empty() {
+            self.counters.count(Kind::Oust);
+            let link = *self.chaos.pick(&links);
+            self.sever_links(&[link], Duration::from_millis(2500));
+            // Who is connected and silent is taken out after a second (`SILENCE_CONNECTED`).
+            let when = self.now + Duration::from_millis(self.chaos.between(900, 1300));
+            self.queue.plan(when, Event::Oust { host, life: at.life });
+        }
+    }
+
+    pub(crate) fn on_oust(&mut self, host: usize, life: u64) {
+        let is_there = self.servers[host].end_point(host).is_some_and(|at| at.life == life);
+        if is_there && self.ending.is_faulty() {
+            self.trace.event(self.now, &[13, host as u64], || format!("host {host} is cut off"));
+            let links = self.links(host);
+            let time = Duration::from_millis(self.chaos.between(500, 1100));
+            self.sever_links(&links, time);
         }
     }
 
@@ -660,9 +717,35 @@ impl World {
     fn freeze_one(&mut self) {
         let running = self.running();
         if !running.is_empty() {
-            self.counters.count(Kind::Freeze);
             let host = *self.chaos.pick(&running);
-            self.servers[host].frozen_until = self.now + Duration::from_millis(self.chaos.between(100, 4000));
+            let time = Duration::from_millis(self.chaos.between(100, 4000));
+            let mut at = self.now;
+            if self.chaos.chance(1, 2) {
+                // By then its reads are not sent elsewhere any more: what it asked is answered by the frozen one.
+                at += Duration::from_millis(300);
+                self.leave_a_client_with(host, at + time + Duration::from_millis(50));
+            }
+            self.queue.plan(at, Event::Freeze { host, time });
+        }
+    }
+
+    pub(crate) fn on_freeze(&mut self, host: usize, time: Duration) {
+        if self.ending.is_faulty() && self.servers[host].life.is_some() {
+            self.counters.count(Kind::Freeze);
+            self.servers[host].frozen_until = self.now + time;
+        }
+    }
+
+    /// A client reaches no server but this one, so that it does not ask elsewhere what it has asked here.
+    fn leave_a_client_with(&mut self, host: usize, until: Instant) {
+        let client = self.chaos.below(self.clients.len() as u64) as usize;
+        let Some(at) = self.clients[client].end_point(client) else { return };
+        for (connection, side) in self.net.of(at) {
+            let is_other = |ends: [EndPoint; 2]| ends.iter().all(|e| e.node != Node::Server(host));
+            if self.net.ends(connection).is_some_and(is_other) {
+                self.net.stall(connection, side, until);
+                self.net.stall(connection, side.other(), until);
+            }
         }
     }
 

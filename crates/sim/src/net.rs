@@ -167,10 +167,10 @@ impl SimNet {
         was_up
     }
 
-    /// Nothing arrives at that end before `until`.
+    /// Nothing arrives at that end before `until`, nor before what was said earlier.
     pub fn stall(&mut self, id: ConnectionId, side: Side, until: Instant) {
         if let Some(end) = self.end_mut(id, side) {
-            end.stalled_until = until;
+            end.stalled_until = end.stalled_until.max(until);
         }
     }
 

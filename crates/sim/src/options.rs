@@ -73,6 +73,8 @@ pub struct Options {
     pub scrub_period: Option<Duration>,
     /// Whether the end of the run is a loss of power before everything is read again.
     pub power_loss_at_end: bool,
+    /// Every second client only reads: it does not learn from its own writes who acts by now.
+    pub readers: bool,
     /// A rule that is left out on purpose.
     pub sabotage: Sabotage,
 }
@@ -138,6 +140,11 @@ pub struct FaultWeights {
     /// A server is killed, and one of its disks has lost the last of what it had acknowledged. Drawn only by itself: any
     /// other failure before the others have put it back is a second one.
     pub lie: u64,
+    /// Cut a server off from all others, and not from clients, until others act in its place and longer.
+    pub isolate: u64,
+    /// Cut two servers off from each other, and one of them from all others at about the moment at which it is taken
+    /// out of its slots for that.
+    pub oust: u64,
 }
 
 /// How likely each operation is, relative to the others.
@@ -196,6 +203,8 @@ pub struct Overrides {
     pub recovering: bool,
     /// A fast network, fast disks, a ring of three and much time: where it is measured how long something takes.
     pub swift: bool,
+    /// Every second client only reads; and the run is long enough for several leases to end.
+    pub readers: bool,
     /// These faults only.
     pub faults: Option<FaultWeights>,
 }
@@ -235,6 +244,7 @@ impl Options {
             full: false,
             recovering: false,
             scrub_period: Some(petal::scrub::PERIOD_DEFAULT),
+            readers: false,
             power_loss_at_end: prng.chance(1, 2),
             sabotage: overrides.sabotage,
         };
@@ -243,6 +253,10 @@ impl Options {
         if servers > 1 && !overrides.crowded && more.chance(1, 3) {
             options.recover(&mut more);
         }
+        let mut last = Prng::new(more.clone().next_u64() ^ 0x0a57);
+        options.readers = last.chance(1, 4);
+        options.faults.isolate = *last.pick(&[0, 1, 3]);
+        options.faults.oust = *last.pick(&[0, 1, 2]);
         if !overrides.crowded {
             let millis = *more.pick(&[None, Some(300), Some(1000), Some(5000)]);
             options.scrub_period = millis.map(Duration::from_millis);
@@ -259,6 +273,14 @@ impl Options {
             options.fault_interval = overrides.fault_interval.or(Some(interval));
             options.faulty = Duration::from_millis(more.between(2000, 4000));
             options.operations = overrides.operations.unwrap_or(options.faulty.as_millis() as u64);
+        }
+        if overrides.readers {
+            // Time for several leases to end while those who only read still ask whom they know.
+            options.readers = true;
+            options.recovering = true;
+            options.faulty = Duration::from_millis(more.between(6000, 9000));
+            options.operations = overrides.operations.unwrap_or(options.faulty.as_millis() as u64);
+            options.fault_interval = overrides.fault_interval.or(Some(Duration::from_millis(1500)));
         }
         options
     }
@@ -364,6 +386,8 @@ impl FaultWeights {
         fail: 0,
         stumble: 0,
         lie: 0,
+        isolate: 0,
+        oust: 0,
     };
 
     fn draw(prng: &mut Prng) -> FaultWeights {
@@ -396,11 +420,13 @@ impl FaultWeights {
             fail: 0,
             stumble: 0,
             lie: 0,
+            isolate: 0,
+            oust: 0,
         }
     }
 
     /// The weights in the order of the fields.
-    pub fn list(&self) -> [u64; 27] {
+    pub fn list(&self) -> [u64; 29] {
         [
             self.crash_one,
             self.crash_several,
@@ -429,6 +455,8 @@ impl FaultWeights {
             self.fail,
             self.stumble,
             self.lie,
+            self.isolate,
+            self.oust,
         ]
     }
 }

@@ -250,6 +250,7 @@ impl World {
             let pause = match role {
                 Role::Judge => return self.judge_next(host),
                 Role::Operator => self.workload.think * 100 / self.options.mix.admin_percent.max(1) as u32,
+                Role::Data if self.only_reads(host) => self.workload.think * 4,
                 Role::Data => self.workload.think,
             };
             let early = !self.workload.is_set_up() && role == Role::Operator;
@@ -262,7 +263,7 @@ impl World {
             Role::Operator if outstanding == 0 => self.operate(host),
             Role::Operator => {}
             Role::Data if self.workload.stopped => {}
-            Role::Data if outstanding < self.options.depth => self.use_disks(host),
+            Role::Data if outstanding < self.depth_of(host) => self.use_disks(host),
             Role::Data => {}
         }
     }
@@ -270,10 +271,20 @@ impl World {
     // --------------------------------------------------------------------------------------------
     // Data clients.
 
+    fn only_reads(&self, host: usize) -> bool {
+        self.options.readers && host.is_multiple_of(2)
+    }
+
+    /// Who only reads goes on asking while nobody answers: what it asks late must be answered by what is true then.
+    fn depth_of(&self, host: usize) -> usize {
+        if self.only_reads(host) { self.options.depth * 32 } else { self.options.depth }
+    }
+
     fn use_disks(&mut self, host: usize) {
         let Some(life) = &self.clients[host].life else { return };
         let sessions = life.user.sessions.clone();
         let attaching = life.user.asked.values().any(|a| matches!(a, Asked::Attach { .. }));
+        let only_reads = self.only_reads(host);
         let prng = &mut self.workload.prng;
         if sessions.is_empty() || (sessions.len() < 2 && prng.chance(1, 40)) {
             if !attaching {
@@ -284,6 +295,9 @@ impl World {
         let held = prng.pick(&sessions).clone();
         if held.shrinking {
             return;
+        }
+        if only_reads {
+            return self.read(host, held);
         }
         let mix = self.options.mix;
         if prng.chance(mix.detach, 150) {

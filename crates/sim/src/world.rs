@@ -24,6 +24,7 @@ use petal::client::{self, Client, ClientConfig};
 use petal::global_state::{Genesis, GenesisServer};
 use petal::ids::{ClusterId, DiskId, Incarnation, ServerId, SlotId, Term};
 use petal::message::{Body, Message, Part, Replicate};
+use petal::sabotage::Sabotage;
 use petal::server::{self, Peer, Server};
 use petal::store::{DiskCommand, OpId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -184,6 +185,8 @@ impl World {
             Event::Replace { host, disks } => self.on_replace(host, disks),
             Event::Cut { connection } => self.on_cut(connection),
             Event::Ghost { from, to, frame } => self.on_ghost(from, to, frame),
+            Event::Oust { host, life } => self.on_oust(host, life),
+            Event::Freeze { host, time } => self.on_freeze(host, time),
             Event::Think { client, life } => self.on_think(client, life),
             Event::Phase => self.on_phase(),
         }
@@ -248,7 +251,7 @@ impl World {
         let local = machine.clock.local(self.now);
         let server = Server::start(local, formatting::server_config(options, host, local), disks);
         let driver = Driver::new(machine.lives);
-        machine.life = Some(ServerLife { server, driver, open: false, ready: false, next_client: 1 });
+        machine.life = Some(ServerLife { server, driver, open: false, ready: false, stopped_at: None, next_client: 1 });
         self.run_server(host);
     }
 
@@ -567,6 +570,9 @@ impl World {
             && self.now < self.servers[host].frozen_until
         {
             let at = self.servers[host].frozen_until;
+            if let Some(life) = &mut self.servers[host].life {
+                life.stopped_at.get_or_insert(self.now);
+            }
             return self.queue.plan(at, Event::Run { node, life });
         }
         self.trace.event(self.now, &[6, number(node)], || format!("{node:?} runs"));
@@ -605,7 +611,7 @@ impl World {
     /// As `petal_io::server` does it: all that has arrived goes in, then the wake-up if it is due, then
     /// all outputs come out; outputs from before a connection changed are carried out before it changes.
     fn run_server(&mut self, host: usize) {
-        let local = self.servers[host].clock.local(self.now);
+        let local = self.servers[host].clock.local(self.read_clock(host));
         while let Some(arrival) = self.next_at_server(host) {
             if matches!(arrival, Arrival::Up { .. } | Arrival::Down { .. }) {
                 self.carry_out_all(host);
@@ -633,6 +639,13 @@ impl World {
             self.complain(complaint);
         }
         self.plan_tick(Node::Server(host), wanted);
+    }
+
+    /// The clock is read after what is handed in was received, however long the process was stopped before.
+    fn read_clock(&mut self, host: usize) -> Instant {
+        let stopped_at = self.servers[host].life.as_mut().and_then(|life| life.stopped_at.take());
+        let is_early = self.options.sabotage == Sabotage::LeaseByEarlierClock;
+        stopped_at.filter(|_| is_early).unwrap_or(self.now)
     }
 
     fn next_at_server(&mut self, host: usize) -> Option<Arrival<server::Input, Peer>> {

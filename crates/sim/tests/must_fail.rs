@@ -138,6 +138,64 @@ fn a_watermark_that_passes_unfinished_writes() {
     must_be_caught(Sabotage::WatermarkSkipsUnfinished, 120, busy(3, FaultWeights { hold: 1, ..FaultWeights::NONE }));
 }
 
+/// Some only read, and the run is long enough for leases to end: what they are shown by a server that nobody else hears
+/// any more shows whether it may still answer.
+fn reading(faults: FaultWeights) -> Overrides {
+    Overrides { readers: true, ..busy(2, faults) }
+}
+
+/// A server that is cut off from all others is read by a client that has not heard of it.
+#[test]
+fn reads_without_a_lease() {
+    let ground = reading(FaultWeights { isolate: 1, ..FaultWeights::NONE });
+    must_be_caught_within(Sabotage::ReadWithoutLease, 15..75, ground);
+}
+
+/// A server is taken out, does not know it, and has a lease.
+#[test]
+fn serving_at_once_when_a_member_was_taken_out() {
+    let ground = reading(FaultWeights { oust: 1, ..FaultWeights::NONE });
+    must_be_caught_within(Sabotage::TakeOutWithoutWait, 5..65, ground);
+}
+
+/// A server was stopped, and others act in its place when it goes on.
+#[test]
+fn a_lease_that_is_judged_by_a_clock_that_was_read_before() {
+    let ground = reading(FaultWeights { freeze: 1, ..FaultWeights::NONE });
+    must_be_caught_within(Sabotage::LeaseByEarlierClock, 20..100, ground);
+}
+
+/// A disk is taken over; a server that has not heard of it acknowledges what the old holder asks.
+#[test]
+fn a_fence_that_returns_before_it_is_settled() {
+    let faults = Some(FaultWeights { isolate: 1, ..FaultWeights::NONE });
+    let ground = Overrides {
+        servers: Some(3),
+        copies: Some(1),
+        readers: true,
+        no_shrink: true,
+        operations: Some(20_000),
+        fault_interval: Some(Duration::from_millis(2500)),
+        faults,
+        ..Overrides::default()
+    };
+    must_be_caught_within(Sabotage::FenceBeforeSettled, 10..100, ground);
+}
+
+/// Suspicion moves who acts, and not the term.
+#[test]
+fn two_primaries_in_one_term() {
+    let ground = reading(FaultWeights { isolate: 1, ..FaultWeights::NONE });
+    must_be_caught(Sabotage::FirstNotSuspectedActs, 20, ground);
+}
+
+/// A server that has said goodbye need not be waited for: unless it goes on serving.
+#[test]
+fn serving_after_goodbye() {
+    let ground = reading(FaultWeights { stop: 1, ..FaultWeights::NONE });
+    must_be_caught(Sabotage::ServeAfterGoodbye, 20, ground);
+}
+
 #[test]
 fn acknowledging_before_the_secondary_is_stable() {
     must_be_caught(Sabotage::AckBeforeSecondary, 150, replicated());

@@ -1175,7 +1175,9 @@ impl DataAccess {
                 continue;
             }
             let index = self.slot_index(ctx, *id);
-            if self.slots[index].term != slot.term {
+            let moves = self.sabotage == Sabotage::FirstNotSuspectedActs
+                && self.slots[index].primary != self.who_acts(ctx.state, slot);
+            if self.slots[index].term != slot.term || moves {
                 self.change_term(ctx, index, &mut asks);
             }
         }
