@@ -3,7 +3,7 @@
 use crate::disk::Ticket;
 use crate::net::{ConnectionId, Node, Side};
 use bytes::Bytes;
-use petal::ids::DiskId;
+use petal::ids::{DiskId, Incarnation};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use stdx::{Duration, Instant};
@@ -132,6 +132,8 @@ pub enum Event {
     Lose {
         /// Which.
         host: usize,
+        /// The life that ended.
+        life: Incarnation,
         /// How often it was looked.
         tries: u32,
     },

@@ -11,7 +11,7 @@ use crate::workload::draw_weighted;
 use crate::world::World;
 use bytes::Bytes;
 use petal::global_state::{Command, ServerState, State};
-use petal::ids::{DiskId, ServerId, SlotId, Term};
+use petal::ids::{DiskId, Incarnation, ServerId, SlotId, Term};
 use petal::message::{Admin, AdminRequest, Body, CommandId, Message, Part, Payload};
 use petal::server::{self, Peer};
 use petal::store::{BlockSum, DiskCommand};
@@ -357,25 +357,29 @@ impl World {
         let running = self.running();
         if running.len() > 1 && !self.servers.iter().any(|s| s.losing) {
             let host = *self.chaos.pick(&running);
-            self.servers[host].losing = true;
+            let machine = &mut self.servers[host];
+            machine.losing = true;
+            let life = machine.life.as_ref().expect("it runs").server.incarnation();
             self.crash_server(host);
-            self.queue.plan(self.now, Event::Lose { host, tries: 0 });
+            self.queue.plan(self.now, Event::Lose { host, life, tries: 0 });
         }
     }
 
     /// Waits until the server is in no in-sync set; then some of its disks are gone. If that takes too long it comes
     /// back with all of them.
-    pub(crate) fn on_lose(&mut self, host: usize, tries: u32) {
+    pub(crate) fn on_lose(&mut self, host: usize, life: Incarnation, tries: u32) {
         let Some(id) = self.servers[host].id else { return };
+        // (A state from before that life says nothing about it.)
         let needs = |s: &State| {
-            s.servers.get(&id).is_none_or(|x| !x.down) || s.all_slots().any(|(_, slot)| slot.in_sync().any(|m| m == id))
+            let is_down = s.servers.get(&id).is_some_and(|x| x.down && x.incarnation == life);
+            !is_down || s.all_slots().any(|(_, slot)| slot.in_sync().any(|m| m == id))
         };
         if self.newest_state().is_none_or(needs) {
             if tries == 60 {
                 self.servers[host].losing = false;
                 return self.plan_start(Node::Server(host), self.now);
             }
-            return self.queue.plan(self.now + Duration::from_millis(50), Event::Lose { host, tries: tries + 1 });
+            return self.queue.plan(self.now + Duration::from_millis(50), Event::Lose { host, life, tries: tries + 1 });
         }
         let machine = &mut self.servers[host];
         let only = self.chaos.chance(1, 2).then(|| self.chaos.below(machine.disks.len() as u64) as usize);

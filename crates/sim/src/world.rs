@@ -181,7 +181,7 @@ impl World {
             Event::Fault => self.on_fault(),
             Event::Ambush { host } => self.on_ambush(host),
             Event::Bury { host, life } => self.on_bury(host, life),
-            Event::Lose { host, tries } => self.on_lose(host, tries),
+            Event::Lose { host, life, tries } => self.on_lose(host, life, tries),
             Event::Replace { host, disks } => self.on_replace(host, disks),
             Event::Cut { connection } => self.on_cut(connection),
             Event::Ghost { from, to, frame } => self.on_ghost(from, to, frame),
