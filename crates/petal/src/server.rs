@@ -6,9 +6,7 @@ use crate::data_access::{Context, DataAccess};
 use crate::desk::Desk;
 use crate::disk_times::DiskTimes;
 use crate::disk_watch::DiskWatch;
-use crate::global_state::{
-    Command, CommandError, Effects, Entry, Genesis, GlobalOutput, GlobalState, ServerState, State,
-};
+use crate::global_state::{Command, CommandError, Effects, Entry, Genesis, GlobalOutput, GlobalState, State};
 use crate::ids::*;
 use crate::liveness::{Liveness, LivenessOutput};
 use crate::message::*;
@@ -306,38 +304,6 @@ impl Server {
     /// Data access, for checkers.
     pub fn data(&self) -> &DataAccess {
         &self.data
-    }
-
-    /// Begins to stop. Its last read is served and its last write acknowledged *before* it says `Goodbye`, so
-    /// the others need not wait for its lease to end. It still takes in what primaries send, and answers
-    /// promises, until it is out: writes go on meanwhile.
-    fn shut_down(&mut self) {
-        if matches!(self.stage, Stage::Stopping { .. }) {
-            return;
-        }
-        let (server, incarnation, now) = (self.me, self.incarnation, self.now);
-        let goodbye = self.has_others().then(|| {
-            if self.sabotage != Sabotage::ServeAfterGoodbye {
-                self.liveness.retire();
-            }
-            self.global().propose_own(now, Command::Goodbye { server, incarnation })
-        });
-        if self.global.is_some() {
-            self.with_data(|data, ctx| data.run_scrub(ctx, false));
-        }
-        self.stage = Stage::Stopping { deadline: now + STOP_DEADLINE, goodbye };
-    }
-
-    /// It serves, and others may act in its place.
-    fn has_others(&self) -> bool {
-        let is_live = |(server, s): (&ServerId, &ServerState)| *server != self.me && s.incarnation.0 > 0 && !s.down;
-        self.stage == Stage::Running && self.state().is_some_and(|s| s.servers.iter().any(is_live))
-    }
-
-    /// The cluster knows that this life is over.
-    fn is_out(&self) -> bool {
-        let own = self.state().and_then(|s| s.servers.get(&self.me));
-        own.is_some_and(|s| s.down && s.incarnation == self.incarnation)
     }
 
     // --------------------------------------------------------------------------------------------
@@ -903,27 +869,6 @@ impl Server {
             self.growth_retry = Some(self.now + GROWTH_RETRY);
         }
         self.check_stopping();
-    }
-
-    /// It has said goodbye, and that is not decided yet.
-    fn is_handing_over(&self) -> bool {
-        let serves_on = self.sabotage == Sabotage::ServeAfterGoodbye;
-        matches!(self.stage, Stage::Stopping { goodbye: Some(_), .. }) && !self.is_out() && !serves_on
-    }
-
-    fn check_stopping(&mut self) {
-        let Stage::Stopping { deadline, goodbye } = self.stage else { return };
-        let over = match (goodbye, &self.global) {
-            (Some(id), Some(global)) => match global.state().result(&id) {
-                // Who leads the ring tells the others first: they would only learn it from the next leader.
-                Some((index, _)) => !global.leads() || global.is_known_to_all(*index),
-                None => false,
-            },
-            _ => self.data.operations() == 0,
-        };
-        if over || self.now >= deadline {
-            self.out.push_back(self.last_word.clone().unwrap_or(Output::Stopped));
-        }
     }
 }
 

@@ -27,6 +27,7 @@ mod replica;
 mod stream;
 mod sweep;
 mod verify;
+mod watermarks;
 mod window;
 
 use crate::global_state::State;
@@ -902,15 +903,6 @@ impl DataAccess {
         self.finish_write(ctx, operation, Ok(()));
     }
 
-    fn watermark_moved(&mut self, now: Instant, index: SlotIndex) {
-        let slot = &mut self.slots[index];
-        if !slot.watermark_due {
-            slot.watermark_due = true;
-            self.watermarks_due.push(index);
-            self.watermark_timer.get_or_insert(now + WATERMARK_DELAY);
-        }
-    }
-
     fn finish_write(&mut self, ctx: &mut Context, number: OpNumber, result: Result<(), Refusal>) {
         let op = self.operations.remove(&number).expect("an operation to finish exists");
         let Kind::Write(w) = &op.kind else { unreachable!("only writes finish as writes") };
@@ -1366,36 +1358,6 @@ impl DataAccess {
             if self.starved.len() > before {
                 blocked.insert(slot);
             }
-        }
-    }
-
-    fn send_watermarks(&mut self, ctx: &mut Context) {
-        self.watermark_timer = None;
-        let mut told: BTreeMap<ServerId, Vec<SlotWatermark>> = BTreeMap::new();
-        for index in std::mem::take(&mut self.watermarks_due) {
-            let slot = &mut self.slots[index];
-            if !std::mem::take(&mut slot.watermark_due) {
-                continue;
-            }
-            let Some(acting) = slot.acting.as_ref().filter(|a| a.is_serving()) else { continue };
-            let own = ctx.stores.durable_watermark(slot.id);
-            let lowest = acting.durable.values().copied().fold(own, Version::min);
-            // A member that is away will ask for what it missed.
-            if ctx.state.slot(slot.id).is_some_and(|s| s.tuple.iter().all(|m| m.in_sync)) {
-                slot.lowest_durable = slot.lowest_durable.max(lowest);
-            }
-            ctx.stores.forget_changes(slot.id, slot.lowest_durable);
-            for receiver in acting.streams.keys() {
-                told.entry(*receiver).or_default().push(SlotWatermark {
-                    slot: slot.id,
-                    term: slot.term,
-                    watermark: slot.watermark,
-                    lowest: slot.lowest_durable,
-                });
-            }
-        }
-        for (to, slots) in told {
-            ctx.send(Peer::Server(to), Body::Watermarks(Watermarks { slots }));
         }
     }
 

@@ -8,6 +8,7 @@ mod arguments;
 mod command;
 mod ring;
 mod room;
+mod servers;
 mod state;
 
 pub use command::{Attachment, Command, CommandError, Entry, Genesis, GenesisServer, Outcome};

@@ -1,20 +1,75 @@
-//! How a server whose disk hangs or fails goes out of the way of the others (design 2.5, 2.10).
+//! How a server stops: as it was told to, handing over; or because a disk of it hangs or has failed, out of the way of the
+//! others (design 2.5, 2.10).
 //!
-//! It gives up its lease, tells the ring (`DiskFailed`), and ends its life when that is decided, or a moment later: it may
+//! For a disk it gives up its lease, tells the ring (`DiskFailed`), and ends its life when that is decided, or a moment later: it may
 //! never hear of it. A disk that hangs may answer again, so there the process begins a new life; a disk that
 //! has failed ends the process, with what to do. Which disk is in trouble is `disk_watch.rs`.
 
-use super::{GlobalState, Output, Server, Stage};
+use super::{GlobalState, Output, STOP_DEADLINE, Server, Stage};
 use crate::disk_watch::Trouble;
-use crate::global_state::Command;
+use crate::global_state::{Command, ServerState};
 use crate::ids::ServerId;
 use crate::limits::TEXT_MAX;
+use crate::sabotage::Sabotage;
 use stdx::Duration;
 
 /// How long one whose disk does not work waits until that is decided; it may never hear.
 const LEAVE_DEADLINE: Duration = Duration::from_millis(300);
 
 impl Server {
+    /// Begins to stop. Its last read is served and its last write acknowledged *before* it says `Goodbye`, so
+    /// the others need not wait for its lease to end. It still takes in what primaries send, and answers
+    /// promises, until it is out: writes go on meanwhile.
+    pub(super) fn shut_down(&mut self) {
+        if matches!(self.stage, Stage::Stopping { .. }) {
+            return;
+        }
+        let (server, incarnation, now) = (self.me, self.incarnation, self.now);
+        let goodbye = self.has_others().then(|| {
+            if self.sabotage != Sabotage::ServeAfterGoodbye {
+                self.liveness.retire();
+            }
+            self.global().propose_own(now, Command::Goodbye { server, incarnation })
+        });
+        if self.global.is_some() {
+            self.with_data(|data, ctx| data.run_scrub(ctx, false));
+        }
+        self.stage = Stage::Stopping { deadline: now + STOP_DEADLINE, goodbye };
+    }
+
+    /// It serves, and others may act in its place.
+    pub(super) fn has_others(&self) -> bool {
+        let is_live = |(server, s): (&ServerId, &ServerState)| *server != self.me && s.incarnation.0 > 0 && !s.down;
+        self.stage == Stage::Running && self.state().is_some_and(|s| s.servers.iter().any(is_live))
+    }
+
+    /// The cluster knows that this life is over.
+    pub(super) fn is_out(&self) -> bool {
+        let own = self.state().and_then(|s| s.servers.get(&self.me));
+        own.is_some_and(|s| s.down && s.incarnation == self.incarnation)
+    }
+
+    /// It has said goodbye, and that is not decided yet.
+    pub(super) fn is_handing_over(&self) -> bool {
+        let serves_on = self.sabotage == Sabotage::ServeAfterGoodbye;
+        matches!(self.stage, Stage::Stopping { goodbye: Some(_), .. }) && !self.is_out() && !serves_on
+    }
+
+    pub(super) fn check_stopping(&mut self) {
+        let Stage::Stopping { deadline, goodbye } = self.stage else { return };
+        let over = match (goodbye, &self.global) {
+            (Some(id), Some(global)) => match global.state().result(&id) {
+                // Who leads the ring tells the others first: they would only learn it from the next leader.
+                Some((index, _)) => !global.leads() || global.is_known_to_all(*index),
+                None => false,
+            },
+            _ => self.data.operations() == 0,
+        };
+        if over || self.now >= deadline {
+            self.out.push_back(self.last_word.clone().unwrap_or(Output::Stopped));
+        }
+    }
+
     /// The ring can decide without this server, as far as it knows.
     fn ring_needs_it(&self) -> bool {
         let Some(state) = self.state() else { return true };
@@ -51,7 +106,7 @@ impl Server {
         }
         let advice = format!(
             "{why}; the others go on with their copies. See what is wrong with the disk (dmesg, smartctl), and start the \
-             server again when it works; a disk that does not must be replaced (docs/operating.md)"
+             server again when it works; one that does not is lost: put another in its place, and see `petal rejoin --help`"
         );
         self.leave(short(why), Output::Fatal(advice));
     }
