@@ -49,6 +49,9 @@ pub struct ServerConfig {
     /// Hours in which every block is read once in the background; 0: only when `petal scrub` asks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scrub_hours: Option<u64>,
+    /// It only votes in the ring, and gets no data.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub witness: bool,
 }
 
 /// Whose disks they should be; what is not said is not compared.

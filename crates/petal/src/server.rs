@@ -118,6 +118,8 @@ pub struct ServerConfig {
     pub addresses: Vec<String>,
     /// Bounds of memory.
     pub store: StoreConfig,
+    /// It only votes: it tells of no room for data, so that nothing is placed on it.
+    pub witness: bool,
     /// How it looks for bad blocks.
     pub scrub: ScrubConfig,
     /// A rule left out, to test the checkers. Always `Sabotage::None` in a real server.
@@ -207,8 +209,9 @@ impl Server {
         let (me, genesis, votes_lost) = (superblock.server, superblock.genesis.clone(), superblock.votes_lost);
         let last = disks.iter().map(|d| d.superblock.incarnation.0).max().expect("at least one");
         let incarnation = Incarnation(last + 1);
+        let room = |s: &crate::store::superblock::Superblock| if config.witness { 0 } else { s.data_capacity() };
         let disks_found =
-            disks.iter().map(|d| (d.superblock.disk, d.superblock.incarnation, d.superblock.data_capacity())).collect();
+            disks.iter().map(|d| (d.superblock.disk, d.superblock.incarnation, room(&d.superblock))).collect();
         let store = StoreConfig { sabotage: config.sabotage, ..config.store };
         Server {
             me,

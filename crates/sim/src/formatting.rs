@@ -91,6 +91,7 @@ pub fn server_config(options: &Options, host: usize, now: Instant) -> ServerConf
         scrub: ScrubConfig { period: options.scrub_period, unix_seconds: now.as_nanos() / 1_000_000_000 },
         sabotage: options.sabotage,
         // No disk is copied here: the number of a life is enough.
+        witness: false,
         salt: 0,
     }
 }

@@ -284,6 +284,78 @@ pub fn init_and_join(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
+/// A ring of three of which one has no data: two copies on two machines, and any one of the three may fail.
+pub fn two_machines_and_a_witness(cluster: &Cluster) -> Result<()> {
+    let folder = cluster.folder();
+    let addresses: Vec<String> = (0..3).map(|n| format!("127.0.0.1:{}", free_port(n))).collect();
+    let path = |name: String| folder.join(name).display().to_string();
+    let own = |n: usize| -> Vec<String> {
+        let mut words = vec!["--disk".into(), path(format!("disk{n}")), "--config".into(), path(format!("s{n}.toml"))];
+        words.extend(if n == 3 { vec!["--witness".into()] } else { vec!["--disk-size".into(), "2GiB".into()] });
+        words
+    };
+    let out = read(cluster.petal().args(["init", "--json", "--ring", &addresses.join(",")]).args(own(1)))?;
+    let out: serde_json::Value = serde_json::from_str(&out)?;
+    let token = out["token"].as_str().context("init printed no join token")?.to_string();
+    for n in [2, 3] {
+        read(cluster.petal().args(["join", &token, "--listen", &addresses[n - 1]]).args(own(n)))?;
+    }
+    let log = |n: usize| -> Result<std::process::Stdio> {
+        Ok(std::fs::OpenOptions::new().create(true).append(true).open(folder.join(format!("server{n}.log")))?.into())
+    };
+    let start = |n: usize| -> Result<std::process::Child> {
+        let mut server = cluster.petal();
+        server.args(["server", "--config", &path(format!("s{n}.toml"))]).stdout(log(n)?).stderr(log(n)?);
+        Ok(server.spawn()?)
+    };
+    let mut servers = Servers((1..=3).map(start).collect::<Result<_>>()?);
+    let at = |arguments: &[&str]| read(cluster.petal().args(["--cluster", &addresses.join(",")]).args(arguments));
+    let status = || -> Result<serde_json::Value> { Ok(serde_json::from_str(&at(&["status", "--json"])?)?) };
+    let all = |state: &str| {
+        let state = state.to_string();
+        Cluster::wait_for("all three serve, with all data on two copies", Duration::from_secs(30), || {
+            status().is_ok_and(|s| {
+                let servers = s["servers"].as_array().cloned().unwrap_or_default();
+                servers.len() == 3 && servers.iter().all(|s| s["state"] == state) && s["redundancy"]["full"] == true
+            })
+        })
+    };
+    Cluster::wait_for("three servers are up", Duration::from_secs(20), || {
+        status().is_ok_and(|s| {
+            s["servers"].as_array().is_some_and(|all| all.len() == 3 && all.iter().all(|s| s["state"] == "up"))
+        })
+    })?;
+    at(&["disk", "create", "d", "1GiB"])?;
+    let three = cluster
+        .petal()
+        .args(["--cluster", &addresses[0], "disk", "create", "three", "1GiB", "--copies", "3"])
+        .output()?;
+    ensure!(!three.status.success(), "three copies need three servers with room");
+    let socket = path("nbd.sock".into());
+    let mut nbd = cluster.petal();
+    nbd.args(["--cluster", &addresses.join(","), "nbd", "--socket", &socket]).stdout(log(9)?).stderr(log(9)?);
+    servers.0.push(nbd.spawn()?);
+    Cluster::wait_for("NBD is served", Duration::from_secs(10), || std::path::Path::new(&socket).exists())?;
+    let uri = format!("nbd+unix:///d?socket={socket}");
+    for victim in [2, 3, 1] {
+        let child = &mut servers.0[victim - 1];
+        child.kill()?;
+        child.wait()?;
+        let code = format!("[h.pwrite(b'{victim}' * 65536, i << 20) for i in range(64)]");
+        read(nbdsh().args(["-u", &uri, "-c", &code]))?;
+        servers.0[victim - 1] = start(victim)?;
+        all("up")?;
+    }
+    let status = status()?;
+    let witness =
+        status["servers"].as_array().into_iter().flatten().find(|s| s["id"] == "s3").cloned().context("s3")?;
+    ensure!(witness["witness"] == true && witness["slots_acting"] == 0, "it votes and has no data: {witness}");
+    let code = "assert all(h.pread(65536, i << 20) == b'1' * 65536 for i in range(64)), 'a write is lost'";
+    read(nbdsh().args(["-u", &uri, "-c", code]))?;
+    at(&["verify"])?;
+    Ok(())
+}
+
 /// Servers of a scenario; ended with it.
 #[derive(Default)]
 struct Servers(Vec<std::process::Child>);

@@ -6,6 +6,7 @@ use crate::server_config::ServerConfig;
 use anyhow::{Context, Result, bail, ensure};
 use petal::global_state::{Genesis, GenesisServer};
 use petal::ids::{ClusterId, ServerId};
+use petal::store::layout::DISK_SIZE_MIN;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
@@ -45,6 +46,9 @@ pub struct OwnServer {
     /// Size of each disk file; block devices are used whole
     #[arg(long, value_parser = output::parse_size)]
     pub disk_size: Option<u64>,
+    /// This server only votes in the ring, as the third beside two machines with data; a file of 128 MiB will do
+    #[arg(long)]
+    pub witness: bool,
     /// Where to write the server's config file
     #[arg(long, default_value = "server.toml", value_name = "FILE")]
     pub config: PathBuf,
@@ -100,13 +104,15 @@ pub fn prepare(own: &OwnServer, genesis: &Genesis, server: ServerId, address: &s
     ensure!(!config_path.exists(), "{} exists already; name another with --config", config_path.display());
     let absolute = |path: &PathBuf| std::path::absolute(path).with_context(|| format!("{} is no path", path.display()));
     let disks: Vec<PathBuf> = own.disks.iter().map(absolute).collect::<Result<_>>()?;
-    disk_files::format(&disks, own.disk_size, genesis, server, own.force)?;
+    let size = own.disk_size.or(own.witness.then_some(DISK_SIZE_MIN));
+    disk_files::format(&disks, size, genesis, server, own.force)?;
     let cluster = Some(genesis.cluster.to_string());
     let config = ServerConfig {
         server: Some(server.0),
         cluster,
         listen: vec![address.into()],
         disks,
+        witness: own.witness,
         ..ServerConfig::default()
     };
     std::fs::create_dir_all(config_path.parent().unwrap_or(Path::new(".")))?;

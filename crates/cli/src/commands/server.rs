@@ -112,6 +112,7 @@ async fn live(
             cache_elements: config.cache_elements.unwrap_or(CACHE_ELEMENTS_DEFAULT),
             ..StoreConfig::default()
         },
+        witness: config.witness,
         scrub: config.scrub(),
         sabotage: Sabotage::None,
         salt: disk_files::random()? as u64,

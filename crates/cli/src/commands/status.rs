@@ -68,6 +68,7 @@ struct ServerReport {
     /// Why it went down, if by itself for a disk.
     why_down: Option<String>,
     ring: bool,
+    witness: bool,
     leads: bool,
     status: Option<ServerStatus>,
     scrub: Option<ScrubStatus>,
@@ -117,6 +118,7 @@ async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report>
             down: known.down,
             why_down: if known.down { why_down(&log, *id) } else { None },
             ring: state.ring.members.iter().any(|m| m.server == *id),
+            witness: known.incarnation.0 > 0 && known.weight == 0,
             leads: leader == Some(*id),
             status,
             scrub: scrub.flatten(),
@@ -215,14 +217,7 @@ impl Report {
                 server.state.into(),
                 server.status.as_ref().map_or("-", |s| if s.lease { "held" } else { "none" }).into(),
                 server.pid.map_or("-".into(), |p| p.to_string()),
-                if server.leads {
-                    "leads"
-                } else if server.ring {
-                    "member"
-                } else {
-                    "learns"
-                }
-                .into(),
+                server.part_in_ring().into(),
                 output::size(used),
                 output::size(capacity),
                 acting,
@@ -249,6 +244,16 @@ impl Report {
 
 impl ServerReport {
     /// What it means that it is not up.
+    fn part_in_ring(&self) -> &'static str {
+        match (self.leads, self.ring, self.witness) {
+            (true, _, false) => "leads",
+            (true, _, true) => "leads, witness",
+            (_, true, false) => "member",
+            (_, true, true) => "witness",
+            _ => "learns",
+        }
+    }
+
     fn sentence(&self) -> String {
         let id = self.id;
         match (self.state, self.suspected_since) {
@@ -294,6 +299,7 @@ impl ServerReport {
             "suspected_since": self.suspected_since,
             "lease": status.map(|s| s.lease),
             "ring": self.ring,
+            "witness": self.witness,
             "leads": self.leads,
             "incarnation": status.map(|s| s.incarnation.0),
             "state_index": status.map(|s| s.state_index),
