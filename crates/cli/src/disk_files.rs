@@ -2,7 +2,7 @@
 
 use crate::server_config::Owner;
 use anyhow::{Context, Result, bail, ensure};
-use petal::global_state::Genesis;
+use petal::global_state::{Genesis, State};
 use petal::ids::{ClusterId, DiskId, Incarnation, ServerId};
 use petal::store::OpenDisk;
 use petal::store::superblock::{FormatParams, Superblock};
@@ -50,8 +50,8 @@ pub fn format(paths: &[PathBuf], size: Option<u64>, genesis: &Genesis, server: S
     let disks: Vec<DiskId> = paths.iter().map(|_| random().map(DiskId)).collect::<Result<_>>()?;
     for (path, disk) in paths.iter().zip(&disks) {
         let (size, genesis, disks) = (size_of(path, size)?, genesis.clone(), disks.clone());
-        let (incarnation, votes_lost) = (Incarnation(0), false);
-        format_one(path, FormatParams { genesis, server, disk: *disk, disks, size, incarnation, votes_lost }, force)?;
+        let (incarnation, votes_from) = (Incarnation(0), 0);
+        format_one(path, FormatParams { genesis, server, disk: *disk, disks, size, incarnation, votes_from }, force)?;
     }
     Ok(())
 }
@@ -74,47 +74,107 @@ const VOTES_ON: usize = petal::store::META_COPIES;
 
 /// The disks of a server that has lost some.
 pub struct Replacement {
-    /// Those that are there, in the order of their superblocks' list.
-    pub kept: Vec<(PathBuf, FoundDisk, Superblock)>,
-    /// Those that are to be made.
-    pub lost: Vec<PathBuf>,
-    /// What they will be called.
-    new: Vec<DiskId>,
-    /// What it voted in the ring was on the lost ones.
-    pub votes_lost: bool,
-    /// The cluster, if a kept disk knows it.
-    pub genesis: Option<Genesis>,
+    server: ServerId,
+    /// Those that are there, in the order of their superblocks' list; locked.
+    kept: Vec<(PathBuf, FoundDisk, Superblock)>,
+    /// Those that are to be made, with what they will be called.
+    lost: Vec<(PathBuf, DiskId)>,
+    /// What can be read on those that are there although they are lost.
+    foreign: Vec<(PathBuf, Superblock)>,
 }
 
 impl Replacement {
-    /// Tells what is there from what is not. `lost` are not looked at. Kept ones are locked.
-    pub fn find(paths: &[PathBuf], lost: &[PathBuf], server: ServerId) -> Result<Replacement> {
-        let is_lost = |path: &&PathBuf| lost.contains(path) || (!path.exists() && !path.is_symlink());
-        let (lost, there): (Vec<&PathBuf>, Vec<&PathBuf>) = paths.iter().partition(is_lost);
-        let mut kept = Vec::new();
-        for path in there {
+    /// Tells what is there from what is not. `lost` are to be made anew although they are there: they must look like
+    /// disks of Petal, unless `force`.
+    pub fn find(paths: &[PathBuf], lost: &[PathBuf], server: ServerId, force: bool) -> Result<Replacement> {
+        let mut found = Replacement { server, kept: Vec::new(), lost: Vec::new(), foreign: Vec::new() };
+        for path in paths {
+            let is_named = lost.contains(path);
+            if !is_there(path)? {
+                found.lost.push((path.clone(), DiskId(random()?)));
+                continue;
+            }
             let what = || format!("if {} is lost, say so with --lost {0}", path.display());
-            let disk = petal_io::disk::open_disk(path, DirectIo::WherePossible).with_context(what)?;
-            let superblock = choose(path, &disk.superblocks).with_context(what)?;
-            check_length(path, &disk, &superblock).with_context(what)?;
+            let disk = petal_io::disk::open_disk(path, DirectIo::WherePossible);
+            let disk = if is_named { disk? } else { disk.with_context(what)? };
+            match (choose(path, &disk.superblocks), is_named) {
+                (Ok(superblock), true) => found.foreign.push((path.clone(), superblock)),
+                (Err(error), true) => ensure!(
+                    force || disk.superblocks.iter().all(|b| *b == 0),
+                    "{error:#}: to overwrite it nevertheless, whatever it is, add --force"
+                ),
+                (superblock, false) => {
+                    let superblock = superblock.with_context(what)?;
+                    check_length(path, &disk, &superblock).with_context(what)?;
+                    found.kept.push((path.clone(), disk, superblock));
+                    continue;
+                }
+            }
+            found.lost.push((path.clone(), DiskId(random()?)));
+        }
+        found.kept.sort_by_key(|(_, _, s)| place(s));
+        let all =
+            found.kept.iter().map(|(path, _, s)| (path, s)).chain(found.foreign.iter().map(|(path, s)| (path, s)));
+        for (path, superblock) in all {
             ensure!(
                 superblock.server == server,
                 "the disk {} belongs to server {}, and this is {server}; put the right disk there",
                 path.display(),
                 superblock.server
             );
-            kept.push((path.clone(), disk, superblock));
         }
-        let place = |s: &Superblock| s.disks.iter().position(|d| *d == s.disk);
-        kept.sort_by_key(|(_, _, superblock)| place(superblock));
-        let has_votes = |s: &Superblock| place(s).is_some_and(|at| at < VOTES_ON) && !s.votes_lost;
-        Ok(Replacement {
-            votes_lost: !kept.iter().any(|(_, _, s)| has_votes(s)),
-            genesis: kept.first().map(|(_, _, s)| s.genesis.clone()),
-            new: lost.iter().map(|_| random().map(DiskId)).collect::<Result<_>>()?,
-            lost: lost.into_iter().cloned().collect(),
-            kept,
-        })
+        Ok(found)
+    }
+
+    /// Complains of disks that are not those that the cluster knows the server by.
+    pub fn check(&self, state: &State) -> Result<()> {
+        let known = &state.servers[&self.server];
+        let kept = self.kept.iter().map(|(path, _, s)| (path, s));
+        for (path, superblock) in kept.clone().chain(self.foreign.iter().map(|(path, s)| (path, s))) {
+            ensure!(
+                superblock.genesis.cluster == state.cluster,
+                "the disk {} is of the cluster {}, and this one is {}; name the right cluster with --cluster, or put the \
+                 right disk there",
+                path.display(),
+                superblock.genesis.cluster,
+                state.cluster
+            );
+        }
+        for (path, superblock) in kept {
+            let expected = known.disks.get(&superblock.disk);
+            ensure!(
+                expected.is_some_and(|d| d.incarnation <= superblock.incarnation),
+                "the disk {} is not the one that the cluster knows {} by: it is from a backup, or was replaced before. Put \
+                 the right disk there, or have it made anew with --lost {0}",
+                path.display(),
+                self.server
+            );
+        }
+        Ok(())
+    }
+
+    /// True if everything is there, and was named to the cluster; the disks themselves may not know it yet.
+    pub fn is_half_made(&self, state: &State) -> bool {
+        let ids = self.ids();
+        let all_named = state.servers[&self.server].disks.keys().all(|d| ids.contains(d));
+        self.lost.is_empty() && all_named && self.kept.iter().any(|(_, _, s)| !ids.iter().all(|d| s.disks.contains(d)))
+    }
+
+    /// What it voted in the ring is not on all of the disks that had it: half of it may be older than the rest.
+    pub fn votes_lost(&self, state: &State) -> bool {
+        let is_kept = |disk: &DiskId| self.kept.iter().any(|(_, _, s)| s.disk == *disk);
+        let whole = self.kept.first().is_some_and(|(_, _, s)| s.disks.iter().take(VOTES_ON).all(is_kept));
+        !whole && state.ring.node_of(self.server).is_some()
+    }
+
+    /// The cluster, if a kept disk knows it.
+    pub fn genesis(&self) -> Option<&Genesis> {
+        self.kept.first().map(|(_, _, s)| &s.genesis)
+    }
+
+    /// Paths of those that are to be made.
+    pub fn lost_paths(&self) -> Vec<PathBuf> {
+        self.lost.iter().map(|(path, _)| path.clone()).collect()
     }
 
     /// Paths of those that are kept.
@@ -122,24 +182,66 @@ impl Replacement {
         self.kept.iter().map(|(path, _, _)| path.clone()).collect()
     }
 
-    /// All disks that the server will have: kept ones first, so that what was voted stays on the first ones.
+    /// All disks that the server will have: kept ones first, so that metadata stays on the first ones.
     pub fn ids(&self) -> Vec<DiskId> {
-        self.kept.iter().map(|(_, _, s)| s.disk).chain(self.new.iter().copied()).collect()
+        self.kept.iter().map(|(_, _, s)| s.disk).chain(self.lost.iter().map(|(_, id)| *id)).collect()
+    }
+
+    /// Complains of what would keep the disks from being made, before anything is changed.
+    pub fn rehearse(&self, genesis: &Genesis, size: Option<u64>) -> Result<()> {
+        for params in self.params(genesis, Incarnation(u64::MAX), size, u32::MAX) {
+            let (path, params) = params?;
+            Superblock::format(params).with_context(|| format!("cannot make the disk {}", path.display()))?;
+        }
+        self.kept.iter().try_for_each(|(_, _, s)| Ok(s.regroup(self.ids(), u32::MAX).map(drop)?))
+    }
+
+    fn params<'a>(
+        &'a self,
+        genesis: &'a Genesis,
+        incarnation: Incarnation,
+        size: Option<u64>,
+        votes_from: u32,
+    ) -> impl Iterator<Item = Result<(&'a Path, FormatParams)>> {
+        self.lost.iter().map(move |(path, disk)| {
+            let (size, genesis, disks, server) = (size_of(path, size)?, genesis.clone(), self.ids(), self.server);
+            Ok((&**path, FormatParams { genesis, server, disk: *disk, disks, size, incarnation, votes_from }))
+        })
     }
 
     /// Makes the new ones, then tells the kept ones: until that is done the server starts with neither.
-    pub fn make(&self, genesis: &Genesis, server: ServerId, incarnation: Incarnation, size: Option<u64>) -> Result<()> {
-        let votes_lost = self.votes_lost;
-        for (path, disk) in self.lost.iter().zip(&self.new) {
-            let (size, genesis, disks) = (size_of(path, size)?, genesis.clone(), self.ids());
-            let params = FormatParams { genesis, server, disk: *disk, disks, size, incarnation, votes_lost };
+    pub fn make(&self, genesis: &Genesis, incarnation: Incarnation, size: Option<u64>, votes_from: u32) -> Result<()> {
+        for params in self.params(genesis, incarnation, size, votes_from) {
+            let (path, params) = params?;
             format_one(path, params, true)?;
         }
         for (path, disk, superblock) in &self.kept {
-            let (_, write) = superblock.regroup(self.ids(), votes_lost)?;
+            let (_, write) = superblock.regroup(self.ids(), votes_from)?;
             disk.file.write_superblock(&write).with_context(|| format!("cannot write to {}", path.display()))?;
         }
         Ok(())
+    }
+}
+
+fn place(superblock: &Superblock) -> Option<usize> {
+    superblock.disks.iter().position(|d| *d == superblock.disk)
+}
+
+/// Whether there is something at the path. What cannot be looked at is not lost.
+fn is_there(path: &Path) -> Result<bool> {
+    match std::fs::symlink_metadata(path) {
+        Ok(_) => Ok(true),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let folder = path.parent().unwrap_or(Path::new("/"));
+            ensure!(folder.is_dir(), "there is no folder {} (not mounted?)", folder.display());
+            ensure!(
+                !path.starts_with("/dev"),
+                "there is no device {}; put the new disk in, or name another",
+                path.display()
+            );
+            Ok(false)
+        }
+        Err(e) => Err(e).with_context(|| format!("cannot look at {}", path.display())),
     }
 }
 

@@ -4,7 +4,7 @@
 //! for, while the ring still hears the server. So the server takes itself out of the way (`Server::leave`); it begins a
 //! new life when the disk answers again.
 //!
-//! *Hangs*: a read or write has waited for a lease and a half and nothing at all was answered meanwhile; or one has waited
+//! *Hangs*: a read or write has waited for 1.2 leases and nothing at all was answered meanwhile; or one has waited
 //! for [`COMMAND_MAX`]. A disk under much load answers something, and is only slow. Commands of the PMap store and
 //! growth, which take long on a healthy disk too and which nobody waits for at once, have [`SLOW_MAX`].
 //! Time counts only while this server ran: after a stall every clock begins anew.
@@ -20,7 +20,7 @@ use stdx::{Duration, Instant};
 
 /// A disk that has answered nothing for so long hangs: with what follows, I/O goes on within two leases (P3). Disks that
 /// are only busy stand for half a second now and then.
-const SILENCE_MAX: Duration = Duration::from_millis(LEASE.as_millis() as u64 * 3 / 2);
+const SILENCE_MAX: Duration = Duration::from_millis(LEASE.as_millis() as u64 * 6 / 5);
 /// Longest wait for one read or write, whatever else is answered.
 const COMMAND_MAX: Duration = Duration::from_secs(5);
 /// Longest wait for a command of the PMap store, or for a file to grow.
@@ -186,10 +186,10 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_answers_nothing_for_a_lease_and_a_half_hangs() {
+    fn a_disk_that_answers_nothing_for_longer_than_a_lease_hangs() {
         let mut watch = watch();
         watch.on_command(at(0), 1, 1, &READ);
-        assert_eq!(look(&mut watch, 0, 2000), Some((1500, 1)));
+        assert_eq!(look(&mut watch, 0, 2000), Some((1200, 1)));
     }
 
     #[test]
@@ -209,7 +209,7 @@ mod tests {
         let mut watch = watch();
         watch.on_command(at(0), 0, 1, &READ);
         assert_eq!(watch.look(at(4000)), None, "the answer may be waiting to be taken up");
-        assert_eq!(look(&mut watch, 4100, 9000), Some((5500, 0)));
+        assert_eq!(look(&mut watch, 4100, 9000), Some((5200, 0)));
     }
 
     #[test]

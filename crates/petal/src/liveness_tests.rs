@@ -3,6 +3,7 @@
 //! lease when it is declared down, wherever that is applied first, nor ever again in that life.
 
 use super::*;
+use crate::global_state::Own;
 use crate::global_state::{Genesis, GenesisServer, GlobalOutput};
 use bytes::Bytes;
 use stdx::{Duration, Prng};
@@ -151,7 +152,8 @@ impl Cluster {
         let incarnation = Incarnation(host.lives);
         let durable: Vec<(Bytes, Bytes)> = host.durable.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
         let proposer = u64::from(server.0) << 32 | host.lives;
-        let mut room = GlobalState::open(server, &genesis, proposer, durable, false).expect("a crash damages nothing");
+        let own = Own { server, disks: BTreeSet::new(), votes_from: 0 };
+        let mut room = GlobalState::open(own, &genesis, proposer, durable).expect("a crash damages nothing");
         let mut liveness = Liveness::new(now, server, incarnation, sabotage);
         let disks = vec![(DiskId(u128::from(server.0)), Incarnation(incarnation.0 - 1), 1 << 30)];
         room.propose_own(now, Command::ServerUp { server, incarnation, addresses: vec![], disks });

@@ -347,7 +347,8 @@ impl DataAccess {
             let Some(&index) = self.by_id.get(&id) else { continue };
             let slot = &mut self.slots[index];
             let since = ctx.state.slots[&id.gmap][id.slot as usize].member(from).map_or(0, |m| m.since);
-            if let Some(told) = slot.told_durable.get_mut(&from).filter(|told| **told > watermark) {
+            let told = slot.told_durable.get_mut(&from);
+            if let Some(told) = told.filter(|told| **told > watermark && told.term >= since) {
                 // What a lying disk has lost is newer than this, and so is listed by the others (2.6).
                 *told = watermark;
                 self.counters.lost_by_others += 1;

@@ -6,7 +6,7 @@ use crate::data_access::{Context, DataAccess};
 use crate::desk::Desk;
 use crate::disk_times::DiskTimes;
 use crate::disk_watch::DiskWatch;
-use crate::global_state::{Command, CommandError, Effects, Entry, Genesis, GlobalOutput, GlobalState, State};
+use crate::global_state::{Command, CommandError, Effects, Entry, Genesis, GlobalOutput, GlobalState, Own, State};
 use crate::ids::*;
 use crate::liveness::{Liveness, LivenessOutput};
 use crate::message::*;
@@ -159,8 +159,8 @@ pub struct Server {
     incarnation: Incarnation,
     cluster: ClusterId,
     genesis: Genesis,
-    /// See [`crate::store::superblock::Superblock::votes_lost`].
-    votes_lost: bool,
+    /// See [`crate::store::superblock::Superblock::votes_from`].
+    votes_from: u32,
     addresses: Vec<String>,
     /// As the disks were found: id, last incarnation, capacity.
     disks_found: Vec<(DiskId, Incarnation, u64)>,
@@ -206,7 +206,7 @@ impl Server {
     /// is durable on every disk.
     pub fn start(now: Instant, config: ServerConfig, disks: Vec<OpenDisk>) -> Server {
         let superblock = &disks.first().expect("a server has at least one disk").superblock;
-        let (me, genesis, votes_lost) = (superblock.server, superblock.genesis.clone(), superblock.votes_lost);
+        let (me, genesis, votes_from) = (superblock.server, superblock.genesis.clone(), superblock.votes_from);
         let last = disks.iter().map(|d| d.superblock.incarnation.0).max().expect("at least one");
         let incarnation = Incarnation(last + 1);
         let room = |s: &crate::store::superblock::Superblock| if config.witness { 0 } else { s.data_capacity() };
@@ -218,7 +218,7 @@ impl Server {
             incarnation,
             cluster: genesis.cluster,
             genesis,
-            votes_lost,
+            votes_from,
             addresses: config.addresses,
             disks_found,
             salt: config.salt,
@@ -676,7 +676,9 @@ impl Server {
     fn on_opened(&mut self) {
         let proposer = (u64::from(self.me.0) << 48) | ((self.incarnation.0 ^ self.salt) & ((1 << 48) - 1));
         let durable = self.stores.meta_prefix(b"ring/");
-        let mut global = match GlobalState::open(self.me, &self.genesis, proposer, durable, self.votes_lost) {
+        let disks = self.disks_found.iter().map(|(disk, ..)| *disk).collect();
+        let own = Own { server: self.me, disks, votes_from: self.votes_from };
+        let mut global = match GlobalState::open(own, &self.genesis, proposer, durable) {
             Ok(global) => global,
             Err(damaged) => return self.out.push_back(Output::Fatal(damaged.to_string())),
         };

@@ -13,7 +13,7 @@ use stdx::Instant;
 /// Formats one disk of a host that has an id. The PMap store of a pretended disk is empty from the
 /// start.
 pub fn format(machine: &mut ServerHost, disk: usize, options: &Options) {
-    format_for(machine, disk, (Incarnation(0), false), options);
+    format_for(machine, disk, (Incarnation(0), 0), options);
 }
 
 /// Makes the host's disks those of a server with these: new ones are formatted, kept ones come first and are told.
@@ -21,27 +21,22 @@ pub fn replace(
     machine: &mut ServerHost,
     disks: Vec<DiskId>,
     incarnation: Incarnation,
-    votes_lost: bool,
+    votes_from: u32,
     options: &Options,
 ) {
     let old = std::mem::replace(&mut machine.disk_ids, disks.clone());
     for (at, id) in disks.iter().enumerate() {
         if !old.contains(id) {
-            format_for(machine, at, (incarnation, votes_lost), options);
+            format_for(machine, at, (incarnation, votes_from), options);
             continue;
         }
         let superblock = open(machine, at).expect("it was not lost").superblock;
-        let (_, (offset, bytes)) = superblock.regroup(disks.clone(), votes_lost).expect("as many as before");
+        let (_, (offset, bytes)) = superblock.regroup(disks.clone(), votes_from).expect("as many as before");
         machine.disks[at].execute(DiskCommand::Write { offset, pieces: vec![bytes] });
     }
 }
 
-fn format_for(
-    machine: &mut ServerHost,
-    disk: usize,
-    (incarnation, votes_lost): (Incarnation, bool),
-    options: &Options,
-) {
+fn format_for(machine: &mut ServerHost, disk: usize, (incarnation, votes_from): (Incarnation, u32), options: &Options) {
     let params = FormatParams {
         genesis: machine.genesis.clone(),
         server: machine.id.expect("it has been given an id"),
@@ -49,7 +44,7 @@ fn format_for(
         disks: machine.disk_ids.clone(),
         size: machine.disks[disk].size(),
         incarnation,
-        votes_lost,
+        votes_from,
     };
     let (mut superblock, _) = Superblock::format(params).expect("the options draw disks that can be formatted");
     let layout = &mut superblock.layout;

@@ -410,11 +410,13 @@ impl World {
     pub(crate) fn on_replace(&mut self, host: usize, disks: Vec<DiskId>) {
         let Some(server) = self.servers[host].id else { return };
         let known = self.newest_state().and_then(|s| s.servers.get(&server)).cloned();
+        let votes_from = self.newest_state().map_or(0, |s| s.ring.id);
         let machine = &mut self.servers[host];
-        let votes_lost = !disks.iter().any(|d| machine.disk_ids.contains(d));
+        // Its votes are on both of its disks.
+        let votes_lost = true;
         match known {
             Some(known) if disks.iter().all(|d| known.disks.contains_key(d)) => {
-                formatting::replace(machine, disks, known.incarnation, votes_lost, &self.options);
+                formatting::replace(machine, disks, known.incarnation, votes_from, &self.options);
                 machine.losing = false;
                 self.plan_start(Node::Server(host), self.now);
             }

@@ -21,15 +21,23 @@ fn must_be_caught(sabotage: Sabotage, seeds: u64, ground: Overrides) {
 fn must_be_caught_within(sabotage: Sabotage, seeds: std::ops::Range<u64>, ground: Overrides) {
     for seed in seeds.clone() {
         let broken = run_seed(seed, &Overrides { sabotage, ..ground.clone() }, Keep::Hash);
-        if broken.complaints.is_empty() {
+        if broken.complaints.iter().all(is_unjudged) {
             continue;
         }
         let whole = run_seed(seed, &ground, Keep::Hash);
+        if !whole.complaints.is_empty() && whole.complaints.iter().all(is_unjudged) {
+            continue;
+        }
         assert!(whole.complaints.is_empty(), "seed {seed} complains with the rule, too: {:#?}", whole.complaints);
         println!("{} was caught by seed {seed}: {}", sabotage.name(), broken.complaints[0]);
         return;
     }
     panic!("{} was not caught in seeds {seeds:?}", sabotage.name());
+}
+
+/// Too many operations on one block at one time for an order to be found, or excluded: that says nothing.
+fn is_unjudged(complaint: &String) -> bool {
+    complaint.contains("could not be judged")
 }
 
 /// Two or three copies, crashes and lost connections.

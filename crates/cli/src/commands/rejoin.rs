@@ -52,6 +52,9 @@ pub struct Arguments {
     /// Size of each new disk file; block devices are used whole
     #[arg(long, value_parser = output::parse_size)]
     disk_size: Option<u64>,
+    /// Overwrite what --lost names even if it does not look like a disk of Petal
+    #[arg(long)]
+    force: bool,
     /// Even where the lost disks had the only complete copy: the last writes there, or all of them, are lost for ever
     #[arg(long)]
     accept_data_loss: bool,
@@ -67,54 +70,71 @@ pub struct Arguments {
 pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
     let server = arguments.server;
     let own = Own::find(place, &arguments)?;
-    let lost = absolute(&arguments.lost)?;
+    let lost: Vec<PathBuf> = arguments.lost.iter().map(|path| plain(path)).collect::<Result<_>>()?;
     if let Some(stranger) = lost.iter().find(|path| !own.disks.contains(path)) {
         bail!("{} is none of the disks of {server}: {}", stranger.display(), list(&own.disks));
     }
-    let replacement = Replacement::find(&own.disks, &lost, server)?;
+    let replacement = Replacement::find(&own.disks, &lost, server, arguments.force)?;
+    let state = {
+        let place = place.clone();
+        connect::block_on(async move { down(&Connection::open(&place).await?, server).await })?
+    };
+    replacement.check(&state)?;
+    let is_half_made = replacement.is_half_made(&state);
     ensure!(
-        !replacement.lost.is_empty(),
+        is_half_made || !replacement.lost_paths().is_empty(),
         "all disks of {server} are there: {}; start it with `petal up` or `petal server`, or name what is lost with --lost",
         list(&own.disks)
     );
-    let place = place.clone();
-    let state = connect::block_on({
-        let place = place.clone();
-        async move { down(&Connection::open(&place).await?, server).await }
-    })?;
     let cost = Cost::of(&state, server);
     if arguments.dry_run {
         return cost.tell(&arguments, &replacement);
     }
-    let genesis = match (&replacement.genesis, &own.genesis) {
-        (Some(genesis), _) | (None, Some(genesis)) => genesis.clone(),
-        (None, None) => bail!(
+    let Some(genesis) = replacement.genesis().or(own.genesis.as_ref()) else {
+        bail!(
             "all disks of {server} are lost, and with them what they knew of the cluster; give the token that `petal init` printed with --token"
-        ),
+        );
     };
     ensure!(
         genesis.cluster == state.cluster,
-        "the disks or the token are of the cluster {}, and {} answered; name the right cluster with --cluster",
+        "the token is of the cluster {}, and this one is {}",
         genesis.cluster,
         state.cluster
     );
-    let incarnation = state.servers[&server].incarnation;
-    let command = Command::ReplaceDisks {
-        server,
-        incarnation,
-        disks: replacement.ids(),
-        votes_lost: replacement.votes_lost,
-        accept_data_loss: arguments.accept_data_loss,
-    };
-    connect::block_on(async move { Connection::open(&place).await?.execute(command).await })
-        .with_context(|| format!("{server} is as it was"))?;
     let size = arguments.disk_size.or(own.disk_size);
-    replacement.make(&genesis, server, incarnation, size).with_context(|| {
+    replacement.rehearse(genesis, size)?;
+    let votes_lost = replacement.votes_lost(&state);
+    let state = match is_half_made {
+        true => state,
+        false => {
+            let command = Command::ReplaceDisks {
+                server,
+                incarnation: state.servers[&server].incarnation,
+                disks: replacement.ids(),
+                votes_lost,
+                accept_data_loss: arguments.accept_data_loss,
+            };
+            take_note(place, command)?
+        }
+    };
+    // Half made: which configuration began for it is not known any more, and the present one is as good.
+    let votes_from = if votes_lost || is_half_made { state.ring.id } else { 0 };
+    replacement.make(genesis, state.servers[&server].incarnation, size, votes_from).with_context(|| {
         format!(
             "the cluster waits for {server} with other disks, and they could not be made; ask again when this is mended"
         )
     })?;
     cost.tell(&arguments, &replacement)
+}
+
+/// Has the command decided; the state after it.
+fn take_note(place: &Place, command: Command) -> Result<State> {
+    let place = place.clone();
+    connect::block_on(async move {
+        let connection = Connection::open(&place).await?;
+        connection.execute(command).await.context("the disks are as they were, and the cluster has not confirmed")?;
+        connection.state().await
+    })
 }
 
 /// Where the server's disks are.
@@ -137,7 +157,8 @@ impl Own {
                 named.unwrap_or(arguments.server)
             );
             ensure!(!config.disks.is_empty(), "{} names no disks", path.display());
-            return Ok(Own { disks: config.disks, disk_size: None, genesis: token });
+            let disks = config.disks.iter().map(|path| plain(path)).collect::<Result<_>>()?;
+            return Ok(Own { disks, disk_size: None, genesis: token });
         }
         let folder = place.folder().context("name the server's config file with --config")?;
         let file: ClusterFile = folder.read()?;
@@ -148,19 +169,17 @@ impl Own {
         // Any other server of the folder knows the cluster.
         let others = file.servers.iter().filter(|s| s.formatted).flat_map(|s| folder.disks(&file, s.server()));
         let genesis = others.filter_map(|path| disk_files::read_superblock(&path).ok()).map(|s| s.genesis).next();
-        Ok(Own { disks: folder.disks(&file, server), disk_size: Some(file.disk_size), genesis: token.or(genesis) })
+        let disks = folder.disks(&file, server).iter().map(|path| plain(path)).collect::<Result<_>>()?;
+        Ok(Own { disks, disk_size: Some(file.disk_size), genesis: token.or(genesis) })
     }
 }
 
-fn absolute(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
-    let absolute = |path: &PathBuf| -> Result<PathBuf> {
-        let path = std::path::absolute(path).with_context(|| format!("{} is no path", path.display()))?;
-        // As the folder's paths are: links followed, where the disk itself need not be there.
-        let folder = path.parent().unwrap_or(Path::new("/"));
-        let folder = folder.canonicalize().unwrap_or(folder.to_path_buf());
-        Ok(path.file_name().map(|name| folder.join(name)).unwrap_or(path))
-    };
-    paths.iter().map(absolute).collect()
+/// Absolute, with the links of its folder followed; the disk itself need not be there.
+fn plain(path: &Path) -> Result<PathBuf> {
+    let path = std::path::absolute(path).with_context(|| format!("{} is no path", path.display()))?;
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let folder = folder.canonicalize().unwrap_or(folder.to_path_buf());
+    Ok(path.file_name().map(|name| folder.join(name)).unwrap_or(path))
 }
 
 fn list(paths: &[PathBuf]) -> String {
@@ -205,16 +224,15 @@ impl Cost {
             return output::print_json(&json!({
                 "server": server.to_string(),
                 "dry_run": arguments.dry_run,
-                "new_disks": replacement.lost,
+                "new_disks": replacement.lost_paths(),
                 "kept_disks": replacement.kept_paths(),
-                "votes_lost": replacement.votes_lost,
                 "slots": self.slots,
                 "last_copies": self.last,
             }));
         }
         let done = if arguments.dry_run { "to be made anew" } else { "made anew" };
-        println!("{server}: {done}: {}", list(&replacement.lost));
-        if !replacement.kept.is_empty() {
+        println!("{server}: {done}: {}", list(&replacement.lost_paths()));
+        if !replacement.kept_paths().is_empty() {
             println!("  Kept, and compared with the other copies: {}", list(&replacement.kept_paths()));
         }
         match self.last {

@@ -31,7 +31,7 @@
 //! Invariants: `Applied` comes once for each index, in order, except over a `Jumped`; an entry is applied only
 //! when a majority of the ring holds it durably. Paper 2 (global state module).
 
-use super::ring::{Decided, Ring, RingDamaged};
+use super::ring::{Decided, Forgotten, Ring, RingDamaged, Votes};
 use super::{Command, Effects, Entry, Genesis, State};
 use crate::ids::*;
 use crate::limits::{ENTRIES_PER_MESSAGE_MAX, LOG_KEEP, PROPOSALS_MAX, RETRY_MAX, RETRY_MIN};
@@ -46,8 +46,10 @@ use stdx::{Duration, Instant};
 const ANNOUNCE: Duration = Duration::from_secs(1);
 /// Between two elections for which this member stands by itself.
 const STAND_AGAIN: Duration = Duration::from_millis(300);
-/// An entry that may end the configuration is decided within so long, or its leader stands anew.
-const ENDING_MAX: Duration = Duration::from_millis(300);
+/// An entry that may end the configuration is decided within so long, or its leader stands anew; the next time it waits
+/// for twice as long.
+const ENDING_MIN: Duration = Duration::from_millis(300);
+const ENDING_MAX: Duration = Duration::from_secs(5);
 /// Bytes of an encoded command at most. Names, holders and addresses are bounded one by one when the
 /// command is applied; this keeps monsters out of the log.
 const COMMAND_MAX: usize = 64 << 10;
@@ -123,9 +125,26 @@ struct Asked {
     again_at: Instant,
 }
 
+/// Who a server is, for its part in the ring.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Own {
+    /// Its id.
+    pub server: ServerId,
+    /// Its disks.
+    pub disks: BTreeSet<DiskId>,
+    /// The first configuration in which it may vote: what it voted in earlier ones is lost (zero: nothing).
+    pub votes_from: u32,
+}
+
 /// The global-state room of one server.
 pub struct GlobalState {
     me: ServerId,
+    /// Its disks: a life on others than those that the state names votes in nothing new.
+    disks: BTreeSet<DiskId>,
+    /// See [`Own::votes_from`].
+    votes_from: u32,
+    /// Records of the ring that say nothing any more, until the next configuration replaces them.
+    forgotten: Option<Forgotten>,
     state: State,
     ring: Option<Ring>,
     /// The ring's configuration that `ring` is of, or that this server is no member of.
@@ -149,7 +168,7 @@ pub struct GlobalState {
     /// When this member stood for election by itself.
     stood_at: Option<Instant>,
     /// Since when this leader waits for an entry that may end the configuration.
-    ending_since: Option<Instant>,
+    ending_since: Option<(Instant, Duration)>,
     asked: Option<Asked>,
     /// When a lag was seen first; ring members give the ring a moment to close it.
     behind_since: Option<Instant>,
@@ -167,22 +186,24 @@ pub struct GlobalState {
 impl GlobalState {
     /// `durable` is every metadata value whose key begins with `ring/`, as persisted before.
     /// `proposer` is this server life's own proposer id (server id and incarnation mixed into 64 bits).
-    /// `votes_lost`: the server was made anew; what it voted in earlier configurations is not among `durable`.
     pub fn open(
-        me: ServerId,
+        own: Own,
         genesis: &Genesis,
         proposer: u64,
         durable: Vec<(Bytes, Bytes)>,
-        votes_lost: bool,
     ) -> Result<GlobalState, RingDamaged> {
-        let state = State::genesis(genesis);
-        let ring = match votes_lost && durable.is_empty() {
-            true => None,
-            false => Ring::open(me, state.clone(), &durable)?,
+        let (me, state) = (own.server, State::genesis(genesis));
+        let votes = Ring::open(me, state.clone(), &durable, own.votes_from)?;
+        let (ring, forgotten) = match votes {
+            Votes::Member(ring) => (Some(ring), None),
+            Votes::None(forgotten) => (None, Some(forgotten)),
         };
         let configuration = ring.as_ref().map_or(state.ring.id, Ring::configuration);
         let mut room = GlobalState {
             me,
+            disks: own.disks,
+            votes_from: own.votes_from,
+            forgotten,
             state,
             ring,
             configuration,
@@ -392,8 +413,11 @@ impl GlobalState {
         // An entry that nothing may follow, and whose message was lost, would never be asked for again.
         if !ring.leads() || !may_end(ring, self.state.index) {
             self.ending_since = None;
-        } else if *self.ending_since.get_or_insert(now) + ENDING_MAX <= now {
-            self.ending_since = Some(now);
+            return;
+        }
+        let (since, patience) = *self.ending_since.get_or_insert((now, ENDING_MIN));
+        if since + patience <= now {
+            self.ending_since = Some((now, (patience * 2).min(ENDING_MAX)));
             ring.stand();
         }
     }
@@ -588,7 +612,16 @@ impl GlobalState {
         }
         let led = self.leads();
         self.configuration = self.state.ring.id;
-        self.ring = Ring::begin(self.me, self.state.clone(), self.ring.as_ref());
+        let old = self.ring.take();
+        // Old disks of a server that was given others may have been started: it has voted with those others since.
+        let named = self.state.servers.get(&self.me).map(|s| &s.disks);
+        let is_itself = named.is_some_and(|named| named.is_empty() || named.keys().eq(&self.disks));
+        let may_vote = is_itself && self.configuration >= self.votes_from;
+        if may_vote && self.state.ring.node_of(self.me).is_some() {
+            self.ring = Ring::begin(self.me, self.state.clone(), old.as_ref(), self.forgotten.take());
+        } else if let Some(old) = old {
+            self.forgotten = Some(old.forget());
+        }
         self.appended.clear();
         self.dirty = true;
         if let (true, Some(ring)) = (led, &mut self.ring) {

@@ -28,8 +28,9 @@ struct Host {
     jumps: u64,
     /// Its disks are gone: it does not start.
     lost: bool,
-    /// It was made anew.
-    votes_lost: bool,
+    /// The configuration from which on it may vote, and its disks: it was made anew.
+    votes_from: u32,
+    disks: BTreeSet<DiskId>,
 }
 
 /// How unkind the world is.
@@ -95,7 +96,8 @@ impl Cluster {
                 applied: 0,
                 jumps: 0,
                 lost: false,
-                votes_lost: false,
+                votes_from: 0,
+                disks: BTreeSet::from([DiskId(u128::from(id))]),
             };
             cluster.hosts.insert(ServerId(id), host);
             cluster.start(ServerId(id));
@@ -129,8 +131,8 @@ impl Cluster {
         host.life += 1;
         let durable: Vec<(Bytes, Bytes)> = host.durable.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
         let proposer = u64::from(server.0) << 32 | host.life;
-        let room =
-            GlobalState::open(server, &genesis, proposer, durable, host.votes_lost).expect("a crash damages nothing");
+        let own = Own { server, disks: host.disks.clone(), votes_from: host.votes_from };
+        let room = GlobalState::open(own, &genesis, proposer, durable).expect("a crash damages nothing");
         host.applied = room.state().index;
         host.room = Some(room);
         for other in self.hosts.keys().copied().filter(|o| *o != server).collect::<Vec<_>>() {
@@ -377,7 +379,7 @@ impl Cluster {
     fn replace(&mut self, server: ServerId) {
         self.crash(server);
         let host = self.host(server);
-        (host.lost, host.votes_lost) = (true, true);
+        host.lost = true;
         host.durable.clear();
         // Who lags knows of older lives.
         while self.hosts.iter().any(|(s, h)| *s != server && h.room.is_none()) {
@@ -392,6 +394,7 @@ impl Cluster {
         }
         self.insist(server, &Command::ServerUp { server, incarnation, addresses: vec![], disks: found });
         let disks = vec![DiskId(u128::from(self.prng.next_u64()))];
+        let new: BTreeSet<DiskId> = disks.iter().copied().collect();
         self.insist(server, &Command::Goodbye { server, incarnation });
         let other = ServerId(self.wait_for_other(server));
         let replace = Command::ReplaceDisks { server, incarnation, disks, votes_lost: true, accept_data_loss: true };
@@ -407,6 +410,10 @@ impl Cluster {
             self.crash(victim);
         }
         self.insist(server, &replace);
+        let states = self.hosts.values().filter_map(|h| h.room.as_ref()).map(|r| r.state().ring.id);
+        let votes_from = states.max().expect("others are up");
+        let host = self.host(server);
+        (host.votes_from, host.disks) = (votes_from, new);
         self.host(server).lost = false;
         self.start(server);
     }
@@ -428,6 +435,10 @@ fn write(durable: &mut BTreeMap<Bytes, Bytes>, writes: impl IntoIterator<Item = 
             None => durable.remove(&key),
         };
     }
+}
+
+fn own(server: u16) -> Own {
+    Own { server: ServerId(server), disks: BTreeSet::from([DiskId(u128::from(server))]), votes_from: 0 }
 }
 
 fn attach(vdisk: VdiskId) -> Command {
@@ -577,7 +588,7 @@ fn everything_restarts_at_once_and_nothing_decided_is_gone() {
 
 #[test]
 fn a_server_that_comes_up_elsewhere_is_dialled_there() {
-    let mut room = GlobalState::open(ServerId(1), &genesis(1), 1, Vec::new(), false).unwrap();
+    let mut room = GlobalState::open(own(1), &genesis(1), 1, Vec::new()).unwrap();
     let command = Command::AddServer { addresses: vec!["h:1".into()], token: 1 };
     room.propose_own(Instant::ZERO, command);
     let mut dials = Vec::new();
@@ -593,7 +604,7 @@ fn a_server_that_comes_up_elsewhere_is_dialled_there() {
 
 #[test]
 fn a_monster_of_a_command_is_not_proposed() {
-    let mut room = GlobalState::open(ServerId(1), &genesis(1), 1, Vec::new(), false).unwrap();
+    let mut room = GlobalState::open(own(1), &genesis(1), 1, Vec::new()).unwrap();
     room.propose_own(Instant::ZERO, Command::AddServer { addresses: vec!["x".repeat(COMMAND_MAX)], token: 1 });
     assert_eq!(room.proposals.len(), 0);
 }

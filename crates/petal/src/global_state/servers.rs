@@ -5,18 +5,30 @@
 
 use super::arguments::check_addresses;
 use super::command::{CommandError, Outcome};
-use super::state::{Applied, DiskState, Effects, ServerState, SlotState, State};
+use super::state::{Applied, DiskState, Effects, Member, ServerState, SlotState, State};
 use crate::ids::*;
 use crate::limits::*;
 use std::collections::{BTreeMap, BTreeSet};
 
 impl SlotState {
-    /// Nobody is in sync any more: those members who are live are from here on, else all that there are, else the
-    /// server itself, with nothing.
-    fn go_on_without(&mut self, lost: ServerId, is_live: impl Fn(ServerId) -> bool) {
-        let others: Vec<ServerId> = self.tuple.iter().map(|m| m.server).filter(|s| *s != lost).collect();
-        let live: Vec<ServerId> = others.iter().copied().filter(|s| is_live(*s)).collect();
-        let heirs = [live, others, vec![lost]].into_iter().find(|heirs| !heirs.is_empty()).expect("one is not empty");
+    /// Nobody is in sync any more: who goes on, with what it has? Members that are live; that have held everything at
+    /// some time since they became members or were made anew; all others only where there are none, after the
+    /// server itself, if it keeps disks.
+    pub(super) fn go_on_without(&mut self, lost: ServerId, keeps: bool, is_live: impl Fn(ServerId) -> bool) {
+        let others = |wanted: &dyn Fn(&Member) -> bool| -> Vec<ServerId> {
+            self.tuple.iter().filter(|m| m.server != lost && wanted(m)).map(|m| m.server).collect()
+        };
+        // Made anew and never in sync since: the command that voided its copies is the last that took it out.
+        let was_whole = |m: &Member| m.out != m.since;
+        let heirs = [
+            others(&|m| was_whole(m) && is_live(m.server)),
+            others(&was_whole),
+            if keeps { vec![lost] } else { Vec::new() },
+            others(&|m| is_live(m.server)),
+            others(&|_| true),
+            vec![lost],
+        ];
+        let heirs = heirs.into_iter().find(|heirs| !heirs.is_empty()).expect("one is not empty");
         self.tuple.iter_mut().filter(|m| heirs.contains(&m.server)).for_each(|m| m.in_sync = true);
     }
 }
@@ -148,6 +160,7 @@ impl State {
             return Err(CommandError::LastCopy { server: id, slots, all });
         }
         let index = self.index;
+        let keeps = disks.iter().any(|disk| server.disks.contains_key(disk));
         let servers = &self.servers;
         let is_live = |s: ServerId| servers.get(&s).is_some_and(|s| !s.down && s.suspect.is_none());
         for (gmap, slots) in &mut self.slots {
@@ -155,7 +168,7 @@ impl State {
                 let Some(own) = slot.tuple.iter_mut().find(|m| m.server == id) else { continue };
                 (own.since, own.out, own.in_sync) = (index, index, false);
                 if slot.in_sync().next().is_none() {
-                    slot.go_on_without(id, is_live);
+                    slot.go_on_without(id, keeps, is_live);
                 }
                 slot.term = index;
                 effects.slots.push(SlotId { gmap: *gmap, slot: number });

@@ -372,7 +372,7 @@ impl Walk {
                     disk: *id,
                     disks: ids.clone(),
                     layout,
-                    votes_lost: false,
+                    votes_from: 0,
                 };
                 disk.write(Superblock::copy_offset(generation), &superblock.encode(), || true);
             }

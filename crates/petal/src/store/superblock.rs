@@ -22,7 +22,7 @@ pub const MAGIC: [u8; 8] = *b"PETALDSK";
 /// format.
 pub const FORMAT: u32 = 1;
 /// The format of the disks of a server that was made anew after it lost what it had voted in the ring (2.4): the same
-/// bytes under another number, so that a program that does not know better never votes with an empty memory.
+/// bytes and one number more, so that a program that does not know better never votes with an empty memory.
 pub const FORMAT_ANEW: u32 = 2;
 
 const FORMAT_AT: usize = 8;
@@ -49,10 +49,10 @@ pub struct Superblock {
     pub disks: Vec<DiskId>,
     /// Its regions.
     pub layout: Layout,
-    /// What the server voted in the ring before these disks is lost: without votes on them it takes part only in
-    /// configurations that began later.
+    /// The first configuration of the ring in which the server may vote: what it voted in earlier ones is lost. Zero:
+    /// nothing was lost.
     #[serde(skip)]
-    pub votes_lost: bool,
+    pub votes_from: u32,
 }
 
 /// Why bytes are not a superblock.
@@ -127,8 +127,8 @@ pub struct FormatParams {
     pub size: u64,
     /// The server's last life: zero, but for a disk that replaces a lost one.
     pub incarnation: Incarnation,
-    /// See [`Superblock::votes_lost`].
-    pub votes_lost: bool,
+    /// See [`Superblock::votes_from`].
+    pub votes_from: u32,
 }
 
 /// `(byte offset, bytes)`: writes to be done in order, each on stable storage before the next begins.
@@ -138,9 +138,9 @@ impl Superblock {
     /// A superblock of a new disk: generation and incarnation 0. Checks that every later generation
     /// of it fits, so that [`Superblock::encode`] cannot fail.
     pub fn new(params: FormatParams) -> Result<Superblock, FormatError> {
-        let FormatParams { genesis, server, disk, disks, size, incarnation, votes_lost } = params;
+        let FormatParams { genesis, server, disk, disks, size, incarnation, votes_from } = params;
         let layout = Layout::for_size(size)?;
-        let superblock = Superblock { generation: 0, genesis, server, incarnation, disk, disks, layout, votes_lost };
+        let superblock = Superblock { generation: 0, genesis, server, incarnation, disk, disks, layout, votes_from };
         superblock.check_fits()?;
         match superblock.knows_itself() {
             true => Ok(superblock),
@@ -151,7 +151,12 @@ impl Superblock {
     /// Whether it fits into its place, whatever generation and incarnation become. To be asked before
     /// anything else in it is changed.
     pub fn check_fits(&self) -> Result<(), FormatError> {
-        let largest = Superblock { generation: u64::MAX, incarnation: Incarnation(u64::MAX), ..self.clone() };
+        let largest = Superblock {
+            generation: u64::MAX,
+            incarnation: Incarnation(u64::MAX),
+            votes_from: u32::MAX,
+            ..self.clone()
+        };
         match largest.body().len() {
             needed if needed > BODY_MAX => Err(FormatError::TooLarge { needed, room: BODY_MAX }),
             _ => Ok(()),
@@ -174,7 +179,7 @@ impl Superblock {
         assert!(body.len() <= BODY_MAX, "a superblock of {} bytes was not checked when it was changed", body.len());
         let mut bytes = vec![0; SUPERBLOCK_SIZE];
         bytes[..FORMAT_AT].copy_from_slice(&MAGIC);
-        let format = if self.votes_lost { FORMAT_ANEW } else { FORMAT };
+        let format = if self.votes_from > 0 { FORMAT_ANEW } else { FORMAT };
         bytes[FORMAT_AT..LENGTH_AT].copy_from_slice(&format.to_le_bytes());
         bytes[LENGTH_AT..CHECKSUM_AT].copy_from_slice(&(body.len() as u32).to_le_bytes());
         bytes[BODY_AT..BODY_AT + body.len()].copy_from_slice(&body);
@@ -193,7 +198,7 @@ impl Superblock {
         if word(bytes, CHECKSUM_AT) != checksum(bytes) {
             return Err(SuperblockError::BadChecksum);
         }
-        let votes_lost = match word(bytes, FORMAT_AT) {
+        let is_anew = match word(bytes, FORMAT_AT) {
             FORMAT => false,
             FORMAT_ANEW => true,
             found if found > FORMAT_ANEW => return Err(SuperblockError::NewerFormat { found, known: FORMAT_ANEW }),
@@ -203,7 +208,14 @@ impl Superblock {
         let length = word(bytes, LENGTH_AT) as usize;
         let body = bytes[BODY_AT..].get(..length).ok_or_else(|| garbage("its length"))?;
         let (superblock, rest) = postcard::take_from_bytes::<Superblock>(body).map_err(|e| garbage(&e.to_string()))?;
-        let superblock = Superblock { votes_lost, ..superblock };
+        let (votes_from, rest) = match is_anew {
+            false => (0, rest),
+            true => postcard::take_from_bytes::<u32>(rest).map_err(|e| garbage(&e.to_string()))?,
+        };
+        if is_anew && votes_from == 0 {
+            return Err(garbage("it may vote from no configuration on"));
+        }
+        let superblock = Superblock { votes_from, ..superblock };
         if !rest.is_empty() {
             return Err(garbage("something follows the body"));
         }
@@ -232,9 +244,9 @@ impl Superblock {
 
     /// The write that makes it the disk of a server with other disks beside it (after some were replaced), and the
     /// superblock that is then on it.
-    pub fn regroup(&self, disks: Vec<DiskId>, votes_lost: bool) -> Result<(Superblock, (u64, Bytes)), FormatError> {
+    pub fn regroup(&self, disks: Vec<DiskId>, votes_from: u32) -> Result<(Superblock, (u64, Bytes)), FormatError> {
         let generation = self.generation + 1;
-        let superblock = Superblock { generation, disks, votes_lost: self.votes_lost || votes_lost, ..self.clone() };
+        let superblock = Superblock { generation, disks, votes_from: self.votes_from.max(votes_from), ..self.clone() };
         superblock.check_fits()?;
         if !superblock.knows_itself() {
             return Err(FormatError::NotAmongDisks(self.disk));
@@ -267,7 +279,11 @@ impl Superblock {
     }
 
     fn body(&self) -> Vec<u8> {
-        postcard::to_stdvec(self).expect("plain data is always serialised into memory")
+        let body = postcard::to_stdvec(self).expect("plain data is always serialised into memory");
+        match self.votes_from {
+            0 => body,
+            from => postcard::to_extend(&from, body).expect("plain data is always serialised into memory"),
+        }
     }
 }
 
@@ -305,16 +321,19 @@ mod tests {
     use stdx::units::GIB;
 
     #[test]
-    fn a_server_made_anew_has_the_same_bytes_under_another_number_and_keeps_it() {
-        let anew = Superblock { votes_lost: true, ..sample() };
-        let (whole, bytes) = (sample().encode(), anew.encode());
+    fn a_server_made_anew_has_another_format_with_the_first_configuration_that_it_may_vote_in_and_keeps_it() {
+        let anew = Superblock { votes_from: 3, ..sample() };
+        let bytes = anew.encode();
         assert_eq!(Superblock::decode(&bytes), Ok(anew.clone()));
-        assert_eq!(bytes[BODY_AT..], whole[BODY_AT..]);
+        let body = sample().body();
+        assert_eq!(word(&bytes, FORMAT_AT), FORMAT_ANEW);
+        assert_eq!(bytes[BODY_AT..BODY_AT + body.len() + 1], [&body[..], &[3]].concat()[..]);
+        assert_eq!(word(&bytes, LENGTH_AT) as usize, body.len() + 1);
         let disks = vec![anew.disk, DiskId(99)];
-        let (regrouped, (at, bytes)) = anew.regroup(disks.clone(), false).unwrap();
-        assert_eq!((regrouped.disks.clone(), regrouped.votes_lost, regrouped.generation), (disks, true, 42));
+        let (regrouped, (at, bytes)) = anew.regroup(disks.clone(), 2).unwrap();
+        assert_eq!((regrouped.disks.clone(), regrouped.votes_from, regrouped.generation), (disks, 3, 42));
         assert_eq!((at, Superblock::decode(&bytes)), (0, Ok(regrouped)));
-        assert_eq!(anew.regroup(vec![DiskId(99)], false).unwrap_err(), FormatError::NotAmongDisks(anew.disk));
+        assert_eq!(anew.regroup(vec![DiskId(99)], 0).unwrap_err(), FormatError::NotAmongDisks(anew.disk));
     }
 
     fn params() -> FormatParams {
@@ -323,7 +342,7 @@ mod tests {
             Genesis { cluster: ClusterId(0xc1u128 << 120), name: "test".into(), ring: (1..=3).map(server).collect() };
         let disk = DiskId(7 << 100);
         let (server, disks, incarnation) = (ServerId(2), vec![DiskId(5), disk], Incarnation(0));
-        FormatParams { genesis, server, disk, disks, size: 16 * GIB, incarnation, votes_lost: false }
+        FormatParams { genesis, server, disk, disks, size: 16 * GIB, incarnation, votes_from: 0 }
     }
 
     fn sample() -> Superblock {

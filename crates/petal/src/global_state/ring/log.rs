@@ -48,7 +48,7 @@ pub(super) type Write = (Bytes, Option<Bytes>);
 /// Why a member's durable state cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the durable state of the ring member is damaged: {0}; the member must not take part in the ring; make its disks anew with `petal rejoin --lost`"
+    "the durable state of the ring member is damaged: {0}; the member must not take part in the ring; if the program is the right one, make its disks anew with `petal rejoin --lost`"
 )]
 pub struct RingDamaged(String);
 
@@ -586,6 +586,26 @@ impl Log {
         log.delete_before(first);
         log.delete_orphans(&values);
         Ok(log)
+    }
+
+    /// The newest configuration that some record is of, as far as they can be read; `u32::MAX` if one cannot.
+    pub(super) fn newest_configuration(durable: &[(Bytes, Bytes)]) -> u32 {
+        let records = durable.iter().filter(|(key, _)| key.starts_with(LOG_PREFIX.as_bytes()));
+        records.map(|(_, value)| decode_header(value).map_or(u32::MAX, |(h, _)| h.configuration)).max().unwrap_or(0)
+    }
+
+    /// An empty log whose records come behind those that are there, which are deleted with the first reset.
+    pub(super) fn numbered_behind(genesis: State, durable: &[(Bytes, Bytes)]) -> Log {
+        let values: BTreeMap<&[u8], &Bytes> = durable.iter().map(|(k, v)| (&k[..], v)).collect();
+        let mut log = Log::new(genesis);
+        let number = |key: &[u8]| {
+            let digits = std::str::from_utf8(key.strip_prefix(LOG_PREFIX.as_bytes())?).ok()?;
+            u64::from_str_radix(digits, 16).ok()
+        };
+        log.records = values.keys().filter_map(|key| Some((number(key)?, 0))).collect();
+        log.next_sequence = log.records.last_key_value().map_or(1, |(sequence, _)| sequence.saturating_add(1));
+        log.delete_orphans(&values);
+        log
     }
 
     /// Parts whose record was never written, or is deleted already.

@@ -85,6 +85,17 @@ enum Core {
     Many(Box<OmniPaxos<Numbered, SharedLog>>),
 }
 
+/// What a server's durable records of the ring are.
+pub(super) enum Votes {
+    /// It is a member.
+    Member(Ring),
+    /// It is none, or what it voted is lost.
+    None(Forgotten),
+}
+
+/// Records that count for nothing, and how they are numbered: new ones must come behind them.
+pub(super) struct Forgotten(Log);
+
 /// One member of the ring, stepped.
 ///
 /// Inputs are `on_*`, `tick` and `propose`; then [`Ring::settle`], and the outputs: `take_writes`,
@@ -109,20 +120,42 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    /// Opens with what was durable. `genesis` is the state at the first configuration's start. `None`: the server is
-    /// no member of the configuration.
-    pub fn open(me: ServerId, genesis: State, durable: &[(Bytes, Bytes)]) -> Result<Option<Ring>, RingDamaged> {
-        Ok(Ring::with(me, Log::open(genesis, durable)?))
+    /// Opens with what was durable. `genesis` is the state at the first configuration's start. Of configurations
+    /// below `votes_from` nothing counts, whole or damaged.
+    pub fn open(
+        me: ServerId,
+        genesis: State,
+        durable: &[(Bytes, Bytes)],
+        votes_from: u32,
+    ) -> Result<Votes, RingDamaged> {
+        let log = match Log::open(genesis.clone(), durable) {
+            Ok(log) => log,
+            Err(_) if votes_from > 0 && Log::newest_configuration(durable) < votes_from => {
+                return Ok(Votes::None(Forgotten(Log::numbered_behind(genesis, durable))));
+            }
+            Err(damaged) => return Err(damaged),
+        };
+        if log.configuration < votes_from || log.state.ring.node_of(me).is_none() {
+            return Ok(Votes::None(Forgotten(log)));
+        }
+        Ok(Ring::with(me, log).map_or_else(|| unreachable!("it is a member"), Votes::Member))
     }
 
     /// Begins in a configuration in which the server has voted nothing yet, with a state of it; `None` if it is
-    /// no member. Nothing leaves before that state is stable. `old` is what it has of the configuration before.
-    pub fn begin(me: ServerId, state: State, old: Option<&Ring>) -> Option<Ring> {
-        let log = match old {
-            Some(old) => old.log.get().succeeded_by(state),
-            None => Log::new(state.clone()).succeeded_by(state),
+    /// no member. Nothing leaves before that state is stable. What it has of older ones is replaced.
+    pub fn begin(me: ServerId, state: State, old: Option<&Ring>, forgotten: Option<Forgotten>) -> Option<Ring> {
+        let log = match (old, forgotten) {
+            (Some(old), _) => old.log.get().succeeded_by(state),
+            (None, Some(Forgotten(log))) => log.succeeded_by(state),
+            (None, None) => Log::new(state.clone()).succeeded_by(state),
         };
         Ring::with(me, log)
+    }
+
+    /// Takes no part any more; its records stay until others replace them.
+    pub fn forget(self) -> Forgotten {
+        let log = self.log.get();
+        Forgotten(log.succeeded_by((*log.state).clone()))
     }
 
     fn with(me: ServerId, log: Log) -> Option<Ring> {

@@ -71,9 +71,8 @@ impl Member {
     fn start(&mut self) {
         let genesis = State::genesis(&genesis(self.members));
         self.applied = genesis.clone();
-        let ring =
-            Ring::open(ServerId(self.node as u16), genesis, &self.disk.content()).expect("a crash damages nothing");
-        let mut ring = ring.expect("it is a member");
+        let votes = Ring::open(ServerId(self.node as u16), genesis, &self.disk.content(), 0);
+        let Votes::Member(mut ring) = votes.expect("a crash damages nothing") else { panic!("it is a member") };
         (ring.keep, ring.records_max) = self.bounds;
         self.ring = Some(ring);
     }
@@ -227,7 +226,7 @@ fn damaged_records_are_refused_and_never_a_panic() {
                 bad[at].1 = value.into();
             }
         }
-        refused += u64::from(Ring::open(ServerId(1), state(), &bad).is_err());
+        refused += u64::from(Ring::open(ServerId(1), state(), &bad, 0).is_err());
     }
     assert!(refused > 4000, "{refused} of 5000");
 }
