@@ -355,7 +355,9 @@ impl World {
     /// A server dies, and its disks with it as soon as the others do without them.
     fn lose_disks(&mut self) {
         let running = self.running();
-        if running.len() > 1 && !self.servers.iter().any(|s| s.losing) {
+        // One at a time; a server whose disk has failed for good is one, too.
+        let is_one = self.servers.iter().any(|s| s.losing || s.has_failed());
+        if running.len() > 1 && !is_one {
             let host = *self.chaos.pick(&running);
             let machine = &mut self.servers[host];
             machine.losing = true;

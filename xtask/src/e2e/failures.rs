@@ -95,7 +95,7 @@ pub fn lost_disks_made_anew(cluster: &Cluster) -> Result<()> {
             cluster.up(&[])?;
             full_again(cluster)?;
         }
-        let log = read(cluster.petal().arg("log"))?;
+        let log = read(cluster.petal().args(["log", "-n", "1000", "--server", "s4"]))?;
         ensure!(log.contains("the ring begins a new configuration"), "nothing of the ring in the log:\n{log}");
         Ok(())
     })?;
