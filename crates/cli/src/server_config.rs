@@ -15,9 +15,11 @@
 use crate::output;
 use anyhow::{Context, Result, bail};
 use petal::ids::{ClusterId, ServerId};
+use petal::limits::HALF_LEASE;
 use petal::scrub::{PERIOD_DEFAULT, ScrubConfig};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
+use stdx::Duration;
 
 /// Element entries kept in memory if the file does not say: about 40 MiB.
 pub const CACHE_ELEMENTS_DEFAULT: usize = 65536;
@@ -49,6 +51,9 @@ pub struct ServerConfig {
     /// Hours in which every block is read once in the background; 0: only when `petal scrub` asks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scrub_hours: Option<u64>,
+    /// A disk that answers nothing for so many milliseconds hangs, and the server goes out of the way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_patience_ms: Option<u64>,
     /// It only votes in the ring, and gets no data.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub witness: bool,
@@ -87,6 +92,11 @@ impl ServerConfig {
         };
         let cluster = self.cluster.as_ref().map(id).transpose()?.map(ClusterId);
         Ok(Owner { server: self.server.map(ServerId), cluster })
+    }
+
+    /// How long a disk may answer nothing: at least half a lease.
+    pub fn disk_patience(&self) -> Duration {
+        self.disk_patience_ms.map_or(HALF_LEASE, |ms| Duration::from_millis(ms.min(3_600_000)).max(HALF_LEASE))
     }
 
     /// What others are told.

@@ -63,6 +63,8 @@ pub fn start(folder: &ClusterFolder, file: &ClusterFile, entry: &ServerEntry) ->
         cluster: Some(file.cluster.clone()),
         listen: addresses,
         disks: folder.disks(file, server),
+        // Here all of them are on one disk: when that stands still for a moment, nobody could go on for the others.
+        disk_patience_ms: Some(5000),
         ..ServerConfig::default()
     };
     config.write(&config_path)?;

@@ -4,7 +4,7 @@
 //! for, while the ring still hears the server. So the server takes itself out of the way (`Server::leave`); it begins a
 //! new life when the disk answers again.
 //!
-//! *Hangs*: a read or write has waited for 1.2 leases and nothing at all was answered meanwhile; or one has waited
+//! *Hangs*: a read or write has waited for as long as the config says (half a lease, if it says nothing) and nothing at all was answered meanwhile; or one has waited
 //! for [`COMMAND_MAX`]. A disk under much load answers something, and is only slow. Commands of the PMap store and
 //! growth, which take long on a healthy disk too and which nobody waits for at once, have [`SLOW_MAX`].
 //! Time counts only while this server ran: after a stall every clock begins anew.
@@ -13,14 +13,10 @@
 //! that does this at [`READ_ERRORS_MAX`] places, or to [`WRITE_ERRORS_MAX`] writes, within an hour is not trusted any more.
 //! Blocks that do not have their checksum do not count: somebody may have written over them, and they are repaired.
 
-use crate::limits::LEASE;
 use crate::store::{DiskCommand, DiskResult, OpId};
 use std::collections::{BTreeMap, BTreeSet};
 use stdx::{Duration, Instant};
 
-/// A disk that has answered nothing for so long hangs: with what follows, I/O goes on within two leases (P3). Disks that
-/// are only busy stand for half a second now and then.
-const SILENCE_MAX: Duration = Duration::from_millis(LEASE.as_millis() as u64 * 6 / 5);
 /// Longest wait for one read or write, whatever else is answered.
 const COMMAND_MAX: Duration = Duration::from_secs(5);
 /// Longest wait for a command of the PMap store, or for a file to grow.
@@ -49,6 +45,8 @@ pub(crate) enum Trouble {
 #[derive(Debug)]
 pub(crate) struct DiskWatch {
     disks: Vec<Watched>,
+    /// A disk that has answered nothing for so long hangs.
+    patience: Duration,
     next_look: Option<Instant>,
     /// Waiting is counted from here on at the earliest.
     runs_since: Instant,
@@ -78,7 +76,7 @@ impl Watched {
 
 impl DiskWatch {
     /// Of so many disks.
-    pub fn new(now: Instant, disks: usize) -> DiskWatch {
+    pub fn new(now: Instant, disks: usize, patience: Duration) -> DiskWatch {
         let watched = || Watched {
             quick: BTreeMap::new(),
             slow: BTreeMap::new(),
@@ -87,7 +85,8 @@ impl DiskWatch {
             unread: BTreeSet::new(),
             unwritten: 0,
         };
-        DiskWatch { disks: (0..disks).map(|_| watched()).collect(), next_look: None, runs_since: now, errors: 0 }
+        let disks = (0..disks).map(|_| watched()).collect();
+        DiskWatch { disks, patience, next_look: None, runs_since: now, errors: 0 }
     }
 
     /// A command goes to a disk.
@@ -145,7 +144,7 @@ impl DiskWatch {
         let waited = |since: Instant| now.since(since.max(self.runs_since));
         let quick = disk.quick.first_key_value().map_or(Duration::ZERO, |(_, (at, _))| waited(*at));
         let slow = disk.slow.first_key_value().map_or(Duration::ZERO, |(_, at)| waited(*at));
-        let is_silent = quick >= SILENCE_MAX && waited(disk.answered) >= SILENCE_MAX;
+        let is_silent = quick >= self.patience && waited(disk.answered) >= self.patience;
         if is_silent || quick >= COMMAND_MAX || slow >= SLOW_MAX {
             let longest = quick.max(slow).as_millis();
             return Some(Trouble::Hangs(format!("has not answered for {longest} ms")));
@@ -163,6 +162,7 @@ impl DiskWatch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::HALF_LEASE;
     use crate::store::DiskError;
     use bytes::Bytes;
 
@@ -173,7 +173,7 @@ mod tests {
     }
 
     fn watch() -> DiskWatch {
-        DiskWatch::new(Instant::ZERO, 2)
+        DiskWatch::new(Instant::ZERO, 2, HALF_LEASE)
     }
 
     /// Looks every 100 ms, from one moment to another; the moment of the first complaint.
@@ -186,10 +186,10 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_answers_nothing_for_longer_than_a_lease_hangs() {
+    fn a_disk_that_answers_nothing_for_half_a_lease_hangs() {
         let mut watch = watch();
         watch.on_command(at(0), 1, 1, &READ);
-        assert_eq!(look(&mut watch, 0, 2000), Some((1200, 1)));
+        assert_eq!(look(&mut watch, 0, 2000), Some((500, 1)));
     }
 
     #[test]
@@ -209,7 +209,7 @@ mod tests {
         let mut watch = watch();
         watch.on_command(at(0), 0, 1, &READ);
         assert_eq!(watch.look(at(4000)), None, "the answer may be waiting to be taken up");
-        assert_eq!(look(&mut watch, 4100, 9000), Some((5200, 0)));
+        assert_eq!(look(&mut watch, 4100, 9000), Some((4500, 0)));
     }
 
     #[test]

@@ -120,6 +120,9 @@ pub struct ServerConfig {
     pub store: StoreConfig,
     /// It only votes: it tells of no room for data, so that nothing is placed on it.
     pub witness: bool,
+    /// How long a disk may answer nothing until the server goes out of the way: [`crate::limits::HALF_LEASE`] where disks are
+    /// its own, more where other servers have the same one.
+    pub disk_patience: Duration,
     /// How it looks for bad blocks.
     pub scrub: ScrubConfig,
     /// A rule left out, to test the checkers. Always `Sabotage::None` in a real server.
@@ -225,7 +228,7 @@ impl Server {
             refused: None,
             stage: Stage::Opening,
             last_word: None,
-            watch: DiskWatch::new(now, disks.len()),
+            watch: DiskWatch::new(now, disks.len(), config.disk_patience),
             stores: Stores::open(disks, incarnation, store),
             global: None,
             liveness: Liveness::new(now, me, incarnation, config.sabotage),

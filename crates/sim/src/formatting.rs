@@ -4,6 +4,7 @@ use crate::host::{ServerHost, address_of};
 use crate::options::Options;
 use bytes::Bytes;
 use petal::ids::{BLOCK_SIZE, DiskId, Incarnation};
+use petal::limits::HALF_LEASE;
 use petal::scrub::ScrubConfig;
 use petal::server::ServerConfig;
 use petal::store::superblock::{FormatParams, SUPERBLOCK_SIZE, Superblock};
@@ -87,6 +88,7 @@ pub fn server_config(options: &Options, host: usize, now: Instant) -> ServerConf
         sabotage: options.sabotage,
         // No disk is copied here: the number of a life is enough.
         witness: false,
+        disk_patience: HALF_LEASE,
         salt: 0,
     }
 }

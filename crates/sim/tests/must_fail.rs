@@ -187,7 +187,7 @@ fn a_fence_that_returns_before_it_is_settled() {
         faults,
         ..Overrides::default()
     };
-    must_be_caught_within(Sabotage::FenceBeforeSettled, 10..100, ground);
+    must_be_caught_within(Sabotage::FenceBeforeSettled, 100..200, ground);
 }
 
 /// Suspicion moves who acts, and not the term.

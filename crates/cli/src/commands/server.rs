@@ -113,6 +113,7 @@ async fn live(
             ..StoreConfig::default()
         },
         witness: config.witness,
+        disk_patience: config.disk_patience(),
         scrub: config.scrub(),
         sabotage: Sabotage::None,
         salt: disk_files::random()? as u64,
