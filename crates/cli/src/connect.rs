@@ -13,6 +13,7 @@ use petal::limits::SETTLE_DEADLINE;
 use petal::message::{AdminRequest, AdminResponse, LogLine, ScrubOrder, ScrubStatus, ServerStatus, VerifyPart};
 pub use petal_io::client::Disk;
 use petal_io::client::{Client, Config, ConnectError};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 /// How long to try to reach a first server.
@@ -82,6 +83,20 @@ impl Connection {
             Some(server) => format!("{server} of {}", self.place),
             None => self.place.clone(),
         })
+    }
+
+    /// Servers that have been up once and do not answer now. To be asked of a connection to all.
+    pub async fn away(&self, state: &State, limit: Duration) -> BTreeSet<ServerId> {
+        let mut asked = tokio::task::JoinSet::new();
+        for (id, _) in state.servers.iter().filter(|(_, s)| s.incarnation.0 > 0) {
+            let (id, connection) = (*id, self.clone());
+            asked.spawn_local(async move { (id, connection.server_status(id, limit).await.is_ok()) });
+        }
+        let mut away = BTreeSet::new();
+        while let Some(answer) = asked.join_next().await {
+            away.extend(answer.ok().filter(|(_, is_there)| !is_there).map(|(id, _)| id));
+        }
+        away
     }
 
     /// The global state, as some server knows it.

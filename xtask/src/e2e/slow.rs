@@ -43,7 +43,7 @@ pub fn gets_few_reads(cluster: &Cluster) -> Result<()> {
     let (p50, p99) = (took("50.000000"), took("99.000000"));
     println!("reads by s1 to s4, which is slow: {served:?}; 50 of 100 took {p50:.1} ms, 99 of 100 {p99:.1} ms");
     let others = served[..3].iter().sum::<u64>() / 3;
-    ensure!(served[3] < others / 4, "a slow server was asked for {} reads, the others for {others} each", served[3]);
+    ensure!(served[3] < others / 2, "a slow server was asked for {} reads, the others for {others} each", served[3]);
     let log = read(cluster.petal().arg("log"))?;
     ensure!(!log.contains("is suspected"), "it is slow, and it is there:\n{log}");
     read(cluster.petal().arg("verify"))?;

@@ -178,10 +178,17 @@ impl Report {
             "state_index": index,
             "servers": self.servers.iter().map(ServerReport::json).collect::<Vec<_>>(),
             "slow": slow_servers(&self.servers).iter().map(SlowServer::json).collect::<Vec<_>>(),
+            "majority": self.has_majority(),
             "redundancy": self.redundancy.json(),
             "disks": disks,
             "nbd": self.nbd,
         })
+    }
+
+    /// A majority of the ring answers: without one there are no leases.
+    fn has_majority(&self) -> bool {
+        let members = || self.servers.iter().filter(|s| s.ring);
+        members().filter(|s| s.status.is_some()).count() > members().count() / 2
     }
 
     /// Why the copies of a server are missing.
@@ -202,6 +209,14 @@ impl Report {
         println!("Cluster {name}: {up} of {} servers are up, state index {index}.", self.servers.len());
         for server in self.servers.iter().filter(|s| s.state != "up") {
             println!("  {}", server.sentence());
+        }
+        if !self.has_majority() {
+            let members = self.servers.iter().filter(|s| s.ring);
+            let away: Vec<String> = members.filter(|s| s.status.is_none()).map(|s| s.id.to_string()).collect();
+            println!(
+                "  THE RING HAS NO MAJORITY: nothing can be read, written or changed until it has; start {}.",
+                away.join(" or ")
+            );
         }
         slow_servers(&self.servers).iter().for_each(|slow| println!("  {}", slow.sentence()));
         self.redundancy.sentences(|server, missing| self.why(server, missing)).iter().for_each(|l| println!("{l}"));

@@ -98,11 +98,16 @@ async fn online(place: &Place) -> Result<Findings> {
     let connection = Connection::open(place).await?;
     let state = connection.state().await?;
     let connection = connection.to_all(&state).await?;
+    let away = connection.away(&state, Duration::from_secs(3)).await;
+    if !away.is_empty() {
+        let away = away.iter().map(ToString::to_string).collect::<Vec<_>>().join(" and ");
+        bail!("{away} does not answer, and all copies are compared: start it first (`petal status`)");
+    }
     let mut findings = Findings::default();
     let mut after = None;
     loop {
         let mut parts = BTreeMap::new();
-        for server in state.servers.keys() {
+        for (server, _) in state.servers.iter().filter(|(_, s)| s.incarnation.0 > 0) {
             parts.insert(*server, connection.verify(*server, after).await?);
         }
         // Every server has told all its elements up to here.

@@ -9,6 +9,7 @@ use petal::global_state::State;
 use petal::ids::ServerId;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 /// `petal what-if`
 #[derive(clap::Args)]
@@ -31,12 +32,18 @@ pub struct Arguments {
 /// Answers it.
 pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
     let place = place.clone();
-    let state = connect::block_on(async move { Connection::open(&place).await?.state().await })?;
+    let (state, away) = connect::block_on(async move {
+        let connection = Connection::open(&place).await?;
+        let state = connection.state().await?;
+        let away = connection.to_all(&state).await?.away(&state, Duration::from_millis(1500)).await;
+        Ok((state, away))
+    })?;
     let down: BTreeSet<ServerId> = arguments.down.iter().copied().collect();
     for server in &down {
         ensure!(state.servers.contains_key(server), "there is no server {server}; `petal status` shows the servers");
     }
-    let loss = Loss::of(&state, &down);
+    // Who does not answer is down already, declared or not.
+    let loss = Loss::of(&state, &down, &away);
     if arguments.json {
         output::print_json(&loss.json())?
     } else {
@@ -58,13 +65,14 @@ struct Loss {
 }
 
 impl Loss {
-    fn of(state: &State, down: &BTreeSet<ServerId>) -> Loss {
-        let then = Redundancy::of(state, down);
-        let is_up = |server: &ServerId| !down.contains(server) && state.servers.get(server).is_some_and(|s| !s.down);
+    fn of(state: &State, down: &BTreeSet<ServerId>, away: &BTreeSet<ServerId>) -> Loss {
+        let all = down | away;
+        let then = Redundancy::of(state, &all);
+        let is_up = |server: &ServerId| !all.contains(server) && state.servers.get(server).is_some_and(|s| !s.down);
         let members = &state.ring.members;
         Loss {
             down: down.iter().map(ToString::to_string).collect(),
-            now: Redundancy::of(state, &BTreeSet::new()),
+            now: Redundancy::of(state, away),
             ring: (members.iter().filter(|m| is_up(&m.server)).count(), members.len()),
             disks: state.vdisks.values().map(|d| (d.name.clone(), then.of_disk(state, d))).collect(),
             then,

@@ -26,7 +26,9 @@ pub const SUPERBLOCK_AREA: usize = 8192;
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// There is nothing at that path.
-    #[error("there is no disk at {path}: check the path, or format it first")]
+    #[error(
+        "there is no disk at {path}: check the path; if it is lost, see `petal rejoin --help`, and if it is new, `petal join --help`"
+    )]
     NotFound {
         /// The path.
         path: PathBuf,
