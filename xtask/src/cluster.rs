@@ -120,7 +120,12 @@ impl Cluster {
 /// Ends one process for good.
 pub fn kill9(pid: u32) -> Result<()> {
     run::read(run::command("kill").args(["-9", &pid.to_string()]))?;
-    Ok(())
+    // The signal is on its way when `kill` returns; what comes next must not find the process alive.
+    let is_gone = || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+        stat.map_or(true, |stat| stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['Z', 'X'])))
+    };
+    Cluster::wait_for("the killed process is gone", Duration::from_secs(10), is_gone)
 }
 
 impl Drop for Cluster {
