@@ -5,6 +5,7 @@
 //! Times are those of the commands as the core gives and gets them back, so a driver that comes late counts, too.
 //! Never fails; decides nothing.
 
+use crate::ids::ELEMENT_SIZE;
 use crate::store::{DiskCommand, OpId};
 use std::collections::BTreeMap;
 use stdx::{Duration, Instant, Recent};
@@ -32,6 +33,8 @@ impl DiskTimes {
     /// A command goes to a disk.
     pub fn begun(&mut self, now: Instant, disk: usize, op: OpId, command: &DiskCommand) {
         let kind = match command {
+            // What a start reads of the journal, all at one time, says nothing of the disk.
+            DiskCommand::Read { length, .. } if *length > ELEMENT_SIZE => return,
             DiskCommand::Read { .. } => 0,
             DiskCommand::Write { .. } => 1,
             _ => return,
