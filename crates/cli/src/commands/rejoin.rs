@@ -16,7 +16,7 @@ use crate::place::Place;
 use crate::server_config::ServerConfig;
 use anyhow::{Context, Result, bail, ensure};
 use petal::global_state::{Command, Genesis, State};
-use petal::ids::ServerId;
+use petal::ids::{DiskId, ServerId};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -114,7 +114,7 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
                 votes_lost,
                 accept_data_loss: arguments.accept_data_loss,
             };
-            take_note(place, command)?
+            take_note(place, command, server, replacement.ids())?
         }
     };
     // Half made: which configuration began for it is not known any more, and the present one is as good.
@@ -127,13 +127,23 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
     cost.tell(&arguments, &replacement)
 }
 
-/// Has the command decided; the state after it.
-fn take_note(place: &Place, command: Command) -> Result<State> {
+/// Has the command decided; a state after it. (Another server than the one that executed it may answer, and lag: by
+/// the ring's configuration of before, the new disks would be let to vote where the lost ones have.)
+fn take_note(place: &Place, command: Command, server: ServerId, disks: Vec<DiskId>) -> Result<State> {
     let place = place.clone();
     connect::block_on(async move {
         let connection = Connection::open(&place).await?;
         connection.execute(command).await.context("the disks are as they were, and the cluster has not confirmed")?;
-        connection.state().await
+        let end = Instant::now() + DOWN_LIMIT;
+        loop {
+            let state = connection.state().await?;
+            let named: Vec<&DiskId> = state.servers.get(&server).map(|s| s.disks.keys().collect()).unwrap_or_default();
+            if named.len() == disks.len() && disks.iter().all(|disk| named.contains(&disk)) {
+                return Ok(state);
+            }
+            ensure!(Instant::now() < end, "the cluster took note, and no server that knows of it answers; ask again");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     })
 }
 
