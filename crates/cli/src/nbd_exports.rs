@@ -4,7 +4,7 @@
 use crate::connect::{Connection, Disk};
 use bytes::Bytes;
 use petal::client::RequestError;
-use petal::global_state::{Attachment, CommandError};
+use petal::global_state::{Attachment, CommandError, split_name};
 use petal::message::{AdminError, Refusal};
 use petal_nbd::{Errno, Export, ExportError, ExportInfo, Exports, OpenError, Piece, Zeroing};
 
@@ -38,7 +38,7 @@ impl Exports for ClusterExports {
             name: disk.name.clone(),
             description: String::new(),
             size: disk.size,
-            read_only: disk.read_only || self.read_only,
+            read_only: disk.is_snapshot() || self.read_only,
         };
         Ok(disks.map(info).collect())
     }
@@ -47,7 +47,8 @@ impl Exports for ClusterExports {
         if !self.serves(name) {
             return Err(OpenError::NotFound(name.into()));
         }
-        let mode = if self.read_only { Attachment::ReadOnly } else { Attachment::Exclusive };
+        let read_only = self.read_only || split_name(name).1.is_some();
+        let mode = if read_only { Attachment::ReadOnly } else { Attachment::Exclusive };
         let attach = |take_over| self.connection.attach(name, mode, &self.holder, take_over);
         let mut result = attach(self.take_over).await;
         // Our own session of an earlier life, which ended without a detach.
@@ -57,7 +58,7 @@ impl Exports for ClusterExports {
             result = attach(true).await;
         }
         match result {
-            Ok(disk) => Ok(DiskExport { disk, read_only: self.read_only }),
+            Ok(disk) => Ok(DiskExport { disk, read_only }),
             Err(RequestError::Admin(AdminError::NoSuchDisk(name))) => Err(OpenError::NotFound(name)),
             Err(e @ RequestError::Admin(AdminError::Refused(CommandError::InUse { .. }))) => {
                 Err(OpenError::Busy(e.to_string()))

@@ -36,10 +36,43 @@ id!(
     /// One life of a server: grows by one each time it starts.
     Incarnation(u64), "i"
 );
-id!(
-    /// A virtual disk: the state index of the command that made it.
-    VdiskId(u64), "v"
-);
+/// A virtual disk or a snapshot: the state index of the command that made it, and, where one command made
+/// several, which of them it is.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+pub struct VdiskId(pub u64);
+
+impl VdiskId {
+    /// Bits of the state index; above them is the ordinal.
+    const INDEX_BITS: u32 = 48;
+    /// How many one command can make.
+    pub const AT_ONCE_MAX: usize = 1 << 12;
+
+    /// The one of this ordinal, from 0, that the command at `index` makes.
+    pub fn made_by(index: StateIndex, ordinal: usize) -> VdiskId {
+        assert!(index < 1 << Self::INDEX_BITS && ordinal < Self::AT_ONCE_MAX);
+        VdiskId(index | (ordinal as u64) << Self::INDEX_BITS)
+    }
+    /// State index of the command that made it.
+    pub fn index(self) -> StateIndex {
+        self.0 & ((1 << Self::INDEX_BITS) - 1)
+    }
+}
+
+impl fmt::Display for VdiskId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 >> Self::INDEX_BITS {
+            0 => write!(f, "v{}", self.0),
+            ordinal => write!(f, "v{}.{ordinal}", self.index()),
+        }
+    }
+}
+
+impl fmt::Debug for VdiskId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
 id!(
     /// A disk with all its snapshots and clones: the state index of the command that made it.
     FamilyId(u64), "f"

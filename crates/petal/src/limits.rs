@@ -34,6 +34,11 @@ pub const SLOTS_MAX: u32 = 1 << 16;
 pub const SERVERS_MAX: usize = 1024;
 /// Virtual disks of a cluster at most.
 pub const VDISKS_MAX: usize = 100_000;
+/// Lineages that one may inherit from, one behind the other: a first write to an element of a clone tells them
+/// all, 8 bytes each.
+pub const ANCESTORS_MAX: usize = 1024;
+/// Snapshots of one kind that a policy keeps at most: hourly for six weeks.
+pub const POLICY_KEEPS_MAX: u16 = 1024;
 /// Sessions of one disk at most: a shared file system on every server, or a thousand readers.
 pub const SESSIONS_PER_DISK_MAX: usize = 1024;
 /// Disks of one server at most.

@@ -56,6 +56,8 @@ pub(crate) struct Acting {
     pub joiners: BTreeMap<ServerId, Joiner>,
     /// Nothing is served before: a member that was taken out may still have a lease.
     pub not_before: Option<Instant>,
+    /// State index of the last mark in the streams.
+    pub marked: StateIndex,
 }
 
 /// A write that has a version and is not complete.
@@ -64,6 +66,10 @@ pub(crate) struct Unfinished {
     pub operation: OpNumber,
     /// Servers that have not made it stable.
     pub waits: SmallVec<[ServerId; 3]>,
+    /// The disk, and the state index by which it got its epoch.
+    pub disk: VdiskId,
+    /// The second of these.
+    pub at: StateIndex,
 }
 
 type Lists = BTreeMap<ServerId, BTreeMap<ElementKey, ElementImage>>;
@@ -259,6 +265,7 @@ impl DataAccess {
             streams,
             joiners: BTreeMap::new(),
             not_before,
+            marked: 0,
         }));
     }
 

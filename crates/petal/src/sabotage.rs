@@ -83,6 +83,12 @@ pub enum Sabotage {
     /// A call that narrows what data messages may do returns when its command is applied where it was asked for.
     FenceBeforeSettled,
 
+    // ---- snapshots
+    /// A secondary serves a snapshot without knowing that everything that was written before has come.
+    SnapshotWithoutMark,
+    /// Writes of a new epoch of a shared disk are complete before everybody has settled the snapshot.
+    NoGates,
+
     // ---- the store
     /// Replay drops single records whose data does not match its CRC, wherever they are, and goes on
     /// behind them.
@@ -101,7 +107,7 @@ pub enum Sabotage {
 
 impl Sabotage {
     /// Every rule that can be left out.
-    pub const ALL: [Sabotage; 29] = [
+    pub const ALL: [Sabotage; 31] = [
         Sabotage::AckBeforeSecondary,
         Sabotage::NoSettlement,
         Sabotage::SettleByVersion,
@@ -126,6 +132,8 @@ impl Sabotage {
         Sabotage::WatermarkWhileOut,
         Sabotage::TakeOutWithoutWait,
         Sabotage::FenceBeforeSettled,
+        Sabotage::SnapshotWithoutMark,
+        Sabotage::NoGates,
         Sabotage::ReplayDropsRecords,
         Sabotage::AckBatchesOutOfOrder,
         Sabotage::NoChain,
@@ -161,6 +169,8 @@ impl Sabotage {
             Sabotage::WatermarkWhileOut => "watermark-while-out",
             Sabotage::TakeOutWithoutWait => "take-out-without-wait",
             Sabotage::FenceBeforeSettled => "fence-before-settled",
+            Sabotage::SnapshotWithoutMark => "snapshot-without-mark",
+            Sabotage::NoGates => "no-gates",
             Sabotage::ReplayDropsRecords => "replay-drops-records",
             Sabotage::AckBatchesOutOfOrder => "ack-batches-out-of-order",
             Sabotage::NoChain => "no-chain",

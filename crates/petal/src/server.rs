@@ -6,13 +6,16 @@ use crate::data_access::{Context, DataAccess};
 use crate::desk::Desk;
 use crate::disk_times::DiskTimes;
 use crate::disk_watch::DiskWatch;
-use crate::global_state::{Command, CommandError, Effects, Entry, Genesis, GlobalOutput, GlobalState, Own, State};
+use crate::global_state::{
+    Attachment, Command, CommandError, Effects, Entry, Genesis, GlobalOutput, GlobalState, Own, State,
+};
 use crate::ids::*;
 use crate::liveness::{Liveness, LivenessOutput};
 use crate::message::*;
 use crate::sabotage::Sabotage;
 use crate::scrub::{Scrub, ScrubConfig};
 use crate::store::{Change, DiskCommand, DiskResult, Event, OpId, OpenDisk, StageError, StoreConfig, Stores, Ticket};
+use crate::translator::vdir::Vdisk;
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
 use stdx::{Duration, FastMap, Instant, Machine};
@@ -337,7 +340,7 @@ impl Server {
         self.global().on_connected(now, server);
         self.with_liveness(|liveness, global| liveness.on_connected(now, global, server));
         self.with_data(|data, ctx| data.on_connected(ctx, server, incarnation));
-        for index in self.admin.unsettled_at(server) {
+        for index in self.admin.unsettled_at(server).into_iter().chain(self.data.gates.unsettled_at(server)) {
             self.send(server, Body::Settle(Settle { index }));
         }
     }
@@ -366,6 +369,9 @@ impl Server {
             // Who stops wants to know that the others have its goodbye.
             if stopping || message.state_index > global.state().index {
                 global.on_index(now, server, message.state_index);
+            }
+            if self.data.gates.on_applied(server, message.state_index) {
+                self.with_data(|data, ctx| data.complete_what_waited(ctx));
             }
         }
         match (from, message.body) {
@@ -397,7 +403,7 @@ impl Server {
         }
         let stopping = matches!(self.stage, Stage::Stopping { goodbye: None, .. });
         if let (Peer::Server(server), Body::Settled(m)) = (from, &body) {
-            return self.admin.on_settled(server, m.index, &mut self.out);
+            return self.on_settled(server, m.index);
         }
         self.with_data(|data, ctx| match (from, body) {
             // What was begun is finished; nothing new is.
@@ -615,7 +621,7 @@ impl Server {
                 moved = true;
             }
             for index in self.data.take_settled_here() {
-                self.admin.on_settled(self.me, index, &mut self.out);
+                self.on_settled(self.me, index);
                 moved = true;
             }
             if !moved {
@@ -641,7 +647,7 @@ impl Server {
     fn on_liveness_output(&mut self, output: LivenessOutput) {
         match output {
             LivenessOutput::Send { to, body } => self.send(to, body),
-            LivenessOutput::LeaseGained => self.with_data(|data, ctx| data.on_lease_back(ctx)),
+            LivenessOutput::LeaseGained => self.with_data(|data, ctx| data.complete_what_waited(ctx)),
         }
     }
 
@@ -735,6 +741,9 @@ impl Server {
                 let down = self.global().state().servers.iter().filter(|(_, s)| s.down).map(|(s, _)| *s).collect();
                 let index = self.global().state().index;
                 self.on_downs(index, down);
+                if self.stage == Stage::Running {
+                    self.close_gate_of_all();
+                }
                 self.retry_deferred();
             }
             GlobalOutput::Dial { server, addresses } => self.out.push_back(Output::Dial { server, addresses }),
@@ -771,10 +780,43 @@ impl Server {
         for server in self.admin.on_downs(index, &downs, &left) {
             self.ask_to_settle(server, index);
         }
+        let opened = self.data.gates.on_downs(index, &downs, &left) | self.data.gates.on_applied(me, index);
+        if opened {
+            self.with_data(|data, ctx| data.complete_what_waited(ctx));
+        }
         if is_own_end && !std::mem::replace(&mut self.ended, true) {
             let why = format!("{me} was not heard from and is declared down; it starts again as a new life");
             self.out.push_back(Output::Restart(why));
         }
+    }
+
+    fn on_settled(&mut self, server: ServerId, index: StateIndex) {
+        self.admin.on_settled(server, index, &mut self.out);
+        if self.data.gates.on_settled(server, index) {
+            self.with_data(|data, ctx| data.complete_what_waited(ctx));
+        }
+    }
+
+    /// Writes of these disks that get their epoch from here on wait until the present index is settled.
+    fn close_gate(&mut self, disks: &[VdiskId]) {
+        if disks.is_empty() {
+            return;
+        }
+        let state = self.global().state();
+        let (index, settlers) = (state.index, settlers(state));
+        self.data.gates.close(index, disks, &settlers);
+        for server in settlers {
+            self.ask_to_settle(server, index);
+        }
+    }
+
+    /// What was decided while this server was not there may have begun new epochs.
+    fn close_gate_of_all(&mut self) {
+        let state = self.global().state();
+        let is_shared = |s: &&SessionId| state.session(**s).is_some_and(|s| s.mode == Attachment::Shared);
+        let shared = |d: &&Vdisk| d.sessions.iter().any(|s| is_shared(&s));
+        let disks: Vec<VdiskId> = state.vdisks.values().filter(shared).map(|d| d.id).collect();
+        self.close_gate(&disks);
     }
 
     fn ask_to_settle(&mut self, server: ServerId, index: StateIndex) {
@@ -807,6 +849,10 @@ impl Server {
             for session in &effects.sessions_ended {
                 self.data.on_session_ended(*session);
             }
+            for family in &effects.families_narrowed {
+                self.data.want_reclaim(*family);
+            }
+            self.close_gate(&effects.new_epochs_shared);
         }
         if let Some(key) = self.own_commands.remove(&(id.proposer, id.number)) {
             self.with_data(|data, ctx| data.on_proposal_decided(ctx, key));
@@ -837,6 +883,7 @@ impl Server {
                 self.stage = Stage::Running;
                 self.follow_state(None);
                 self.data.want_sweep();
+                self.close_gate_of_all();
                 self.with_data(|data, ctx| data.run_scrub(ctx, true));
                 self.out.push_back(Output::Ready);
             }

@@ -163,7 +163,7 @@ pub fn describe(state: &State, disk: &Vdisk) -> Value {
         "size": disk.size,
         "copies": scheme.map(Scheme::copies),
         "stripe_unit": family.map(|f| f.stripe_unit),
-        "read_only": disk.read_only,
+        "read_only": disk.is_snapshot(),
         "attached": sessions.map(|s| json!({
             "session": s.id.to_string(),
             "mode": format!("{:?}", s.mode).to_lowercase(),

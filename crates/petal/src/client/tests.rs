@@ -6,7 +6,7 @@ use crate::global_state::Outcome;
 use crate::message::*;
 use crate::store::BlockSum;
 use crate::translator::gmap::slot_of_element;
-use crate::translator::vdir::{Family, Vdisk};
+use crate::translator::vdir::{Family, Lineage, Policy, Vdisk};
 use stdx::checksum::crc32c;
 
 mod hedges;
@@ -66,15 +66,26 @@ impl World {
             family: FamilyId(5),
             lineage: LineageId(1),
             epoch: Epoch(1),
-            read_only: false,
-            parent: None,
+            snapshot_of: None,
+            stands_on: 0,
+            protected: false,
+            made: 0,
+            policy: Policy::default(),
             revision: 5,
             sessions: vec![],
         };
         let hints = Hints {
             state_index: 10,
             vdisk,
-            family: Family { id: FamilyId(5), gmap: GmapId(3), stripe_unit: 1 << 20, shift: 3, revision: 5 },
+            family: Family {
+                id: FamilyId(5),
+                gmap: GmapId(3),
+                stripe_unit: 1 << 20,
+                shift: 3,
+                revision: 5,
+                lineages: [(LineageId(1), Lineage { parent: None })].into(),
+                next_lineage: LineageId(2),
+            },
             revision: 5,
             slots: (0..SLOTS).map(|n| SlotHint { term: 4, in_sync: vec![server(n), server(n + 1)] }).collect(),
             servers: (1..=SERVERS).map(|s| ServerHint { server: ServerId(s), addresses: addresses(s) }).collect(),

@@ -20,6 +20,7 @@
 //! Reads: the primary lets a read wait for unfinished writes of its blocks; a secondary refuses a read
 //! of an element that is newer than its watermark (`Refusal::Busy`), and the client asks the primary.
 
+mod gates;
 mod map;
 mod queue;
 mod range;
@@ -122,6 +123,8 @@ struct Operation {
     mask: u16,
     kind: Kind,
     phase: Phase,
+    /// State index at which it was judged last: its version, or what it reads, is by that state.
+    at: StateIndex,
     /// It holds its blocks in the element's queue.
     holds: bool,
     /// What the client asked, where an unaligned write was completed to whole blocks: begun again in a new
@@ -279,6 +282,8 @@ pub struct DataAccess {
     client_requests: FastMap<ClientId, usize>,
     gone_clients: FastSet<ClientId>,
     settles: Vec<Settling>,
+    /// What holds up the completion of writes to disks that were snapshotted while several clients have them.
+    pub gates: gates::Gates,
     /// Indices that this server itself waited for, and that are settled here.
     settled_here: Vec<StateIndex>,
     /// Elements of families that ended, being dropped.
@@ -362,6 +367,7 @@ impl DataAccess {
             client_requests: FastMap::new(),
             gone_clients: FastSet::new(),
             settles: Vec::new(),
+            gates: gates::Gates::default(),
             settled_here: Vec::new(),
             sweep: sweep::Sweep::default(),
             counters: Counters::default(),
@@ -478,7 +484,7 @@ impl DataAccess {
         if session.vdisk != access.vdisk {
             return Err(Refusal::SessionEnded);
         }
-        if writes && (vdisk.read_only || session.mode == crate::global_state::Attachment::ReadOnly) {
+        if writes && (vdisk.is_snapshot() || session.mode == crate::global_state::Attachment::ReadOnly) {
             return Err(Refusal::ReadOnly);
         }
         let start = element.checked_mul(ELEMENT_SIZE).ok_or(Refusal::BeyondEnd)?;
@@ -547,6 +553,7 @@ impl DataAccess {
             mask,
             kind,
             phase,
+            at: 0,
             holds: false,
             original: None,
             joined: SmallVec::new(),
@@ -622,7 +629,11 @@ impl DataAccess {
         // Before the settlement of its term an element may lack, here, what the settlement will bring: were
         // it served, a write of a fenced client could still become visible after the fence (P5).
         let unsettled = slot.watermark.term < slot.term;
-        let busy = unsettled || ctx.stores.version(op.element) > slot.watermark;
+        // A snapshot or a clone stands on what was written before a certain command: has all of that come?
+        let stands_on = ctx.state.vdisk(op.access.vdisk).map_or(0, |v| v.stands_on);
+        let told = slot.incoming.as_ref().map_or(0, Incoming::mark).max(slot.term);
+        let unmarked = stands_on > told && !self.is_sabotaged(Sabotage::SnapshotWithoutMark);
+        let busy = unsettled || unmarked || ctx.stores.version(op.element) > slot.watermark;
         let catches_up = !slot.in_sync.contains(&self.me); // Only with the rule left out.
         if busy && !catches_up && !self.is_sabotaged(Sabotage::ServeBusy) {
             return self.refuse(ctx, number, Refusal::Busy);
@@ -659,8 +670,31 @@ impl DataAccess {
             Loaded::Failed => return self.refuse(ctx, number, Refusal::BadCopy),
         }
         op.phase = Phase::Reading;
+        op.at = ctx.state.index;
+        let slot = op.slot;
+        let stands_on = ctx.state.vdisk(op.access.vdisk).map_or(0, |v| v.stands_on);
         let read = ctx.stores.read(op.element, &view, first_block, blocks);
         self.reads.insert(read, ReadOwner::Operation(number));
+        self.mark(ctx, slot, stands_on);
+    }
+
+    /// Somebody reads what stands on the command at this index: the other replicas are told that they have all
+    /// that was written before, so that they can serve it too. Once a slot; a new term tells it by itself.
+    fn mark(&mut self, ctx: &mut Context, index: SlotIndex, stands_on: StateIndex) {
+        let slot = &mut self.slots[index];
+        let Some(acting) = slot.acting.as_mut() else { return };
+        if stands_on <= acting.marked.max(slot.term) {
+            return;
+        }
+        acting.marked = ctx.state.index;
+        for (receiver, outgoing) in &mut acting.streams {
+            let part = Part::Mark { state_index: ctx.state.index };
+            let m = outgoing.push(slot.id, slot.term, slot.watermark, part, Payload::default(), None);
+            if self.connected.contains(receiver) {
+                let message = Message { state_index: ctx.state.index, body: Body::Replicate(m) };
+                ctx.out.push_back(Output::Send { to: Peer::Server(*receiver), message });
+            }
+        }
     }
 
     /// Reads the blocks that an unaligned write covers only in part.
@@ -760,7 +794,11 @@ impl DataAccess {
         let blocks = block_data(w);
         let cost = blocks.iter().filter(|b| matches!(b, BlockData::Data { .. })).count() as u64;
         let (lineage, epoch) = (vdisk.lineage, vdisk.epoch);
-        let parents: Vec<_> = vdisk.parent.into_iter().collect();
+        // Told where the row is made; replicas that have it need nothing of its ancestors any more.
+        let parents: Vec<_> = match ctx.stores.has_row(op.element, lineage, epoch) {
+            true => Vec::new(),
+            false => ctx.state.families[&vdisk.family].ancestors(lineage).collect(),
+        };
         if cost == 0 && ctx.stores.free_blocks() == 0 && ctx.stores.version(op.element) == Version::ZERO {
             // Zeros in an element that does not exist would need an entry, and there is no room for one.
             return self.refuse(ctx, number, Refusal::NoSpace);
@@ -807,6 +845,7 @@ impl DataAccess {
         acting.sequence += 1;
         slot.outstanding += 1;
         op.phase = Phase::Unfinished { sequence: version.sequence };
+        op.at = ctx.state.index;
         self.tickets.insert(ticket, TicketOwner::Write { slot: op.slot, term: slot.term, sequence: version.sequence });
         let mut waits: SmallVec<[ServerId; 3]> = smallvec![self.me];
         let part = Part::Write {
@@ -858,7 +897,8 @@ impl DataAccess {
         if self.sabotage == Sabotage::AckBeforeSecondary {
             waits.truncate(1);
         }
-        acting.unfinished.insert(version.sequence, crate::promise::Unfinished { operation: number, waits });
+        let (disk, at) = (op.access.vdisk, op.at);
+        acting.unfinished.insert(version.sequence, crate::promise::Unfinished { operation: number, waits, disk, at });
     }
 
     // --------------------------------------------------------------------------------------------
@@ -869,16 +909,26 @@ impl DataAccess {
         let Some(acting) = self.slots[index].acting.as_mut() else { return };
         let Some(unfinished) = acting.unfinished.get_mut(&sequence) else { return };
         unfinished.waits.retain(|s| *s != at);
-        if unfinished.waits.is_empty() && ctx.liveness.lease(ctx.now).is_some() {
+        let (is_stable, disk, by) = (unfinished.waits.is_empty(), unfinished.disk, unfinished.at);
+        if is_stable && self.may_complete(disk, by) && ctx.liveness.lease(ctx.now).is_some() {
             self.complete_write(ctx, index, sequence);
         }
     }
 
-    /// There is a lease again: what became stable meanwhile is complete now.
-    pub fn on_lease_back(&mut self, ctx: &mut Context) {
+    /// True unless a gate is closed for it.
+    fn may_complete(&self, disk: VdiskId, at: StateIndex) -> bool {
+        self.gates.admits(disk, at) || self.sabotage == Sabotage::NoGates
+    }
+
+    /// There is a lease again, or a gate has opened: what became stable meanwhile is complete now.
+    pub fn complete_what_waited(&mut self, ctx: &mut Context) {
+        if ctx.liveness.lease(ctx.now).is_none() {
+            return;
+        }
         for index in 0..self.slots.len() {
             let Some(acting) = self.slots[index].acting.as_ref() else { continue };
-            let stable = acting.unfinished.iter().filter(|(_, u)| u.waits.is_empty()).map(|(sequence, _)| *sequence);
+            let is_stable = |u: &crate::promise::Unfinished| u.waits.is_empty() && self.may_complete(u.disk, u.at);
+            let stable = acting.unfinished.iter().filter(|(_, u)| is_stable(u)).map(|(sequence, _)| *sequence);
             for sequence in stable.collect::<Vec<_>>() {
                 self.complete_write(ctx, index, sequence);
             }
@@ -1247,7 +1297,8 @@ impl DataAccess {
         if self.settles.iter().any(|s| s.from == from && s.index == index) {
             return;
         }
-        let began = |op: &Operation| matches!(op.phase, Phase::Unfinished { .. } | Phase::Reading);
+        // What was judged by that index or a later one does not stand in its way.
+        let began = |op: &Operation| matches!(op.phase, Phase::Unfinished { .. } | Phase::Reading) && op.at < index;
         let operations = self.operations.iter().filter(|(_, op)| began(op)).map(|(number, _)| *number).collect();
         // What an earlier life of some member began is known only when the slot is settled.
         let slots = (0..self.slots.len()).filter(|s| !self.is_settled(*s)).collect();
@@ -1453,7 +1504,12 @@ fn sums_of(change: &Change) -> Vec<BlockSum> {
 
 pub(crate) fn view_of(state: &State, vdisk: VdiskId) -> View {
     match state.vdisks.get(&vdisk) {
-        Some(v) => std::iter::once((v.lineage, v.epoch)).chain(v.parent).collect(),
+        Some(v) => {
+            // Of a disk always the newest row: this server may be behind, and others write a later epoch already.
+            let newest = if v.is_snapshot() { v.epoch } else { Epoch(u32::MAX) };
+            let ancestors = state.families.get(&v.family).map(|f| f.ancestors(v.lineage));
+            std::iter::once((v.lineage, newest)).chain(ancestors.into_iter().flatten()).collect()
+        }
         None => View::new(),
     }
 }

@@ -157,7 +157,11 @@ impl DataAccess {
                 slot.caught_up = Some((m.term, m.watermark));
                 None
             }
-            Part::Skip { .. } | Part::Mark { .. } => None,
+            Part::Mark { state_index } => {
+                slot.incoming.as_mut().expect("the message came in it").note_mark(state_index);
+                None
+            }
+            Part::Skip { .. } => None,
         }
     }
 

@@ -125,6 +125,8 @@ pub struct Incoming {
     /// Staged, not all stable: `first_pending` is the number of the first.
     pending: VecDeque<Pending>,
     first_pending: u64,
+    /// The newest mark.
+    mark: StateIndex,
 }
 
 #[derive(Debug)]
@@ -154,7 +156,18 @@ impl Incoming {
             arrived: VecDeque::new(),
             pending: VecDeque::new(),
             first_pending: 1,
+            mark: 0,
         }
+    }
+
+    /// The primary had applied this state index when it sent what comes from here on.
+    pub fn note_mark(&mut self, state_index: StateIndex) {
+        self.mark = self.mark.max(state_index);
+    }
+
+    /// The newest mark that came.
+    pub fn mark(&self) -> StateIndex {
+        self.mark
     }
 
     /// Takes a message in.

@@ -19,8 +19,8 @@ pub(super) fn conflict(wanted: Attachment, present: Attachment) -> bool {
     }
 }
 
-/// Names are words of a command line, of a URL and of an NBD export; `@` will stand between a disk and a
-/// snapshot of it.
+/// Names are words of a command line, of a URL and of an NBD export; `@` stands between a disk and a snapshot of
+/// it, each of which has such a name.
 pub(super) fn check_name(name: &str) -> Result<(), CommandError> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     let why = if name.is_empty() {
@@ -36,6 +36,14 @@ pub(super) fn check_name(name: &str) -> Result<(), CommandError> {
     };
     let name = name.chars().take(NAME_MAX).collect();
     Err(CommandError::BadName { name, why })
+}
+
+/// The disk's part of a name, and the snapshot's, if it names one.
+pub fn split_name(name: &str) -> (&str, Option<&str>) {
+    match name.split_once('@') {
+        Some((disk, snapshot)) => (disk, Some(snapshot)),
+        None => (name, None),
+    }
 }
 
 pub(super) fn check_size(size: u64) -> Result<(), CommandError> {

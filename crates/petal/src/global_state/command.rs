@@ -3,6 +3,7 @@
 use crate::ids::*;
 use crate::message::CommandId;
 use crate::translator::gmap::Scheme;
+use crate::translator::vdir::Policy;
 use serde::{Deserialize, Serialize};
 
 /// One entry of the log.
@@ -204,6 +205,80 @@ pub enum Command {
         /// Which disk, and what is wrong with it, for people.
         why: String,
     },
+    /// Snapshots of some disks, all of one instant (2.9): each disk goes on in its next epoch. `Overtaken` unless
+    /// every disk still writes the epoch that the caller saw. Settled when nothing that was begun before can still
+    /// change them.
+    Snapshot {
+        /// Of which disks; each once.
+        of: Vec<SnapshotOf>,
+        /// Seconds since 1970, for people.
+        made: u64,
+        /// They cannot be deleted until they are released.
+        protected: bool,
+    },
+    /// A new disk that begins with what a snapshot or a disk holds (2.9), in the same family. Of a disk: what it
+    /// holds at this instant, and as with `Snapshot` only if it still writes this epoch.
+    Clone {
+        /// The snapshot or disk.
+        source: VdiskId,
+        /// Its epoch.
+        epoch: Epoch,
+        /// Name of the new disk.
+        name: String,
+        /// Seconds since 1970, for people.
+        made: u64,
+    },
+    /// A disk that nobody has attached goes back to what one of its snapshots holds (2.9).
+    Rollback {
+        /// The disk.
+        vdisk: VdiskId,
+        /// The epoch that it writes, as the caller saw it.
+        epoch: Epoch,
+        /// The snapshot.
+        to: VdiskId,
+        /// What it held until now is kept as a snapshot of this name, `DISK@NAME`; or not at all.
+        keep: Option<String>,
+        /// Seconds since 1970, for people.
+        made: u64,
+    },
+    /// Deletes disks and snapshots that nobody has attached, all or none. A disk goes with all its snapshots or
+    /// when it has none.
+    DeleteDisks {
+        /// Which.
+        vdisks: Vec<VdiskId>,
+    },
+    /// A disk or snapshot can be deleted only when this is taken back.
+    Protect {
+        /// Which.
+        vdisk: VdiskId,
+        /// From now on, or no longer.
+        protected: bool,
+    },
+    /// Which snapshots the cluster makes of a disk by itself.
+    SetPolicy {
+        /// The disk.
+        vdisk: VdiskId,
+        /// How many of each kind are kept.
+        policy: Policy,
+    },
+    /// A clone needs nothing of its parents any more: every element that they have has a row of its own.
+    Flatten {
+        /// The clone.
+        vdisk: VdiskId,
+        /// Its lineage, as the caller saw it.
+        lineage: LineageId,
+    },
+}
+
+/// A snapshot that is to be made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotOf {
+    /// The disk.
+    pub vdisk: VdiskId,
+    /// The epoch that it writes, as the caller saw it.
+    pub epoch: Epoch,
+    /// Its name, without that of the disk.
+    pub name: String,
 }
 
 impl Command {
@@ -249,6 +324,29 @@ impl std::fmt::Display for Command {
                 write!(f, "{server} gets other disks ({}), and its copies count for nothing{ring}{loss}", disks.len())
             }
             Command::DiskFailed { server, why, .. } => write!(f, "{server} goes down by itself: {why}"),
+            Command::Snapshot { of, protected, .. } => {
+                let of: Vec<String> = of.iter().map(|s| format!("{:?} of {}", s.name, s.vdisk)).collect();
+                let how = if *protected { ", protected" } else { "" };
+                write!(f, "a snapshot is made: {}{how}", of.join(", "))
+            }
+            Command::Clone { source, name, .. } => write!(f, "disk {name:?} is made, a clone of {source}"),
+            Command::Rollback { vdisk, to, keep, .. } => {
+                write!(f, "{vdisk} is rolled back to {to}")?;
+                keep.iter().try_for_each(|keep| write!(f, "; what it held is kept as {keep:?}"))
+            }
+            Command::DeleteDisks { vdisks } => {
+                let all: Vec<String> = vdisks.iter().take(8).map(VdiskId::to_string).collect();
+                let more = if vdisks.len() > 8 { format!(" and {} more", vdisks.len() - 8) } else { String::new() };
+                write!(f, "deleted: {}{more}", all.join(", "))
+            }
+            Command::Protect { vdisk, protected: true } => write!(f, "{vdisk} is protected"),
+            Command::Protect { vdisk, protected: false } => write!(f, "{vdisk} is released"),
+            Command::SetPolicy { vdisk, policy } => write!(
+                f,
+                "{vdisk} gets snapshots by itself: {} hourly, {} daily, {} weekly are kept",
+                policy.hourly, policy.daily, policy.weekly
+            ),
+            Command::Flatten { vdisk, .. } => write!(f, "{vdisk} needs nothing of its parents any more"),
         }
     }
 }
@@ -264,6 +362,8 @@ pub enum Outcome {
     Disk(VdiskId),
     /// `Attach`.
     Session(SessionId),
+    /// `Snapshot`: the snapshots, in the order of the command.
+    Disks(Vec<VdiskId>),
 }
 
 /// Why a command was refused (a no-op that counts).
@@ -393,6 +493,46 @@ pub enum CommandError {
     /// What the command relied on has changed.
     #[error("what the command relied on has changed since it was proposed")]
     Overtaken,
+    /// A disk that is to go has snapshots that are to stay.
+    #[error(
+        "'{name}' has {count} snapshots ('{first}' is one); delete them first, or with it: `petal disk delete {name} --with-snapshots`"
+    )]
+    HasSnapshots {
+        /// The disk.
+        name: String,
+        /// How many.
+        count: usize,
+        /// The first of them.
+        first: String,
+    },
+    /// Deletion of what is protected.
+    #[error("'{name}' is protected; release it first with `petal snapshot release {name}`")]
+    Protected {
+        /// The disk or snapshot.
+        name: String,
+    },
+    /// A snapshot where a disk is wanted.
+    #[error("'{name}' is a snapshot, and never changes; make a disk of it with `petal clone {name} NAME`")]
+    IsSnapshot {
+        /// The snapshot.
+        name: String,
+    },
+    /// A disk where a snapshot is wanted.
+    #[error("'{name}' is no snapshot of '{of}'; `petal snapshot list {of}` shows those that there are")]
+    NotItsSnapshot {
+        /// What was named.
+        name: String,
+        /// The disk.
+        of: String,
+    },
+    /// The chain of parents is as long as it may be.
+    #[error("'{name}' is a clone of clones, {depth} deep; make it stand by itself first with `petal disk flatten`")]
+    TooDeep {
+        /// The disk.
+        name: String,
+        /// How deep.
+        depth: usize,
+    },
     /// The proposer had declared the command finished: a late copy of it, which changes nothing.
     #[error("the command was executed before, and its result is forgotten")]
     Forgotten,

@@ -9,9 +9,11 @@ mod command;
 mod ring;
 mod room;
 mod servers;
+mod snapshots;
 mod state;
 
-pub use command::{Attachment, Command, CommandError, Entry, Genesis, GenesisServer, Outcome};
+pub use arguments::split_name;
+pub use command::{Attachment, Command, CommandError, Entry, Genesis, GenesisServer, Outcome, SnapshotOf};
 pub use ring::RingDamaged;
 pub use room::{Accepted, GlobalOutput, GlobalState, Own};
 pub use state::{

@@ -24,23 +24,24 @@
 //!
 //! Paper 2 (global state module), 2.1 (VDir, GMap). Next: `room.rs`, which feeds it.
 
-use super::arguments::{check_name, check_size, conflict, valid_stripe_unit};
+use super::arguments::{check_name, check_size, conflict, split_name, valid_stripe_unit};
 use super::command::{Attachment, Command, CommandError, Entry, Genesis, Outcome};
 use crate::ids::*;
 use crate::limits::*;
 use crate::message::{CommandId, Hints, ServerHint, SlotHint};
 use crate::placement::{self, Candidate, PlanError};
 use crate::translator::gmap::{Gmap, Scheme, slot_of_element};
-use crate::translator::vdir::{Family, Vdisk};
+use crate::translator::vdir::{Family, Lineage, Policy, Vdisk};
+use crate::translator::visible::Visible;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Version of the encoding of a [`State`]: its first byte.
-const STATE_VERSION: u8 = 3;
+const STATE_VERSION: u8 = 4;
 
 /// The first lineage of a family, and the first epoch of a lineage.
 const FIRST_LINEAGE: LineageId = LineageId(1);
-const FIRST_EPOCH: Epoch = Epoch(1);
+pub(super) const FIRST_EPOCH: Epoch = Epoch(1);
 
 /// The global state at one index.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,16 +72,18 @@ pub struct State {
     pub executed: BTreeMap<u64, Executed>,
     /// Look-ups that follow from the rest.
     #[serde(skip)]
-    derived: Derived,
+    pub(super) derived: Derived,
 }
 
 /// Look-ups that follow from the rest of the state; made anew after decoding.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Derived {
+pub(super) struct Derived {
     /// Disk of each name.
-    names: BTreeMap<String, VdiskId>,
-    /// Disks of each family.
-    members: BTreeMap<FamilyId, BTreeSet<VdiskId>>,
+    pub names: BTreeMap<String, VdiskId>,
+    /// Disks and snapshots of each family.
+    pub members: BTreeMap<FamilyId, BTreeSet<VdiskId>>,
+    /// What somebody can see of each family.
+    visible: BTreeMap<FamilyId, Visible>,
 }
 
 /// What is remembered of a proposer, so that a command sent again is executed once.
@@ -194,6 +197,10 @@ pub struct Effects {
     pub slots: Vec<SlotId>,
     /// Families whose last disk is gone: their elements are to be dropped.
     pub families_ended: Vec<FamilyId>,
+    /// Families of which less can be seen than before: rows of their elements are to be dropped.
+    pub families_narrowed: Vec<FamilyId>,
+    /// Disks that write a new epoch, and that several clients may have attached.
+    pub new_epochs_shared: Vec<VdiskId>,
     /// Sessions that ended.
     pub sessions_ended: Vec<SessionId>,
     /// Servers whose addresses or incarnation changed.
@@ -307,7 +314,27 @@ impl State {
             self.derived.names.insert(disk.name.clone(), disk.id);
             self.derived.members.entry(disk.family).or_default().insert(disk.id);
         }
+        for family in self.families.keys().copied().collect::<Vec<_>>() {
+            self.look_anew(family);
+        }
         self
+    }
+
+    /// Disks or snapshots of a family came or went, or a disk writes another epoch.
+    pub(super) fn look_anew(&mut self, id: FamilyId) {
+        let Some(family) = self.families.get_mut(&id) else {
+            self.derived.visible.remove(&id);
+            return;
+        };
+        let members: Vec<&Vdisk> =
+            self.derived.members.get(&id).into_iter().flatten().filter_map(|m| self.vdisks.get(m)).collect();
+        let mut stood_on: BTreeSet<LineageId> = members.iter().map(|m| m.lineage).collect();
+        for lineage in members.iter().map(|m| m.lineage) {
+            stood_on.extend(family.ancestors(lineage).map(|(lineage, _)| lineage));
+        }
+        family.lineages.retain(|lineage, _| stood_on.contains(lineage));
+        let visible = Visible::new(family, members.into_iter());
+        self.derived.visible.insert(id, visible);
     }
 
     /// What contradicts itself, if anything does.
@@ -345,12 +372,25 @@ impl State {
             here(valid_stripe_unit(family.stripe_unit), id, "has an impossible stripe unit")?;
             here(family.revision <= self.index, id, "has a revision from the future")?;
             here(self.derived.members.contains_key(id), id, "has no disk")?;
+            for (lineage, l) in &family.lineages {
+                here(*lineage < family.next_lineage, id, "has a lineage from the future")?;
+                // A child is younger than its parent: so nobody is his own ancestor.
+                let is_right = |(parent, _)| parent < *lineage && family.lineages.contains_key(&parent);
+                here(l.parent.is_none_or(is_right), id, "has a lineage without its parent")?;
+            }
         }
         here(self.derived.names.len() == self.vdisks.len(), &self.vdisks.len(), "disks share names")?;
         for (id, disk) in &self.vdisks {
-            here(*id == disk.id && id.0 <= self.index, id, "has another id inside")?;
-            here(self.families.contains_key(&disk.family), id, "has no family")?;
-            here(disk.revision <= self.index, id, "has a revision from the future")?;
+            here(*id == disk.id && id.index() <= self.index, id, "has another id inside")?;
+            let family = self.families.get(&disk.family).ok_or_else(|| format!("{id} has no family"))?;
+            here(family.lineages.contains_key(&disk.lineage), id, "has no lineage")?;
+            here(disk.revision.max(disk.stands_on) <= self.index, id, "has a revision from the future")?;
+            if let Some(of) = disk.snapshot_of {
+                let of = self.vdisks.get(&of);
+                let is_right = of.is_some_and(|of| !of.is_snapshot() && of.family == disk.family);
+                here(is_right, id, "is a snapshot of what is no disk of its family")?;
+                here(of.is_some_and(|of| split_name(&disk.name).0 == of.name), id, "has not its disk's name")?;
+            }
             for session in &disk.sessions {
                 here(self.sessions.get(session).is_some_and(|s| s.vdisk == *id), session, "is not a session of it")?;
             }
@@ -409,6 +449,19 @@ impl State {
     /// A disk by name.
     pub fn vdisk_named(&self, name: &str) -> Option<&Vdisk> {
         self.vdisks.get(self.derived.names.get(name)?)
+    }
+    /// What somebody can see of a family; `None` if the state does not have it.
+    pub fn visible(&self, family: FamilyId) -> Option<&Visible> {
+        self.derived.visible.get(&family)
+    }
+    /// Disks and snapshots of a family, ascending by id.
+    pub fn members(&self, family: FamilyId) -> impl Iterator<Item = &Vdisk> + '_ {
+        self.derived.members.get(&family).into_iter().flatten().filter_map(|id| self.vdisks.get(id))
+    }
+    /// Snapshots of a disk, the oldest first.
+    pub fn snapshots_of(&self, disk: &Vdisk) -> impl Iterator<Item = &Vdisk> + '_ {
+        let id = disk.id;
+        self.members(disk.family).filter(move |v| v.snapshot_of == Some(id))
     }
     /// A family.
     pub fn family(&self, id: FamilyId) -> Option<&Family> {
@@ -577,6 +630,15 @@ impl State {
                 Ok(Outcome::Done)
             }
             Command::DiskFailed { server, incarnation, why: _ } => self.goodbye(*server, *incarnation, effects),
+            Command::Snapshot { of, made, protected } => self.snapshot(of, *made, *protected, effects),
+            Command::Clone { source, epoch, name, made } => self.clone_of(*source, *epoch, name, *made, effects),
+            Command::Rollback { vdisk, epoch, to, keep, made } => {
+                self.rollback(*vdisk, *epoch, *to, keep.as_deref(), *made, effects)
+            }
+            Command::DeleteDisks { vdisks } => self.delete_disks(vdisks, effects),
+            Command::Protect { vdisk, protected } => self.protect(*vdisk, *protected),
+            Command::SetPolicy { vdisk, policy } => self.set_policy(*vdisk, *policy),
+            Command::Flatten { vdisk, lineage } => self.flatten(*vdisk, *lineage, effects),
         }
     }
 
@@ -603,23 +665,40 @@ impl State {
         let (vdisk, family) = (VdiskId(self.index), FamilyId(self.index));
         // Spread by a fixed hash of the id: disks made one after the other begin far apart.
         let shift = (family.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32;
-        self.families.insert(family, Family { id: family, gmap, stripe_unit, shift, revision: self.index });
-        let disk = Vdisk {
+        let new = Family {
+            id: family,
+            gmap,
+            stripe_unit,
+            shift,
+            revision: self.index,
+            lineages: BTreeMap::from([(FIRST_LINEAGE, Lineage { parent: None })]),
+            next_lineage: LineageId(FIRST_LINEAGE.0 + 1),
+        };
+        self.families.insert(family, new);
+        self.add_vdisk(Vdisk {
             id: vdisk,
             name: name.into(),
             size,
             family,
             lineage: FIRST_LINEAGE,
             epoch: FIRST_EPOCH,
-            read_only: false,
-            parent: None,
+            snapshot_of: None,
+            stands_on: 0,
+            protected: false,
+            made: 0,
+            policy: Policy::default(),
             revision: self.index,
             sessions: Vec::new(),
-        };
-        self.derived.names.insert(disk.name.clone(), vdisk);
-        self.derived.members.entry(family).or_default().insert(vdisk);
-        self.vdisks.insert(vdisk, disk);
+        });
+        self.look_anew(family);
         Ok(Outcome::Disk(vdisk))
+    }
+
+    /// Look-ups by name and family know it too; `look_anew` is due.
+    pub(super) fn add_vdisk(&mut self, disk: Vdisk) {
+        self.derived.names.insert(disk.name.clone(), disk.id);
+        self.derived.members.entry(disk.family).or_default().insert(disk.id);
+        self.vdisks.insert(disk.id, disk);
     }
 
     /// The common GMap of a scheme, made when it is first needed from all servers that have come up.
@@ -652,36 +731,36 @@ impl State {
     }
 
     fn delete_disk(&mut self, id: VdiskId, effects: &mut Effects) -> Applied {
-        let disk = self.vdisks.get(&id).ok_or(CommandError::NoSuchDisk(id))?;
-        if let Some(session) = disk.sessions.first() {
-            return Err(self.in_use(disk, *session));
-        }
-        let (name, family) = (disk.name.clone(), disk.family);
-        self.narrow(family, effects);
-        self.vdisks.remove(&id);
-        self.derived.names.remove(&name);
-        let members = self.derived.members.entry(family).or_default();
-        members.remove(&id);
-        if members.is_empty() {
-            self.derived.members.remove(&family);
-            self.families.remove(&family);
-            effects.families_ended.push(family);
-        }
-        Ok(Outcome::Done)
+        self.delete_disks(&[id], effects)
     }
 
     /// No data message names a disk by its name: this revises nothing.
     fn rename_disk(&mut self, id: VdiskId, name: &str) -> Applied {
         let disk = self.vdisks.get(&id).ok_or(CommandError::NoSuchDisk(id))?;
+        if disk.is_snapshot() {
+            return self.rename_snapshot(id, name);
+        }
         if disk.name == name {
             return Ok(Outcome::Done);
         }
         check_name(name)?;
         self.check_free(name)?;
-        self.derived.names.remove(&disk.name);
-        self.derived.names.insert(name.into(), id);
-        self.vdisks.get_mut(&id).expect("found above").name = name.into();
+        let snapshots: Vec<(VdiskId, String)> = self
+            .snapshots_of(disk)
+            .map(|s| (s.id, format!("{name}@{}", split_name(&s.name).1.unwrap_or_default())))
+            .collect();
+        self.set_name(id, name.into());
+        for (snapshot, name) in snapshots {
+            self.set_name(snapshot, name);
+        }
         Ok(Outcome::Done)
+    }
+
+    pub(super) fn set_name(&mut self, id: VdiskId, name: String) {
+        let disk = self.vdisks.get_mut(&id).expect("the caller found it");
+        self.derived.names.remove(&disk.name);
+        self.derived.names.insert(name.clone(), id);
+        disk.name = name;
     }
 
     fn resize_disk(&mut self, id: VdiskId, size: u64, session: SessionId, effects: &mut Effects) -> Applied {
@@ -690,6 +769,9 @@ impl State {
         let disk = self.vdisks.get_mut(&id).ok_or(CommandError::NoSuchDisk(id))?;
         if disk.size == size {
             return Ok(Outcome::Done);
+        }
+        if disk.is_snapshot() {
+            return Err(CommandError::IsSnapshot { name: disk.name.clone() });
         }
         let shrinks = size < disk.size;
         let is_own = self.sessions.get(&session).is_some_and(|s| s.vdisk == id && s.mode == Attachment::Exclusive);
@@ -721,6 +803,9 @@ impl State {
             return Err(CommandError::Malformed(format!("a holder of {} bytes; {TEXT_MAX} at most", holder.len())));
         }
         let disk = self.vdisks.get(&id).ok_or(CommandError::NoSuchDisk(id))?;
+        if disk.is_snapshot() && mode != Attachment::ReadOnly {
+            return Err(CommandError::IsSnapshot { name: disk.name.clone() });
+        }
         let in_the_way = |s: &&SessionId| self.sessions.get(s).is_some_and(|s| conflict(mode, s.mode));
         let in_the_way: Vec<SessionId> = disk.sessions.iter().filter(in_the_way).copied().collect();
         if let (Some(session), false) = (in_the_way.first(), take_over) {
@@ -761,17 +846,17 @@ impl State {
 
     // -------------------------------------------------------------------------------- helpers
 
-    fn narrow(&self, family: FamilyId, effects: &mut Effects) {
+    pub(super) fn narrow(&self, family: FamilyId, effects: &mut Effects) {
         effects.narrows = true;
         effects.concerned = self.servers_of_family(family).into_iter().collect();
     }
 
-    fn in_use(&self, disk: &Vdisk, session: SessionId) -> CommandError {
+    pub(super) fn in_use(&self, disk: &Vdisk, session: SessionId) -> CommandError {
         let holder = self.sessions.get(&session).map_or_else(String::new, |s| s.holder.clone());
         CommandError::InUse { name: disk.name.clone(), holder }
     }
 
-    fn check_free(&self, name: &str) -> Result<(), CommandError> {
+    pub(super) fn check_free(&self, name: &str) -> Result<(), CommandError> {
         if self.derived.names.contains_key(name) { Err(CommandError::NameTaken(name.into())) } else { Ok(()) }
     }
 }

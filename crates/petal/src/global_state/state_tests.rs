@@ -2,6 +2,8 @@
 
 use super::*;
 use crate::global_state::GenesisServer;
+use crate::global_state::SnapshotOf;
+use crate::translator::vdir::Policy;
 use expect_test::expect;
 use proptest::prelude::*;
 use stdx::Prng;
@@ -12,10 +14,10 @@ pub(crate) fn genesis(ring: u16) -> Genesis {
 }
 
 /// A state with a proposer of its own that counts.
-struct Fixture {
-    state: State,
+pub(crate) struct Fixture {
+    pub state: State,
     number: u64,
-    effects: Effects,
+    pub effects: Effects,
 }
 
 impl Fixture {
@@ -23,14 +25,14 @@ impl Fixture {
         Fixture { state: State::genesis(&genesis(servers)), number: 0, effects: Effects::default() }
     }
     /// All servers up, each with one disk.
-    fn up(servers: u16) -> Fixture {
+    pub(crate) fn up(servers: u16) -> Fixture {
         let mut f = Fixture::new(servers);
         for s in 1..=servers {
             f.run(server_up(s, 1, &[(u128::from(s), 0)])).unwrap();
         }
         f
     }
-    fn run(&mut self, command: Command) -> Applied {
+    pub(crate) fn run(&mut self, command: Command) -> Applied {
         self.number += 1;
         let id = CommandId { proposer: 7, number: self.number, finished_below: self.number };
         let (result, effects) = self.state.apply(&Entry { id, command });
@@ -38,13 +40,18 @@ impl Fixture {
         self.effects = effects;
         result
     }
-    fn disk(&mut self, name: &str) -> VdiskId {
+    pub(crate) fn disk(&mut self, name: &str) -> VdiskId {
         match self.run(create(name)) {
             Ok(Outcome::Disk(id)) => id,
             other => panic!("{other:?}"),
         }
     }
-    fn attach(&mut self, vdisk: VdiskId, mode: Attachment, take_over: bool) -> Result<SessionId, CommandError> {
+    pub(crate) fn attach(
+        &mut self,
+        vdisk: VdiskId,
+        mode: Attachment,
+        take_over: bool,
+    ) -> Result<SessionId, CommandError> {
         match self.run(Command::Attach { vdisk, mode, holder: "nbd@here".into(), take_over })? {
             Outcome::Session(id) => Ok(id),
             other => panic!("{other:?}"),
@@ -327,7 +334,7 @@ fn hints_name_the_acting_primary_first() {
 fn the_bytes_of_a_small_state_never_change() {
     let mut f = Fixture::new(1);
     f.run(server_up(1, 1, &[(10, 0)])).unwrap();
-    expect!["03 01 c1 01 04 74 65 73 74 01 00 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 01 00 01 0a 01 80 80 80 80 04 00 01 00 80 80 80 80 04 00 00 00 00 00 00 01 07 01 01 01 01 01 00 00"]
+    expect!["04 01 c1 01 04 74 65 73 74 01 00 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 01 00 01 0a 01 80 80 80 80 04 00 01 00 80 80 80 80 04 00 00 00 00 00 00 01 07 01 01 01 01 01 00 00"]
         .assert_eq(&hex(&f.state.encode()));
     let entry = Entry { id: CommandId { proposer: 300, number: 2, finished_below: 1 }, command: create("vol0") };
     expect![[r#"ac 02 02 01 03 04 76 6f 6c 30 80 80 80 80 04 01 80 80 40"#]]
@@ -431,14 +438,42 @@ fn random_slots(prng: &mut Prng, state: &State) -> Vec<(SlotId, Term)> {
 
 /// A command that may or may not make sense.
 fn random_command(prng: &mut Prng, state: &State) -> Command {
-    let vdisk = VdiskId(prng.below(state.index + 2));
+    let some = |prng: &mut Prng| match state.vdisks.len() as u64 {
+        n if n > 0 && prng.chance(3, 4) => {
+            *state.vdisks.keys().nth(prng.below(n) as usize).expect("below their number")
+        }
+        _ => VdiskId(prng.below(state.index + 2)),
+    };
+    let (vdisk, other) = (some(prng), some(prng));
+    let epoch = |id: VdiskId| state.vdisk(id).map_or(Epoch(1), |v| v.epoch);
     let name = format!("d{}", prng.below(6));
     let server = prng.between(1, 5) as u16;
     let known = state.servers.get(&ServerId(server));
     let incarnation = known.map_or(Incarnation(0), |s| s.incarnation);
     let suspect = known.and_then(|s| s.suspect).unwrap_or(state.index);
     let server_id = ServerId(server);
-    match prng.below(19) {
+    match prng.below(26) {
+        19 => Command::Snapshot {
+            of: [vdisk, other]
+                .into_iter()
+                .take(1 + prng.below(2) as usize)
+                .map(|vdisk| SnapshotOf { vdisk, epoch: epoch(vdisk), name: name.clone() })
+                .collect(),
+            made: 0,
+            protected: prng.chance(1, 4),
+        },
+        20 => Command::Clone { source: vdisk, epoch: epoch(vdisk), name, made: 0 },
+        21 => Command::Rollback {
+            vdisk,
+            epoch: epoch(vdisk),
+            to: other,
+            keep: prng.chance(1, 2).then_some(name),
+            made: 0,
+        },
+        22 => Command::DeleteDisks { vdisks: vec![vdisk, other] },
+        23 => Command::Protect { vdisk, protected: prng.chance(1, 4) },
+        24 => Command::SetPolicy { vdisk, policy: Policy { hourly: 1, daily: 0, weekly: prng.below(2000) as u16 } },
+        25 => Command::Flatten { vdisk, lineage: state.vdisk(vdisk).map_or(LineageId(1), |v| v.lineage) },
         17 => Command::ReplaceDisks {
             server: server_id,
             incarnation,

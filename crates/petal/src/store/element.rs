@@ -110,8 +110,10 @@ impl Entry {
 
     /// The row that a view shows: of the first lineage that has one of its epoch or an older one.
     pub fn row_in_view(&self, view: &[(LineageId, Epoch)]) -> Option<&Row> {
-        view.iter()
-            .find_map(|(lineage, epoch)| self.rows.iter().rev().find(|r| r.lineage == *lineage && r.epoch <= *epoch))
+        view.iter().find_map(|(lineage, epoch)| {
+            let above = self.rows.partition_point(|r| (r.lineage, r.epoch) <= (*lineage, *epoch));
+            self.rows[..above].last().filter(|r| r.lineage == *lineage)
+        })
     }
 
     /// The row of a write's epoch, made from what it inherits if there is none yet.

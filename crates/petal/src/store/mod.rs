@@ -585,6 +585,12 @@ impl Stores {
         self.entry(element).map_or(&[], |e| &e.ids)
     }
 
+    /// True if a loaded element has a row of this lineage and epoch.
+    pub fn has_row(&self, element: ElementKey, lineage: LineageId, epoch: Epoch) -> bool {
+        let of = |e: &element::Entry| e.rows.binary_search_by_key(&(lineage, epoch), |r| (r.lineage, r.epoch)).is_ok();
+        self.entry(element).is_some_and(of)
+    }
+
     /// Image of a loaded element.
     pub fn image(&self, element: ElementKey) -> ElementImage {
         self.entry(element).map_or_else(ElementImage::default, element::Entry::image)

@@ -5,3 +5,4 @@
 
 pub mod gmap;
 pub mod vdir;
+pub mod visible;

@@ -1,31 +1,77 @@
 //! VDir: what a disk's name stands for (paper 2.1), and the families that share a GMap.
+//!
+//! ```text
+//!  family f9, GMap g4
+//!    lineage l1  --e1--e2--e3--> vol0 (writes e3)
+//!                    |   `-- vol0@monday (reads e2 and older)
+//!                    `-- lineage l2 (parent l1, e1) --e1--> clone (writes e1)
+//! ```
+//!
+//! A *lineage* is one writable line of states; an *epoch* is one of these states in time. A snapshot is a name
+//! for an epoch that is over; the disk goes on in the next one (paper 2.2). A clone is a lineage with a parent,
+//! and so is a disk that was rolled back. A lineage stays for as long as a disk, a snapshot or another lineage
+//! stands on it, named or not.
 
-use crate::ids::{Epoch, FamilyId, GmapId, LineageId, Revision, SessionId, VdiskId};
+use crate::ids::{Epoch, FamilyId, GmapId, LineageId, Revision, SessionId, StateIndex, VdiskId};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
-/// One virtual disk (or, later, one snapshot of it).
+/// One virtual disk, or one snapshot of it.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Vdisk {
     /// Its id.
     pub id: VdiskId,
-    /// Its name, unique in the cluster.
+    /// Its name, unique in the cluster: `DISK` or `DISK@SNAPSHOT`.
     pub name: String,
     /// Size in bytes, a multiple of 512.
     pub size: u64,
     /// The family that it belongs to.
     pub family: FamilyId,
-    /// The lineage that it writes.
+    /// The lineage that it shows.
     pub lineage: LineageId,
-    /// The epoch that it writes.
+    /// The epoch that it writes; of a snapshot, the newest one that it shows.
     pub epoch: Epoch,
-    /// True for a snapshot.
-    pub read_only: bool,
-    /// Where it was cloned from.
-    pub parent: Option<(LineageId, Epoch)>,
+    /// Of a snapshot: the disk that it was made of. It never changes.
+    pub snapshot_of: Option<VdiskId>,
+    /// State index of the command that closed what it stands on: of a snapshot its own epoch, of a clone its
+    /// parent's. A replica shows it when it has everything that was written before (2.9); zero where it stands on
+    /// nothing.
+    pub stands_on: StateIndex,
+    /// It cannot be deleted until it is released.
+    pub protected: bool,
+    /// When it was made, in seconds since 1970, for people.
+    pub made: u64,
+    /// Snapshots that the cluster makes of it by itself.
+    pub policy: Policy,
     /// State index of the last command that changed what its data messages may do.
     pub revision: Revision,
     /// Who has it attached.
     pub sessions: Vec<SessionId>,
+}
+
+impl Vdisk {
+    /// True for a snapshot.
+    pub fn is_snapshot(&self) -> bool {
+        self.snapshot_of.is_some()
+    }
+}
+
+/// How many snapshots of each kind the cluster keeps of a disk; it makes them by itself. Zero: none.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Policy {
+    /// One an hour.
+    pub hourly: u16,
+    /// One a day.
+    pub daily: u16,
+    /// One a week.
+    pub weekly: u16,
+}
+
+impl Policy {
+    /// True if nothing is made.
+    pub fn is_empty(&self) -> bool {
+        *self == Policy::default()
+    }
 }
 
 /// A disk with all its snapshots and clones.
@@ -41,4 +87,23 @@ pub struct Family {
     pub shift: u32,
     /// Revision that every disk of the family has at least (a change of GMap revises all).
     pub revision: Revision,
+    /// Its lineages that something stands on.
+    pub lineages: BTreeMap<LineageId, Lineage>,
+    /// The next lineage gets this id: every one below it was known, and what is not in `lineages` has ended.
+    pub next_lineage: LineageId,
+}
+
+/// A writable line of states.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Lineage {
+    /// Where it was cloned from.
+    pub parent: Option<(LineageId, Epoch)>,
+}
+
+impl Family {
+    /// The ancestors of a lineage, nearest first: where it inherits from.
+    pub fn ancestors(&self, lineage: LineageId) -> impl Iterator<Item = (LineageId, Epoch)> + '_ {
+        let parent_of = |l: LineageId| self.lineages.get(&l).and_then(|l| l.parent);
+        std::iter::successors(parent_of(lineage), move |(parent, _)| parent_of(*parent))
+    }
 }

@@ -1,0 +1,446 @@
+//! What the log says of snapshots, clones and rollbacks (2.9): all of it is names for epochs.
+//!
+//! A part of the state machine (`state.rs`). Each of these commands costs the same whatever the size of the disk: no
+//! data is touched. Those that close an epoch are conditional on the one that their caller saw, so that a command that
+//! was decided late, or twice, does not make a second one.
+//!
+//! Invariants: see `state.rs`; a snapshot stands on an epoch that no disk writes any more; an epoch that is closed
+//! is never written again.
+
+use super::arguments::{check_name, split_name};
+use super::command::{Attachment, CommandError, Outcome, SnapshotOf};
+use super::state::{Applied, Effects, FIRST_EPOCH, State};
+use crate::ids::*;
+use crate::limits::*;
+use crate::translator::vdir::{Lineage, Policy, Vdisk};
+use std::collections::BTreeSet;
+
+impl State {
+    pub(super) fn snapshot(&mut self, of: &[SnapshotOf], made: u64, protected: bool, effects: &mut Effects) -> Applied {
+        if of.is_empty() || of.len() > VdiskId::AT_ONCE_MAX {
+            return Err(CommandError::Malformed(format!(
+                "{} snapshots at once; 1 to {}",
+                of.len(),
+                VdiskId::AT_ONCE_MAX
+            )));
+        }
+        let disks: BTreeSet<VdiskId> = of.iter().map(|s| s.vdisk).collect();
+        if disks.len() != of.len() {
+            return Err(CommandError::Malformed("a disk is named twice".into()));
+        }
+        self.check_room_for(of.len())?;
+        for one in of {
+            let disk = self.disk_in_epoch(one.vdisk, one.epoch)?;
+            check_name(&one.name)?;
+            self.check_free(&format!("{}@{}", disk.name, one.name))?;
+        }
+        let snapshots: Vec<VdiskId> = (0..of.len()).map(|n| VdiskId::made_by(self.index, n)).collect();
+        for (id, one) in snapshots.iter().zip(of) {
+            self.name_epoch(*id, one.vdisk, &one.name, made, protected);
+            self.close_epoch(one.vdisk, effects);
+        }
+        Ok(Outcome::Disks(snapshots))
+    }
+
+    pub(super) fn clone_of(
+        &mut self,
+        source: VdiskId,
+        epoch: Epoch,
+        name: &str,
+        made: u64,
+        effects: &mut Effects,
+    ) -> Applied {
+        check_name(name)?;
+        self.check_free(name)?;
+        self.check_room_for(1)?;
+        let from = self.vdisks.get(&source).ok_or(CommandError::NoSuchDisk(source))?;
+        let is_snapshot = from.is_snapshot();
+        if !is_snapshot {
+            self.disk_in_epoch(source, epoch)?;
+        }
+        let (family, size) = (from.family, from.size);
+        let parent = (from.lineage, from.epoch);
+        let lineage = self.branch(family, parent, name)?;
+        let id = VdiskId::made_by(self.index, 0);
+        self.add_vdisk(Vdisk {
+            id,
+            name: name.into(),
+            size,
+            family,
+            lineage,
+            epoch: FIRST_EPOCH,
+            snapshot_of: None,
+            stands_on: self.index,
+            protected: false,
+            made,
+            policy: Policy::default(),
+            revision: self.index,
+            sessions: Vec::new(),
+        });
+        if is_snapshot {
+            self.look_anew(family);
+        } else {
+            self.close_epoch(source, effects);
+        }
+        Ok(Outcome::Disk(id))
+    }
+
+    pub(super) fn rollback(
+        &mut self,
+        id: VdiskId,
+        epoch: Epoch,
+        to: VdiskId,
+        keep: Option<&str>,
+        made: u64,
+        effects: &mut Effects,
+    ) -> Applied {
+        let disk = self.disk_in_epoch(id, epoch)?;
+        if let Some(session) = disk.sessions.first() {
+            return Err(self.in_use(disk, *session));
+        }
+        let target = self.vdisks.get(&to).ok_or(CommandError::NoSuchDisk(to))?;
+        if target.snapshot_of != Some(id) {
+            return Err(CommandError::NotItsSnapshot { name: target.name.clone(), of: disk.name.clone() });
+        }
+        let (family, size, name) = (disk.family, target.size, disk.name.clone());
+        let parent = (target.lineage, target.epoch);
+        if let Some(keep) = keep {
+            check_name(keep)?;
+            self.check_free(&format!("{name}@{keep}"))?;
+            self.check_room_for(1)?;
+        }
+        let lineage = self.branch(family, parent, &name)?;
+        if let Some(keep) = keep {
+            self.name_epoch(VdiskId::made_by(self.index, 0), id, keep, made, false);
+        }
+        let index = self.index;
+        let disk = self.vdisks.get_mut(&id).expect("found above");
+        (disk.lineage, disk.epoch, disk.size) = (lineage, FIRST_EPOCH, size);
+        (disk.stands_on, disk.revision) = (index, index);
+        self.look_anew(family);
+        self.narrow(family, effects);
+        effects.families_narrowed.push(family);
+        Ok(Outcome::Done)
+    }
+
+    pub(super) fn delete_disks(&mut self, ids: &[VdiskId], effects: &mut Effects) -> Applied {
+        let going: BTreeSet<VdiskId> = ids.iter().copied().collect();
+        if going.is_empty() || ids.len() > VDISKS_MAX {
+            return Err(CommandError::Malformed("nothing is named that could be deleted".into()));
+        }
+        for id in &going {
+            let disk = self.vdisks.get(id).ok_or(CommandError::NoSuchDisk(*id))?;
+            if let Some(session) = disk.sessions.first() {
+                return Err(self.in_use(disk, *session));
+            }
+            if disk.protected {
+                return Err(CommandError::Protected { name: disk.name.clone() });
+            }
+            let stay: Vec<&Vdisk> = self.snapshots_of(disk).filter(|s| !going.contains(&s.id)).collect();
+            if let Some(first) = stay.first() {
+                let (name, first) = (disk.name.clone(), first.name.clone());
+                return Err(CommandError::HasSnapshots { name, count: stay.len(), first });
+            }
+        }
+        let mut families = BTreeSet::new();
+        let mut concerned = BTreeSet::new();
+        for id in &going {
+            let disk = self.vdisks.remove(id).expect("checked above");
+            concerned.extend(self.servers_of_family(disk.family));
+            families.insert(disk.family);
+            self.derived.names.remove(&disk.name);
+            self.derived.members.entry(disk.family).or_default().remove(id);
+        }
+        for family in families {
+            if self.derived.members.get(&family).is_some_and(BTreeSet::is_empty) {
+                self.derived.members.remove(&family);
+                self.families.remove(&family);
+                effects.families_ended.push(family);
+            } else {
+                effects.families_narrowed.push(family);
+            }
+            self.look_anew(family);
+        }
+        effects.narrows = true;
+        effects.concerned = concerned.into_iter().collect();
+        Ok(Outcome::Done)
+    }
+
+    pub(super) fn rename_snapshot(&mut self, id: VdiskId, name: &str) -> Applied {
+        let present = &self.vdisks.get(&id).ok_or(CommandError::NoSuchDisk(id))?.name;
+        let full = format!("{}@{name}", split_name(present).0);
+        if *present == full {
+            return Ok(Outcome::Done);
+        }
+        check_name(name)?;
+        self.check_free(&full)?;
+        self.set_name(id, full);
+        Ok(Outcome::Done)
+    }
+
+    pub(super) fn protect(&mut self, id: VdiskId, protected: bool) -> Applied {
+        self.vdisks.get_mut(&id).ok_or(CommandError::NoSuchDisk(id))?.protected = protected;
+        Ok(Outcome::Done)
+    }
+
+    pub(super) fn set_policy(&mut self, id: VdiskId, policy: Policy) -> Applied {
+        let disk = self.vdisks.get_mut(&id).ok_or(CommandError::NoSuchDisk(id))?;
+        if disk.is_snapshot() {
+            return Err(CommandError::IsSnapshot { name: disk.name.clone() });
+        }
+        let most = policy.hourly.max(policy.daily).max(policy.weekly);
+        if most > POLICY_KEEPS_MAX {
+            let what = format!("snapshots of one kind by the policy of '{}'", disk.name);
+            return Err(CommandError::TooMany { limit: usize::from(POLICY_KEEPS_MAX), what });
+        }
+        disk.policy = policy;
+        Ok(Outcome::Done)
+    }
+
+    /// Of everything that its parents have the clone has a row of its own by now (its caller has seen to that, with a
+    /// session of its own on it), so nothing that anybody reads changes.
+    pub(super) fn flatten(&mut self, id: VdiskId, lineage: LineageId, effects: &mut Effects) -> Applied {
+        let disk = self.vdisks.get(&id).ok_or(CommandError::NoSuchDisk(id))?;
+        if disk.is_snapshot() {
+            return Err(CommandError::IsSnapshot { name: disk.name.clone() });
+        }
+        // Snapshots of the clone from before would lose what they inherit.
+        if let Some(first) = self.members(disk.family).find(|m| m.is_snapshot() && m.lineage == lineage) {
+            let (name, first) = (disk.name.clone(), first.name.clone());
+            return Err(CommandError::HasSnapshots { name, count: self.snapshots_of(disk).count(), first });
+        }
+        let (family, own) = (disk.family, disk.lineage);
+        let others = self.families[&family].lineages.values().any(|l| l.parent.is_some_and(|(p, _)| p == lineage));
+        if own != lineage || disk.epoch != FIRST_EPOCH || others {
+            return Err(CommandError::Overtaken);
+        }
+        let lineages = &mut self.families.get_mut(&family).expect("a disk has a family").lineages;
+        lineages.get_mut(&lineage).expect("a disk has a lineage").parent = None;
+        self.look_anew(family);
+        effects.families_narrowed.push(family);
+        Ok(Outcome::Done)
+    }
+
+    // -------------------------------------------------------------------------------- helpers
+
+    fn check_room_for(&self, more: usize) -> Result<(), CommandError> {
+        if self.vdisks.len() + more > VDISKS_MAX {
+            return Err(CommandError::TooMany { limit: VDISKS_MAX, what: "disks and snapshots".into() });
+        }
+        Ok(())
+    }
+
+    /// A disk, if it still writes this epoch.
+    fn disk_in_epoch(&self, id: VdiskId, epoch: Epoch) -> Result<&Vdisk, CommandError> {
+        let disk = self.vdisks.get(&id).ok_or(CommandError::NoSuchDisk(id))?;
+        if disk.is_snapshot() {
+            return Err(CommandError::IsSnapshot { name: disk.name.clone() });
+        }
+        // The last epoch is never closed: nothing could follow it.
+        if disk.epoch != epoch || epoch == Epoch(u32::MAX) {
+            return Err(CommandError::Overtaken);
+        }
+        Ok(disk)
+    }
+
+    /// Gives the disk's present epoch a name: a snapshot, as soon as it is closed.
+    fn name_epoch(&mut self, id: VdiskId, of: VdiskId, name: &str, made: u64, protected: bool) {
+        let disk = &self.vdisks[&of];
+        let snapshot = Vdisk {
+            id,
+            name: format!("{}@{name}", disk.name),
+            snapshot_of: Some(of),
+            stands_on: self.index,
+            protected,
+            made,
+            policy: Policy::default(),
+            revision: self.index,
+            sessions: Vec::new(),
+            ..disk.clone()
+        };
+        self.add_vdisk(snapshot);
+    }
+
+    /// The disk goes on in its next epoch. What was begun in this one must be over before anybody counts on it.
+    fn close_epoch(&mut self, id: VdiskId, effects: &mut Effects) {
+        let index = self.index;
+        let disk = self.vdisks.get_mut(&id).expect("the caller found it");
+        disk.epoch = Epoch(disk.epoch.0 + 1);
+        disk.revision = index;
+        let (family, sessions) = (disk.family, disk.sessions.clone());
+        if sessions.iter().any(|s| self.sessions.get(s).is_some_and(|s| s.mode == Attachment::Shared)) {
+            effects.new_epochs_shared.push(id);
+        }
+        self.look_anew(family);
+        let concerned: BTreeSet<ServerId> =
+            effects.concerned.iter().copied().chain(self.servers_of_family(family)).collect();
+        effects.narrows = true;
+        effects.concerned = concerned.into_iter().collect();
+    }
+
+    /// A new lineage that begins with a state of another one.
+    fn branch(&mut self, family: FamilyId, parent: (LineageId, Epoch), name: &str) -> Result<LineageId, CommandError> {
+        let family = self.families.get_mut(&family).expect("a disk has a family");
+        let depth = family.ancestors(parent.0).count() + 1;
+        if depth > ANCESTORS_MAX || family.next_lineage == LineageId(u32::MAX) {
+            return Err(CommandError::TooDeep { name: name.into(), depth });
+        }
+        let lineage = family.next_lineage;
+        family.next_lineage = LineageId(lineage.0 + 1);
+        family.lineages.insert(lineage, Lineage { parent: Some(parent) });
+        Ok(lineage)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::command::Command;
+    use super::super::state::tests::Fixture;
+    use super::*;
+
+    fn take(f: &mut Fixture, vdisk: VdiskId, name: &str) -> Result<VdiskId, CommandError> {
+        let epoch = f.state.vdisk(vdisk).unwrap().epoch;
+        let of = vec![SnapshotOf { vdisk, epoch, name: name.into() }];
+        match f.run(Command::Snapshot { of, made: 7, protected: false })? {
+            Outcome::Disks(ids) => Ok(ids[0]),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn clone(f: &mut Fixture, source: VdiskId, name: &str) -> Result<VdiskId, CommandError> {
+        let epoch = f.state.vdisk(source).unwrap().epoch;
+        match f.run(Command::Clone { source, epoch, name: name.into(), made: 0 })? {
+            Outcome::Disk(id) => Ok(id),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_snapshot_is_a_name_for_the_epoch_and_the_disk_goes_on_in_the_next() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let snapshot = take(&mut f, disk, "monday").unwrap();
+        assert!(f.effects.narrows && !f.effects.concerned.is_empty());
+        let (disk, snapshot) = (f.state.vdisk(disk).unwrap(), f.state.vdisk(snapshot).unwrap());
+        assert_eq!((snapshot.name.as_str(), snapshot.epoch, disk.epoch), ("db@monday", Epoch(1), Epoch(2)));
+        assert_eq!((snapshot.lineage, snapshot.stands_on), (disk.lineage, f.state.index));
+        assert_eq!(disk.revision, f.state.index, "what the disk's messages may do has changed");
+    }
+
+    #[test]
+    fn a_snapshot_of_an_epoch_that_is_over_is_not_made() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        take(&mut f, disk, "a").unwrap();
+        let of = vec![SnapshotOf { vdisk: disk, epoch: Epoch(1), name: "b".into() }];
+        assert_eq!(f.run(Command::Snapshot { of, made: 0, protected: false }), Err(CommandError::Overtaken));
+    }
+
+    #[test]
+    fn several_disks_are_snapshotted_at_one_instant_or_none_is() {
+        let mut f = Fixture::up(3);
+        let (a, b) = (f.disk("a"), f.disk("b"));
+        let of = |f: &Fixture, name: &str| {
+            let one = |vdisk| SnapshotOf { vdisk, epoch: f.state.vdisk(vdisk).unwrap().epoch, name: name.into() };
+            vec![one(a), one(b)]
+        };
+        let command = Command::Snapshot { of: of(&f, "s"), made: 0, protected: true };
+        let Ok(Outcome::Disks(ids)) = f.run(command) else { panic!() };
+        assert_eq!(ids.iter().map(|id| id.index()).collect::<Vec<_>>(), [f.state.index; 2]);
+        assert_eq!(f.state.vdisk_named("b@s").map(|v| v.id), Some(ids[1]));
+        f.run(Command::RenameDisk { vdisk: ids[1], name: "t".into() }).unwrap();
+        let taken = Command::Snapshot { of: of(&f, "s"), made: 0, protected: false };
+        assert_eq!(f.run(taken), Err(CommandError::NameTaken("a@s".into())));
+        assert!(f.state.vdisk_named("b@s").is_none());
+    }
+
+    #[test]
+    fn snapshots_are_read_only_protected_and_go_before_their_disk() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let snapshot = take(&mut f, disk, "a").unwrap();
+        let refused = f.attach(snapshot, Attachment::Exclusive, false);
+        assert_eq!(refused, Err(CommandError::IsSnapshot { name: "db@a".into() }));
+        let refused = f.run(Command::DeleteDisk { vdisk: disk });
+        assert!(matches!(refused, Err(CommandError::HasSnapshots { count: 1, .. })), "{refused:?}");
+        f.run(Command::Protect { vdisk: snapshot, protected: true }).unwrap();
+        let all = vec![disk, snapshot];
+        let refused = f.run(Command::DeleteDisks { vdisks: all.clone() });
+        assert_eq!(refused, Err(CommandError::Protected { name: "db@a".into() }));
+        f.run(Command::Protect { vdisk: snapshot, protected: false }).unwrap();
+        let session = f.attach(snapshot, Attachment::ReadOnly, false).unwrap();
+        let refused = f.run(Command::DeleteDisks { vdisks: all.clone() });
+        assert!(matches!(refused, Err(CommandError::InUse { .. })));
+        f.run(Command::Detach { session }).unwrap();
+        f.run(Command::DeleteDisks { vdisks: all }).unwrap();
+        assert_eq!((f.state.vdisks.len(), f.state.families.len(), f.effects.families_ended.len()), (0, 0, 1));
+    }
+
+    #[test]
+    fn a_renamed_disk_takes_its_snapshots_along() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let snapshot = take(&mut f, disk, "a").unwrap();
+        f.run(Command::RenameDisk { vdisk: disk, name: "database".into() }).unwrap();
+        assert_eq!(f.state.vdisk_named("database@a").map(|v| v.id), Some(snapshot));
+        f.run(Command::RenameDisk { vdisk: snapshot, name: "b".into() }).unwrap();
+        assert_eq!(f.state.vdisk(snapshot).unwrap().name, "database@b");
+    }
+
+    #[test]
+    fn what_a_clone_stands_on_is_kept_when_its_parents_go() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let snapshot = take(&mut f, disk, "a").unwrap();
+        let copy = clone(&mut f, snapshot, "copy").unwrap();
+        f.run(Command::DeleteDisks { vdisks: vec![disk, snapshot] }).unwrap();
+        let copy = f.state.vdisk(copy).unwrap().clone();
+        let family = f.state.family(copy.family).unwrap();
+        assert_eq!(family.ancestors(copy.lineage).collect::<Vec<_>>(), [(LineageId(1), Epoch(1))]);
+        let kept: Vec<bool> = f
+            .state
+            .visible(copy.family)
+            .unwrap()
+            .kept([(LineageId(1), Epoch(1)), (LineageId(1), Epoch(2)), (LineageId(2), Epoch(1))].into_iter())
+            .collect();
+        assert_eq!(kept, [true, false, true]);
+        f.run(Command::Flatten { vdisk: copy.id, lineage: copy.lineage }).unwrap();
+        assert_eq!(f.state.family(copy.family).unwrap().lineages.len(), 1);
+    }
+
+    #[test]
+    fn a_clone_of_a_disk_closes_its_epoch() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let copy = clone(&mut f, disk, "copy").unwrap();
+        assert!(f.effects.narrows);
+        assert_eq!(f.state.vdisk(disk).unwrap().epoch, Epoch(2));
+        assert_eq!(f.state.vdisk(copy).unwrap().stands_on, f.state.index);
+    }
+
+    #[test]
+    fn a_rollback_shows_the_snapshot_again_and_keeps_what_there_was() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let snapshot = take(&mut f, disk, "a").unwrap();
+        let session = f.attach(disk, Attachment::Exclusive, false).unwrap();
+        let back = Command::Rollback { vdisk: disk, epoch: Epoch(2), to: snapshot, keep: Some("was".into()), made: 0 };
+        assert!(matches!(f.run(back.clone()), Err(CommandError::InUse { .. })));
+        f.run(Command::Detach { session }).unwrap();
+        f.run(back).unwrap();
+        let (disk, was) = (f.state.vdisk(disk).unwrap(), f.state.vdisk_named("db@was").unwrap());
+        assert_eq!((was.lineage, was.epoch), (LineageId(1), Epoch(2)));
+        assert_eq!((disk.lineage, disk.epoch), (LineageId(2), Epoch(1)));
+        let family = f.state.family(disk.family).unwrap();
+        assert_eq!(family.ancestors(disk.lineage).collect::<Vec<_>>(), [(LineageId(1), Epoch(1))]);
+    }
+
+    #[test]
+    fn a_snapshot_of_a_shared_disk_closes_a_gate() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        f.attach(disk, Attachment::Shared, false).unwrap();
+        take(&mut f, disk, "a").unwrap();
+        assert_eq!(f.effects.new_epochs_shared, [disk]);
+    }
+}
