@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use petal::ids::{BLOCK_SIZE, ElementKey, Incarnation};
 use petal::message::VerifyPart;
-use petal::store::{BlockSum, DiskCommand, DiskResult, Event, Loaded, OpId, OpenDisk, Stores, Table};
+use petal::store::{DiskCommand, DiskResult, Event, Loaded, OpId, OpenDisk, Stores, Table};
 use petal_io::disk::Engine;
 use petal_io::engine::DiskEngine;
 use std::collections::{BTreeMap, VecDeque};
@@ -148,17 +148,11 @@ impl Offline {
             return Ok(());
         }
         found.elements += 1;
-        let rows = self.stores.image(element).rows;
-        let used = rows.iter().enumerate().flat_map(|(row, image)| {
-            let stored =
-                |(block, sum): (usize, &BlockSum)| (*sum != BlockSum::Zero).then_some((row as u16, block as u8));
-            image.sums.iter().enumerate().filter_map(stored).collect::<Vec<_>>()
-        });
-        let blocks: Vec<(u16, u8)> = used.collect();
+        let blocks = self.stores.stored(element);
         if blocks.is_empty() {
             return Ok(());
         }
-        let read = self.stores.read_image(element, &blocks);
+        let read = self.stores.read_places(element, &blocks);
         let event = self.event(|e| matches!(e, Event::Read { read: r, .. } if *r == read)).await?;
         found.blocks += blocks.len() as u64;
         if let Event::Read { result: Err(error), .. } = event {

@@ -6,7 +6,7 @@
 
 use crate::global_state::{Command, CommandError, Entry, Outcome};
 use crate::ids::*;
-use crate::store::{BlockSum, ElementImage};
+use crate::store::{BlockSum, ElementImage, Place, RowImage};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
@@ -622,6 +622,8 @@ pub enum Part {
         image: ElementImage,
         /// Which blocks the data has.
         blocks: Vec<(u16, u8)>,
+        /// `(row, block, earlier row)`: blocks that have no data because they are the same as the earlier row's.
+        twins: Vec<(u16, u8, u16)>,
         /// True when it settles the slot, false when it brings a candidate up to date.
         settles: bool,
         /// Of each session with an id in the image: requests below this number are finished (I6).
@@ -642,6 +644,16 @@ pub enum Part {
     /// To a member that is being brought back: with everything before this in the stream it has all that is
     /// complete up to this message's watermark.
     CaughtUp,
+    /// A part of an element with more blocks than one message carries, ahead of its `Copy`: these blocks of these
+    /// rows; the receiver keeps the rest as it is, its version too.
+    Ahead {
+        /// The element.
+        element: ElementKey,
+        /// Rows, with the checksums of the blocks that are carried; other blocks count for nothing.
+        rows: Vec<RowImage>,
+        /// Which blocks the data has.
+        blocks: Vec<(u16, u8)>,
+    },
 }
 
 /// What a receiver has made stable.
@@ -773,8 +785,8 @@ pub struct Fetch {
     pub term: Term,
     /// The element.
     pub element: ElementKey,
-    /// `(row, block)` of the listed image whose data is wanted.
-    pub blocks: Vec<(u16, u8)>,
+    /// Blocks whose data is wanted.
+    pub places: Vec<Place>,
 }
 
 /// Answer to `Fetch`.

@@ -19,6 +19,7 @@
 
 use crate::data_access::{
     Context, DataAccess, Incoming, LoadWaiter, OpNumber, Outgoing, ReadOwner, SlotIndex, TicketOwner, family_ended,
+    keep_seen, seen_image,
 };
 use crate::global_state::{SlotState, State};
 use crate::ids::*;
@@ -28,7 +29,9 @@ use crate::repair::Retry;
 use crate::resync::Joiner;
 use crate::sabotage::Sabotage;
 use crate::server::{Output, Peer};
-use crate::store::{BlockSum, Change, DiskError, ElementImage, Loaded, ReadBlocks, ReadError, ReadId};
+use crate::store::{
+    BlockSum, Change, DiskError, ElementImage, Loaded, ReadBlocks, ReadError, ReadId, RowImage, SentAndShared,
+};
 use bytes::Bytes;
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -38,6 +41,10 @@ use stdx::{FastMap, Instant};
 const SETTLING_MAX: usize = 8;
 /// Blocks of settled elements on their way to one receiver of one slot, about.
 const SETTLING_BLOCKS_MAX: u64 = 1024;
+/// Blocks in one message about an element: 2 MiB of data.
+pub(crate) const COPY_BLOCKS_MAX: usize = 512;
+/// Rows of images in one answer to a list request: 100 bytes each.
+const LIST_ROWS_MAX: usize = 32768;
 
 /// A primary's state in one term of one slot.
 pub(crate) struct Acting {
@@ -103,8 +110,8 @@ struct Settling {
 ///  (winner here) ------------------------------^
 /// ```
 enum Step {
-    /// Blocks that this server lacks are on their way from the winner.
-    Fetching { blocks: Vec<(u16, u8)> },
+    /// Blocks that this server lacks are on their way from the winner: one part of them after the other.
+    Fetching { blocks: Vec<(u16, u8)>, data: Vec<(u16, u8, Bytes)> },
     /// They have come and wait for the entry.
     Fetched { data: Vec<(u16, u8, Bytes)> },
     /// The element is being made durable here.
@@ -112,7 +119,7 @@ enum Step {
     /// Blocks that others lack are to be read here.
     ToRead,
     /// They are being read.
-    Reading { blocks: Vec<(u16, u8)> },
+    Reading { blocks: Vec<(u16, u8)>, parts: BTreeMap<ServerId, SentAndShared> },
 }
 
 /// What a list is for.
@@ -128,6 +135,16 @@ enum Purpose {
     Joiner { server: ServerId, attempt: u64 },
 }
 
+impl Step {
+    /// The blocks that are asked for next.
+    fn wanted(&self) -> &[(u16, u8)] {
+        match self {
+            Step::Fetching { blocks, data } => &blocks[data.len()..blocks.len().min(data.len() + COPY_BLOCKS_MAX)],
+            _ => &[],
+        }
+    }
+}
+
 /// A list being put together, for the primary or for oneself.
 pub(crate) struct Listing {
     slot: SlotIndex,
@@ -136,13 +153,16 @@ pub(crate) struct Listing {
     purpose: Purpose,
     keys: VecDeque<ElementKey>,
     images: Vec<(ElementKey, ElementImage)>,
+    /// Rows of these.
+    rows: usize,
     next: Option<ElementKey>,
     scan: Option<ReadId>,
 }
 
 impl Listing {
     fn new(slot: SlotIndex, term: Term, above: Version, purpose: Purpose) -> Listing {
-        Listing { slot, term, above, purpose, keys: VecDeque::new(), images: Vec::new(), next: None, scan: None }
+        let (keys, images) = (VecDeque::new(), Vec::new());
+        Listing { slot, term, above, purpose, keys, images, rows: 0, next: None, scan: None }
     }
 }
 
@@ -488,9 +508,22 @@ impl DataAccess {
             match ctx.stores.load(key) {
                 Loaded::Ready => {
                     listing.keys.pop_front();
-                    let image = ctx.stores.image(key);
+                    let image = seen_image(ctx, key);
                     if image.version > listing.above || matches!(listing.purpose, Purpose::Compare { .. }) {
+                        listing.rows += image.rows.len();
                         listing.images.push((key, image));
+                    }
+                    if listing.rows > LIST_ROWS_MAX && !listing.keys.is_empty() {
+                        if let Purpose::Compare { to, attempt } = listing.purpose {
+                            // What is told by then; the rest in another answer.
+                            let (slot, term) = (self.slots[listing.slot].id, listing.term);
+                            let elements = std::mem::take(&mut listing.images);
+                            listing.rows = 0;
+                            ctx.send(Peer::Server(to), Body::Compared(Compared { slot, term, elements, attempt }));
+                        } else {
+                            listing.keys.clear();
+                            listing.next = Some(key);
+                        }
                     }
                 }
                 Loaded::Pending => return self.wait_for_load(key, LoadWaiter::Listing(job)),
@@ -575,9 +608,13 @@ impl DataAccess {
         let slot = &mut self.slots[index];
         let acting = slot.acting.as_mut().expect("only an acting primary settles");
         let settling = Phase::Settling { todo: VecDeque::new(), active: BTreeMap::new() };
-        let Phase::Listing { lists, .. } = std::mem::replace(&mut acting.phase, settling) else {
+        let Phase::Listing { mut lists, .. } = std::mem::replace(&mut acting.phase, settling) else {
             unreachable!("settling follows listing")
         };
+        // Who is behind has told rows that nobody can see any more.
+        for (key, image) in lists.values_mut().flatten() {
+            keep_seen(ctx.state, key.family, image);
+        }
         let Phase::Settling { todo, .. } = &mut acting.phase else { unreachable!("just set") };
         *todo = differences(&lists, &slot.in_sync, self.me, self.sabotage);
         // Replicas that know already that a family ended have dropped its elements: nothing to make equal.
@@ -606,9 +643,11 @@ impl DataAccess {
                     if blocks.is_empty() {
                         Step::Fetched { data: Vec::new() }
                     } else {
-                        let fetch = Fetch { slot: id, term, element, blocks: blocks.clone() };
+                        let step = Step::Fetching { blocks, data: Vec::new() };
+                        let places = difference.image.places(step.wanted());
+                        let fetch = Fetch { slot: id, term, element, places };
                         ctx.send(Peer::Server(difference.winner), Body::Fetch(fetch));
-                        Step::Fetching { blocks }
+                        step
                     }
                 }
             };
@@ -645,8 +684,8 @@ impl DataAccess {
                 if self.sabotage == Sabotage::IdsNotCopied {
                     image.ids = ctx.stores.ids(element).to_vec();
                 }
-                let change =
-                    Change::Replace { element, slot: slot.id, image, data, again: false, watermark: slot.watermark };
+                let (slot_id, watermark, twins) = (slot.id, slot.watermark, Vec::new());
+                let change = Change::Replace { element, slot: slot_id, image, data, twins, again: false, watermark };
                 // Space was reserved by the write that made the difference; the reserve pays otherwise.
                 let ticket = match ctx.stores.stage(change) {
                     Ok(ticket) => ticket,
@@ -660,15 +699,16 @@ impl DataAccess {
                 self.tickets.insert(ticket, TicketOwner::Settling { slot: index, term, element });
             }
             Step::ToRead => {
-                let mut blocks = BTreeSet::new();
-                for (server, other) in &settling.difference.others {
-                    if *server != self.me {
-                        blocks.extend(lacking(&settling.difference.image, other.as_ref()));
-                    }
+                let image = &settling.difference.image;
+                let mut parts = BTreeMap::new();
+                for (server, other) in settling.difference.others.iter().filter(|(s, _)| **s != self.me) {
+                    let blocks = lacking(image, other.as_ref());
+                    parts.insert(*server, ctx.stores.twins(element, image, &blocks));
                 }
+                let blocks: BTreeSet<(u16, u8)> = parts.values().flat_map(|(sent, _)| sent.iter().copied()).collect();
                 let blocks: Vec<(u16, u8)> = blocks.into_iter().collect();
-                let read = ctx.stores.read_image(element, &blocks);
-                settling.step = Step::Reading { blocks };
+                let read = ctx.stores.read_places(element, &image.places(&blocks));
+                settling.step = Step::Reading { blocks, parts };
                 self.reads.insert(read, ReadOwner::Settling { slot: index, term, element });
             }
             _ => unreachable!("checked above"),
@@ -688,12 +728,15 @@ impl DataAccess {
         }
         let Some(Phase::Settling { active, .. }) = slot.acting.as_mut().map(|a| &mut a.phase) else { return };
         let Some(settling) = active.get_mut(&m.element) else { return };
-        let Step::Fetching { blocks } = &settling.step else { return };
-        let data = m.data.to_bytes();
+        let wanted = settling.step.wanted().to_vec();
+        if wanted.is_empty() {
+            return;
+        }
+        let bytes = m.data.to_bytes();
         let image = &settling.difference.image;
         let good = m.result.is_ok()
-            && data.len() == blocks.len() * BLOCK_SIZE as usize
-            && blocks.iter().zip(data.chunks(BLOCK_SIZE as usize)).all(|((row, block), bytes)| {
+            && bytes.len() == wanted.len() * BLOCK_SIZE as usize
+            && wanted.iter().zip(bytes.chunks(BLOCK_SIZE as usize)).all(|((row, block), bytes)| {
                 image.rows[usize::from(*row)].sums[usize::from(*block)] == BlockSum::Crc(stdx::checksum::crc32c(bytes))
             });
         if !good {
@@ -701,10 +744,17 @@ impl DataAccess {
             // repaired it.
             return self.retry_in_a_while(ctx.now, Retry::Settling(index, m.element));
         }
-        let pieces = blocks.iter().enumerate().map(|(i, (row, block))| {
-            (*row, *block, data.slice(i * BLOCK_SIZE as usize..(i + 1) * BLOCK_SIZE as usize))
+        let pieces = wanted.iter().enumerate().map(|(i, (row, block))| {
+            (*row, *block, bytes.slice(i * BLOCK_SIZE as usize..(i + 1) * BLOCK_SIZE as usize))
         });
-        settling.step = Step::Fetched { data: pieces.collect() };
+        let Step::Fetching { blocks, data } = &mut settling.step else { unreachable!("something was wanted") };
+        data.extend(pieces);
+        if data.len() < blocks.len() {
+            let places = image.places(settling.step.wanted());
+            let (slot, term, element) = (m.slot, m.term, m.element);
+            return ctx.send(Peer::Server(from), Body::Fetch(Fetch { slot, term, element, places }));
+        }
+        settling.step = Step::Fetched { data: std::mem::take(data) };
         self.advance_settling(ctx, index, m.element);
     }
 
@@ -727,7 +777,7 @@ impl DataAccess {
         let Some(acting) = slot.acting.as_mut() else { return };
         let Phase::Settling { active, .. } = &mut acting.phase else { return };
         let Some(settling) = active.get(&element) else { return };
-        let Step::Reading { blocks } = &settling.step else { return };
+        let Step::Reading { blocks, parts } = &settling.step else { return };
         let Ok(read) = result else {
             // As above: not served, rather than wrong.
             self.begin_repair(ctx, index, element);
@@ -738,19 +788,27 @@ impl DataAccess {
                 .map(|i| piece.slice(i * BLOCK_SIZE as usize..(i + 1) * BLOCK_SIZE as usize))
         });
         let data: BTreeMap<(u16, u8), Bytes> = blocks.iter().copied().zip(bytes).collect();
+        let parts = parts.clone();
         let settling = active.remove(&element).expect("just found");
         let image = settling.difference.image;
         let finished = finished_below(&self.session_low, &image);
-        for (server, other) in settling.difference.others.iter().filter(|(s, _)| **s != self.me) {
-            let blocks = lacking(&image, other.as_ref());
-            let payload = Payload(blocks.iter().filter_map(|place| data.get(place).cloned()).collect());
-            let finished_below = finished.clone();
-            let part = Part::Copy { element, image: image.clone(), blocks, settles: true, finished_below };
-            let outgoing = acting.streams.get_mut(server).expect("a stream to every other in-sync member");
-            self.windows.entry(*server).or_default().in_flight += payload.len() as u64 / BLOCK_SIZE;
-            let m = outgoing.push(slot.id, slot.term, slot.watermark, part, payload, None);
-            if self.connected.contains(server) {
-                ctx.send(Peer::Server(*server), Body::Replicate(m));
+        for (server, (sent, twins)) in parts {
+            let outgoing = acting.streams.get_mut(&server).expect("a stream to every other in-sync member");
+            let last = sent.len().saturating_sub(1) / COPY_BLOCKS_MAX * COPY_BLOCKS_MAX;
+            let (ahead, blocks) = sent.split_at(last);
+            let payload_of =
+                |blocks: &[(u16, u8)]| Payload(blocks.iter().filter_map(|b| data.get(b).cloned()).collect());
+            let mut messages: Vec<(Part, Payload)> =
+                ahead.chunks(COPY_BLOCKS_MAX).map(|c| (ahead_part(element, &image, c), payload_of(c))).collect();
+            let (payload, blocks, finished_below) = (payload_of(blocks), blocks.to_vec(), finished.clone());
+            let part = Part::Copy { element, image: image.clone(), blocks, twins, settles: true, finished_below };
+            messages.push((part, payload));
+            for (part, payload) in messages {
+                self.windows.entry(server).or_default().in_flight += payload.len() as u64 / BLOCK_SIZE;
+                let m = outgoing.push(slot.id, slot.term, slot.watermark, part, payload, None);
+                if self.connected.contains(&server) {
+                    ctx.send(Peer::Server(server), Body::Replicate(m));
+                }
             }
         }
         self.settle_more(ctx, index);
@@ -764,9 +822,10 @@ impl DataAccess {
         let Some(Phase::Settling { active, .. }) = slot.acting.as_mut().map(|a| &mut a.phase) else { return };
         let Some(settling) = active.get_mut(&element) else { return };
         match &settling.step {
-            Step::Fetching { blocks } => {
-                let (winner, blocks) = (settling.difference.winner, blocks.clone());
-                ctx.send(Peer::Server(winner), Body::Fetch(Fetch { slot: id, term, element, blocks }));
+            Step::Fetching { .. } => {
+                let (winner, places) =
+                    (settling.difference.winner, settling.difference.image.places(settling.step.wanted()));
+                ctx.send(Peer::Server(winner), Body::Fetch(Fetch { slot: id, term, element, places }));
             }
             Step::Reading { .. } => {
                 settling.step = Step::ToRead;
@@ -860,13 +919,14 @@ impl DataAccess {
             Loaded::Failed => return self.answer_fetch(ctx, job, Err(Refusal::BadCopy)),
         }
         let image = ctx.stores.image(element);
-        let is_there = |(row, block): &(u16, u8)| {
-            image.rows.get(usize::from(*row)).is_some_and(|r| usize::from(*block) < r.sums.len())
-        };
-        if !fetch.request.blocks.iter().all(is_there) {
+        let places = &fetch.request.places;
+        if places.len() > COPY_BLOCKS_MAX {
             return self.answer_fetch(ctx, job, Err(Refusal::Malformed));
         }
-        let read = ctx.stores.read_image(element, &fetch.request.blocks);
+        if !places.iter().all(|p| image.sum(*p).is_some_and(|sum| sum != BlockSum::Zero)) {
+            return self.answer_fetch(ctx, job, Err(Refusal::BadCopy)); // Not here, or not any more.
+        }
+        let read = ctx.stores.read_places(element, places);
         self.reads.insert(read, ReadOwner::Fetch(job));
     }
 
@@ -903,9 +963,10 @@ impl DataAccess {
             }
             Phase::Settling { active, .. } => {
                 for settling in active.values().filter(|s| s.difference.winner == server) {
-                    if let Step::Fetching { blocks } = &settling.step {
-                        let (element, blocks) = (settling.difference.element, blocks.clone());
-                        ctx.send(Peer::Server(server), Body::Fetch(Fetch { slot: id, term, element, blocks }));
+                    if let Step::Fetching { .. } = &settling.step {
+                        let (element, image) = (settling.difference.element, &settling.difference.image);
+                        let places = image.places(settling.step.wanted());
+                        ctx.send(Peer::Server(server), Body::Fetch(Fetch { slot: id, term, element, places }));
                     }
                 }
             }
@@ -964,6 +1025,23 @@ pub(crate) fn lacking(image: &ElementImage, present: Option<&ElementImage>) -> V
         }
     }
     blocks
+}
+
+/// Blocks of an image that travel ahead of its copy.
+pub(crate) fn ahead_part(element: ElementKey, image: &ElementImage, blocks: &[(u16, u8)]) -> Part {
+    let mut rows: Vec<RowImage> = Vec::new();
+    let mut places = Vec::with_capacity(blocks.len());
+    for (row, block) in blocks {
+        let of = &image.rows[usize::from(*row)];
+        if rows.last().is_none_or(|r| (r.lineage, r.epoch) != (of.lineage, of.epoch)) {
+            let sums = [BlockSum::Zero; BLOCKS_PER_ELEMENT];
+            rows.push(RowImage { lineage: of.lineage, epoch: of.epoch, sums });
+        }
+        let last = rows.len() - 1;
+        rows[last].sums[usize::from(*block)] = of.sums[usize::from(*block)];
+        places.push((last as u16, *block));
+    }
+    Part::Ahead { element, rows, blocks: places }
 }
 
 /// Of each session with an id in the image: the number below which its requests are finished (I6).

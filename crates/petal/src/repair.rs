@@ -27,7 +27,7 @@ use crate::data_access::{Context, DataAccess, LoadWaiter, OpNumber, ReadOwner, S
 use crate::ids::*;
 use crate::message::*;
 use crate::server::Peer;
-use crate::store::{BlockSum, Change, Loaded, ReadBlocks, ReadError, ReadId};
+use crate::store::{BlockSum, Change, Loaded, Place, ReadBlocks, ReadError, ReadId};
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use stdx::checksum::crc32c;
@@ -47,7 +47,7 @@ const ROUNDS_MAX: u32 = 20;
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 
 /// A block of an image, and what it must be.
-type Wanted = (u16, u8, u32);
+type Wanted = (Place, u32);
 
 /// An element that is being repaired.
 pub(crate) struct Repair {
@@ -228,15 +228,11 @@ impl DataAccess {
             return self.end_repair(ctx, element, true);
         }
         let mut reads = BTreeMap::new();
-        for (r, row) in image.rows.iter().enumerate() {
-            for (b, sum) in row.sums.iter().enumerate() {
-                if let BlockSum::Crc(crc) = sum {
-                    let wanted = (r as u16, b as u8, *crc);
-                    let read = ctx.stores.read_image(element, &[(wanted.0, wanted.1)]);
-                    self.reads.insert(read, ReadOwner::Repair(element));
-                    reads.insert(read, wanted);
-                }
-            }
+        for place in ctx.stores.stored(element) {
+            let Some(BlockSum::Crc(crc)) = image.sum(place) else { continue };
+            let read = ctx.stores.read_places(element, &[place]);
+            self.reads.insert(read, ReadOwner::Repair(element));
+            reads.insert(read, (place, crc));
         }
         let is_empty = reads.is_empty();
         let repair = self.repairs.elements.get_mut(&element).expect("just seen");
@@ -295,10 +291,10 @@ impl DataAccess {
         let sources = self.sources(ctx, element);
         let Some(repair) = self.repairs.elements.get_mut(&element) else { return };
         let slot = &self.slots[repair.slot];
-        while let Some((row, block, _)) = repair.bad.front().copied() {
+        while let Some((place, _)) = repair.bad.front().copied() {
             while let Some(of) = repair.sources.pop_front() {
                 if self.connected.contains(&of) {
-                    let fetch = Fetch { slot: slot.id, term: slot.term, element, blocks: vec![(row, block)] };
+                    let fetch = Fetch { slot: slot.id, term: slot.term, element, places: vec![place] };
                     repair.stage = Stage::Asking { of, until: ctx.now + ANSWER_MAX };
                     return ctx.send(Peer::Server(of), Body::Fetch(fetch));
                 }
@@ -339,7 +335,7 @@ impl DataAccess {
             return false;
         }
         let data = m.data.to_bytes();
-        let is_good = m.result.is_ok() && data.len() == BLOCK_SIZE as usize && crc32c(&data) == wanted.2;
+        let is_good = m.result.is_ok() && data.len() == BLOCK_SIZE as usize && crc32c(&data) == wanted.1;
         if is_good {
             repair.data.push((wanted, data));
             repair.bad.pop_front();
@@ -362,10 +358,7 @@ impl DataAccess {
             Loaded::Failed => return self.end_repair(ctx, element, false),
         }
         let image = ctx.stores.image(element);
-        let is_wanted = |(row, block, crc): &Wanted| {
-            let row = image.rows.get(usize::from(*row));
-            row.is_some_and(|r| r.sums[usize::from(*block)] == BlockSum::Crc(*crc))
-        };
+        let is_wanted = |(place, crc): &Wanted| image.sum(*place) == Some(BlockSum::Crc(*crc));
         repair.data.retain(|(wanted, _)| is_wanted(wanted));
         if family_ended(ctx.state, element.family) {
             return self.end_repair(ctx, element, true);
@@ -386,8 +379,16 @@ impl DataAccess {
         }
         let repair = self.repairs.elements.get_mut(&element).expect("just seen");
         let slot = &mut self.slots[repair.slot];
-        let data = repair.data.iter().map(|((row, block, _), bytes)| (*row, *block, bytes.clone())).collect();
-        let change = Change::Replace { element, slot: slot.id, image, data, again: true, watermark: slot.watermark };
+        // All rows that share the bad block share the new one.
+        let mut data: Vec<(u16, u8, Bytes)> = Vec::new();
+        for ((place, _), bytes) in &repair.data {
+            for place in ctx.stores.sharing(element, *place) {
+                let row = image.rows.binary_search_by_key(&(place.lineage, place.epoch), |r| (r.lineage, r.epoch));
+                data.push((row.expect("the image has every row") as u16, place.block, bytes.clone()));
+            }
+        }
+        let (slot_id, watermark, twins) = (slot.id, slot.watermark, Vec::new());
+        let change = Change::Replace { element, slot: slot_id, image, data, twins, again: true, watermark };
         let Ok(ticket) = ctx.stores.stage(change) else { return };
         repair.stage = Stage::Writing { blocks };
         slot.outstanding += 1;

@@ -26,11 +26,14 @@
 //! Rate: few elements at a time while clients work, many when nobody does; and never more than the
 //! receiver's window, so a member without space delays itself and nobody else.
 
-use crate::data_access::{Context, DataAccess, LoadWaiter, OpNumber, Outgoing, ReadOwner, SlotIndex, family_ended};
+use crate::data_access::{
+    Context, DataAccess, LoadWaiter, OpNumber, Outgoing, ReadOwner, SlotIndex, family_ended, graft, keep_seen,
+    seen_image,
+};
 use crate::global_state::Command;
 use crate::ids::*;
 use crate::message::*;
-use crate::promise::{finished_below, lacking};
+use crate::promise::{COPY_BLOCKS_MAX, ahead_part, finished_below, lacking};
 use crate::repair::Retry;
 use crate::sabotage::Sabotage;
 use crate::server::Peer;
@@ -108,6 +111,10 @@ pub(crate) struct Copy {
     pub holds: bool,
     image: ElementImage,
     blocks: Vec<(u16, u8)>,
+    /// Blocks that are the same as those of earlier rows.
+    twins: Vec<(u16, u8, u16)>,
+    /// Only a part of what the member lacks: more than one message carries (2.7, "in pieces").
+    is_ahead: bool,
 }
 
 /// What a member that is not in sync gets of a write.
@@ -139,6 +146,16 @@ impl Joiner {
                 Share::Nothing
             }
             Stage::Closing { .. } | Stage::Proposing { .. } => Share::Counts,
+        }
+    }
+
+    /// A part of an element is on its way to it.
+    fn has_got(&mut self, part: &Part) {
+        let (Stage::Copying { stale, .. }, Part::Ahead { element, rows, blocks }) = (&mut self.stage, part) else {
+            return;
+        };
+        if let Some(Theirs::Image(theirs)) = stale.get_mut(element) {
+            graft(theirs, rows, blocks.clone(), std::iter::repeat(()));
         }
     }
 
@@ -479,7 +496,16 @@ impl DataAccess {
     fn begin_copy(&mut self, ctx: &mut Context, index: SlotIndex, to: ServerId, element: ElementKey) {
         let number = self.take_number();
         let holds = self.enter_queue(number, element);
-        let copy = Copy { slot: index, to, element, holds, image: ElementImage::default(), blocks: Vec::new() };
+        let copy = Copy {
+            slot: index,
+            to,
+            element,
+            holds,
+            image: ElementImage::default(),
+            blocks: Vec::new(),
+            twins: Vec::new(),
+            is_ahead: false,
+        };
         self.copies.insert(number, copy);
         if holds {
             self.start_copy(ctx, number);
@@ -502,18 +528,30 @@ impl DataAccess {
             return self.end_copy(ctx, number, false);
         };
         let Some(Theirs::Image(theirs)) = stale.get(&element) else { return self.end_copy(ctx, number, false) };
-        let image = ctx.stores.image(element);
-        if image == *theirs && image.version != Version::ZERO {
+        let mut theirs = theirs.clone();
+        keep_seen(ctx.state, element.family, &mut theirs);
+        let image = seen_image(ctx, element);
+        if image == theirs && image.version != Version::ZERO {
             return self.end_copy(ctx, number, true);
         }
         if self.sabotage == Sabotage::CopyOnlyIfNewer && theirs.version >= image.version {
             return self.end_copy(ctx, number, true);
         }
-        let blocks = lacking(&image, Some(theirs));
-        let read = ctx.stores.read_image(element, &blocks);
+        let (mut blocks, mut twins) = ctx.stores.twins(element, &image, &lacking(&image, Some(&theirs)));
+        let is_ahead = blocks.len() > COPY_BLOCKS_MAX;
+        if is_ahead {
+            blocks.truncate(COPY_BLOCKS_MAX);
+            twins.clear();
+        }
+        let read = ctx.stores.read_places(element, &image.places(&blocks));
         let copy = self.copies.get_mut(&number).expect("just seen");
-        (copy.image, copy.blocks) = (image, blocks);
+        (copy.image, copy.blocks, copy.twins, copy.is_ahead) = (image, blocks, twins, is_ahead);
         self.reads.insert(read, ReadOwner::Copy(number));
+        if is_ahead {
+            // Writes of the element may go on: the member gets none of them, and the copy at the end has them.
+            copy.holds = false;
+            self.leave_queue(ctx, number, element, WHOLE, true);
+        }
     }
 
     pub(crate) fn on_copy_read(&mut self, ctx: &mut Context, number: OpNumber, result: Result<ReadBlocks, ReadError>) {
@@ -524,22 +562,32 @@ impl DataAccess {
             self.retry_in_a_while(ctx.now, Retry::Copy(index, to, element));
             return self.end_copy(ctx, number, false);
         };
-        let (index, to, element) = (copy.slot, copy.to, copy.element);
+        let (index, to, element, is_ahead) = (copy.slot, copy.to, copy.element, copy.is_ahead);
         let (image, blocks) = (std::mem::take(&mut copy.image), std::mem::take(&mut copy.blocks));
+        let twins = std::mem::take(&mut copy.twins);
         let payload = Payload(read.data);
         let cost = payload.len() as u64 / BLOCK_SIZE;
         let slot = &mut self.slots[index];
         let Some(joiner) = slot.acting.as_mut().and_then(|a| a.joiners.get_mut(&to)) else { return };
         self.windows.entry(to).or_default().in_flight += cost;
-        self.counters.recovered_elements += 1;
+        self.counters.recovered_elements += u64::from(!is_ahead);
         self.counters.recovered_blocks += cost;
-        let finished_below = finished_below(&self.session_low, &image);
-        let part = Part::Copy { element, image, blocks, settles: false, finished_below };
+        let part = if is_ahead {
+            let part = ahead_part(element, &image, &blocks);
+            joiner.has_got(&part);
+            part
+        } else {
+            let finished_below = finished_below(&self.session_low, &image);
+            Part::Copy { element, image, blocks, twins, settles: false, finished_below }
+        };
         let m = joiner.outgoing.push(slot.id, slot.term, slot.watermark, part, payload, None);
         if self.connected.contains(&to) {
             ctx.send(Peer::Server(to), Body::Replicate(m));
         }
-        self.end_copy(ctx, number, true);
+        self.end_copy(ctx, number, !is_ahead);
+        if is_ahead {
+            self.copy_again(ctx, index, to, element);
+        }
     }
 
     /// An element could not be read and has perhaps been repaired: its copy is made again.

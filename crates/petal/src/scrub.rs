@@ -30,7 +30,7 @@
 use crate::data_access::{Context, DataAccess, LoadWaiter, ReadOwner, SlotIndex, family_ended};
 use crate::ids::*;
 use crate::message::{ScrubOrder, ScrubRound, ScrubStatus};
-use crate::store::{BlockSum, Change, DiskError, ElementImage, Loaded, ReadBlocks, ReadError, ReadId};
+use crate::store::{Change, DiskError, Loaded, ReadBlocks, ReadError, ReadId};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
@@ -389,11 +389,11 @@ impl DataAccess {
             }
             Loaded::Failed => return self.scrub.finish(ctx.now, element, 0),
         }
-        let blocks = stored_blocks(&ctx.stores.image(element));
+        let blocks = ctx.stores.stored(element);
         if blocks.is_empty() {
             return self.scrub.finish(ctx.now, element, 0);
         }
-        let read = ctx.stores.read_image(element, &blocks);
+        let read = ctx.stores.read_places(element, &blocks);
         self.reads.insert(read, ReadOwner::Scrub(element));
         let look = Look::Reading { read, blocks: blocks.len() as u64, tries, since: ctx.now };
         self.scrub.looks.insert(element, look);
@@ -443,16 +443,6 @@ impl DataAccess {
         }
         self.scrub.finish(now, element, blocks);
     }
-}
-
-/// `(row, block)` of everything that is stored.
-fn stored_blocks(image: &ElementImage) -> Vec<(u16, u8)> {
-    let mut blocks = Vec::new();
-    for (r, row) in image.rows.iter().enumerate() {
-        let stored = row.sums.iter().enumerate().filter(|(_, sum)| **sum != BlockSum::Zero);
-        blocks.extend(stored.map(|(b, _)| (r as u16, b as u8)));
-    }
-    blocks
 }
 
 /// The last key that is smaller.

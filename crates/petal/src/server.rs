@@ -579,6 +579,8 @@ impl Server {
                 counter("replicated", counters.replicated),
                 counter("settlements", counters.settlements),
                 counter("settled_elements", counters.settled_elements),
+                counter("reclaimed_rows", counters.reclaimed_rows),
+                counter("reclaims_left", self.data.reclaims() as u64),
                 counter("disk_errors", self.watch.errors()),
                 counter("bad_blocks", counters.bad_blocks),
                 counter("repaired_blocks", counters.repaired_blocks),
@@ -726,6 +728,7 @@ impl Server {
                 self.follow_state(None);
                 self.with_data(|data, ctx| data.on_families_ended(ctx));
                 self.data.want_sweep();
+                self.data.want_reclaim_of_all(self.global.as_ref().expect("it told that it jumped").state());
                 let state = self.global.as_ref().expect("it told that it jumped").state();
                 let is_done = |(proposer, number): &(u64, u64)| {
                     state.is_executed(&CommandId { proposer: *proposer, number: *number, finished_below: 0 })
@@ -883,6 +886,7 @@ impl Server {
                 self.stage = Stage::Running;
                 self.follow_state(None);
                 self.data.want_sweep();
+                self.data.want_reclaim_of_all(self.global.as_ref().expect("it has decided").state());
                 self.close_gate_of_all();
                 self.with_data(|data, ctx| data.run_scrub(ctx, true));
                 self.out.push_back(Output::Ready);

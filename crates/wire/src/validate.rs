@@ -10,7 +10,7 @@ use crate::WireError;
 use petal::ids::*;
 use petal::limits::{FRAME_PAYLOAD_MAX, LIST_ELEMENTS_MAX, SERVERS_MAX, SLOTS_MAX};
 use petal::message::*;
-use petal::store::{BlockSum, ElementImage};
+use petal::store::{BlockSum, ElementImage, RowImage};
 
 /// Counters of honest peers stay below this for ever; so `+ 1` never overflows.
 pub const COUNTER_MAX: u64 = 1 << 62;
@@ -101,7 +101,11 @@ fn check(body: &Body) -> Check {
         Body::Fetch(m) => {
             counters(&[m.term])?;
             element(m.element.element)?;
-            row_blocks(&m.blocks, usize::from(u16::MAX) + 1)
+            require(m.places.len() <= PAYLOAD_BLOCKS_MAX, "more blocks than a payload holds")?;
+            require(
+                m.places.iter().all(|p| usize::from(p.block) < BLOCKS_PER_ELEMENT),
+                "a block outside of the element",
+            )
         }
         Body::Fetched(m) => fetched(m),
         Body::Learn(m) => counters(&[m.from]),
@@ -245,12 +249,19 @@ fn replicate(m: &Replicate) -> Check {
             require(end <= BLOCKS_PER_ELEMENT, "it reaches over the end of its element")?;
             data_of(sums, &m.data)
         }
-        Part::Copy { element: key, image, blocks, finished_below, .. } => {
+        Part::Ahead { element: key, rows, blocks } => {
+            element(key.element)?;
+            row_images(rows)?;
+            row_blocks(blocks, rows.len())?;
+            require(m.data.len() == blocks.len() * BLOCK_SIZE as usize, "its data is not as long as its list of blocks")
+        }
+        Part::Copy { element: key, image, blocks, twins, finished_below, .. } => {
             element(key.element)?;
             require(finished_below.len() <= image.ids.len(), "more sessions than request ids")?;
             finished_below.iter().try_for_each(|(_, below)| counters(&[*below]))?;
             element_image(image)?;
             row_blocks(blocks, image.rows.len())?;
+            row_twins(twins, image.rows.len())?;
             require(m.data.len() == blocks.len() * BLOCK_SIZE as usize, "its data is not as long as its list of blocks")
         }
         Part::Skip { version: v } => version(*v).and_then(|()| no_data(&m.data)),
@@ -261,9 +272,22 @@ fn replicate(m: &Replicate) -> Check {
 
 fn element_image(image: &ElementImage) -> Check {
     version(image.version)?;
-    require(image.rows.len() <= usize::from(u16::MAX) + 1, "too many rows")?;
-    let ascend = image.rows.is_sorted_by(|a, b| (a.lineage, a.epoch) < (b.lineage, b.epoch));
+    row_images(&image.rows)
+}
+
+fn row_images(rows: &[RowImage]) -> Check {
+    require(rows.len() <= usize::from(u16::MAX) + 1, "too many rows")?;
+    let ascend = rows.is_sorted_by(|a, b| (a.lineage, a.epoch) < (b.lineage, b.epoch));
     require(ascend, "the rows of an element do not ascend")
+}
+
+/// `(row, block, earlier row)`.
+fn row_twins(twins: &[(u16, u8, u16)], rows: usize) -> Check {
+    require(twins.len() <= rows * BLOCKS_PER_ELEMENT, "more shared blocks than there are")?;
+    let inside = |(row, block, other): &(u16, u8, u16)| {
+        usize::from(*row) < rows && usize::from(*block) < BLOCKS_PER_ELEMENT && other < row
+    };
+    require(twins.iter().all(inside), "a shared block outside of the element, or shared with a later row")
 }
 
 /// `(row, block)`, each once, ascending.

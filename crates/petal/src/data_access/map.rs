@@ -69,6 +69,9 @@ impl DataAccess {
         if let Some(job) = self.map_scans.remove(&scan) {
             return self.on_map_scanned(ctx, job, elements);
         }
+        if self.reclaim.owns(scan) {
+            return self.on_reclaim_scanned(ctx, elements);
+        }
         if self.sweep.owns(scan) {
             return self.on_sweep_scanned(ctx, elements);
         }

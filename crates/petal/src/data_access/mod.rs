@@ -24,6 +24,7 @@ mod gates;
 mod map;
 mod queue;
 mod range;
+mod reclaim;
 mod replica;
 mod stream;
 mod sweep;
@@ -40,11 +41,13 @@ use crate::promise::Acting;
 use crate::resync::{Share, WHOLE};
 use crate::sabotage::Sabotage;
 use crate::server::{ClientId, Output, Peer};
-use crate::store::{BlockData, BlockSum, Change, Loaded, ReadBlocks, ReadError, ReadId, StageError, Stores, Ticket};
+use crate::store::{
+    BlockData, BlockSum, Change, ElementImage, Loaded, ReadBlocks, ReadError, ReadId, StageError, Stores, Ticket,
+};
 use bytes::{Bytes, BytesMut};
 use queue::ElementQueue;
 use range::{ByteRange, block_mask, mask_range};
-pub(crate) use replica::family_ended;
+pub(crate) use replica::{family_ended, graft};
 use smallvec::{SmallVec, smallvec};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use stdx::checksum::crc32c;
@@ -189,6 +192,7 @@ pub(crate) enum LoadWaiter {
     Copy(OpNumber),
     Repair,
     Drop,
+    Reclaim,
     Verify,
     Scrub,
 }
@@ -288,6 +292,8 @@ pub struct DataAccess {
     settled_here: Vec<StateIndex>,
     /// Elements of families that ended, being dropped.
     sweep: sweep::Sweep,
+    /// Rows that nobody can see, being dropped.
+    reclaim: reclaim::Reclaim,
     /// Counters for status.
     pub counters: Counters,
 }
@@ -317,6 +323,8 @@ pub struct Counters {
     pub recovered_elements: u64,
     /// Blocks that travelled for that.
     pub recovered_blocks: u64,
+    /// Rows dropped that nobody could see any more.
+    pub reclaimed_rows: u64,
 }
 
 impl DataAccess {
@@ -370,6 +378,7 @@ impl DataAccess {
             gates: gates::Gates::default(),
             settled_here: Vec::new(),
             sweep: sweep::Sweep::default(),
+            reclaim: reclaim::Reclaim::default(),
             counters: Counters::default(),
         }
     }
@@ -1109,6 +1118,7 @@ impl DataAccess {
                 LoadWaiter::Copy(number) => self.start_copy(ctx, number),
                 LoadWaiter::Repair => self.look(ctx, element),
                 LoadWaiter::Drop => self.drop_element(ctx, element),
+                LoadWaiter::Reclaim => self.reclaim_element(ctx, element),
                 LoadWaiter::Verify => self.verify_element(ctx, element),
                 LoadWaiter::Scrub => self.on_scrub_loaded(ctx, element),
             }
@@ -1391,6 +1401,7 @@ impl DataAccess {
             self.send_watermarks(ctx);
         }
         self.advance_sweep(ctx);
+        self.advance_reclaim(ctx);
         self.advance_scrub(ctx);
     }
 
@@ -1415,12 +1426,17 @@ impl DataAccess {
     /// When something is due although nothing else happens.
     pub fn next_timeout(&self) -> Option<Instant> {
         let rooms = [self.silence.next_look(), self.repairs.next_timeout(), self.scrub.next_timeout()];
-        rooms.into_iter().chain([self.watermark_timer, self.wake_at]).flatten().min()
+        rooms.into_iter().chain([self.watermark_timer, self.wake_at, self.reclaim.next_timeout()]).flatten().min()
     }
 
     /// A session is over: nothing of it will be asked again.
     pub fn on_session_ended(&mut self, session: SessionId) {
         self.session_low.remove(&session);
+    }
+
+    /// Families of which something may be there that nobody can see any more.
+    pub fn reclaims(&self) -> usize {
+        self.reclaim.left()
     }
 
     /// Elements with bad blocks that are not repaired yet.
@@ -1512,6 +1528,25 @@ pub(crate) fn view_of(state: &State, vdisk: VdiskId) -> View {
         }
         None => View::new(),
     }
+}
+
+/// The image of a loaded element without the rows that nobody can see any more (2.9): what replicas compare and copy,
+/// because each drops such rows when it comes to it.
+pub(crate) fn seen_image(ctx: &Context, element: ElementKey) -> ElementImage {
+    let mut image = ctx.stores.image(element);
+    keep_seen(ctx.state, element.family, &mut image);
+    image
+}
+
+/// Takes the rows out of an image that nobody can see any more.
+pub(crate) fn keep_seen(state: &State, family: FamilyId, image: &mut ElementImage) {
+    let Some(visible) = state.visible(family) else { return };
+    if image.rows.len() <= 1 && image.rows.iter().all(|r| visible.sees(r.lineage, r.epoch, None)) {
+        return;
+    }
+    let rows: SmallVec<[(LineageId, Epoch); 8]> = image.rows.iter().map(|r| (r.lineage, r.epoch)).collect();
+    let mut kept = visible.kept(rows.iter().copied());
+    image.rows.retain(|_| kept.next().unwrap_or(true));
 }
 
 fn revision_of(state: &State, vdisk: VdiskId) -> Revision {

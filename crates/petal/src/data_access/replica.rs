@@ -1,6 +1,8 @@
 //! The replica's side of data access: taking in streams, telling what is stable, windows, watermarks.
 
+use super::reclaim::has_unseen;
 use super::*;
+use crate::store::RowImage;
 
 impl DataAccess {
     /// One message of a slot's stream. Judged by term, stream and checksums only, never by session, epoch
@@ -107,6 +109,10 @@ impl DataAccess {
                 if family_ended(ctx.state, element.family) {
                     return None; // Its number counts, its data does not.
                 }
+                if ctx.state.visible(element.family).is_some_and(|visible| !visible.sees(lineage, epoch, None)) {
+                    // Of a clone that is gone: its primary is behind.
+                    self.reclaim.want(element.family);
+                }
                 let blocks = sums
                     .iter()
                     .map(|sum| match sum {
@@ -133,7 +139,23 @@ impl DataAccess {
                 // The primary has no such element: what was here was never complete.
                 (!family_ended(ctx.state, element.family)).then_some(Change::Drop { element })
             }
-            Part::Copy { element, mut image, blocks: places, finished_below, .. } => {
+            Part::Ahead { element, rows, blocks: places } => {
+                if family_ended(ctx.state, element.family) {
+                    return None;
+                }
+                let mut image = ctx.stores.image(element);
+                let data = graft(&mut image, &rows, places, blocks);
+                Some(Change::Replace {
+                    element,
+                    slot: slot.id,
+                    image,
+                    data,
+                    twins: Vec::new(),
+                    again: false,
+                    watermark: slot.watermark,
+                })
+            }
+            Part::Copy { element, mut image, blocks: places, twins, finished_below, .. } => {
                 for (session, below) in finished_below {
                     let low = self.session_low.get_or_insert_with(session, || 0);
                     *low = (*low).max(below);
@@ -145,7 +167,11 @@ impl DataAccess {
                     return None;
                 }
                 let data = places.into_iter().zip(blocks).map(|((row, block), bytes)| (row, block, bytes)).collect();
-                Some(Change::Replace { element, slot: slot.id, image, data, again: false, watermark: slot.watermark })
+                let (slot, watermark) = (slot.id, slot.watermark);
+                if has_unseen(ctx.state, element, &image) {
+                    self.reclaim.want(element.family);
+                }
+                Some(Change::Replace { element, slot, image, data, twins, again: false, watermark })
             }
             Part::SettlementDone => {
                 slot.watermark = slot.watermark.max(Version { term: m.term, sequence: 0 });
@@ -349,9 +375,34 @@ const WINDOW_USEFUL: u64 = 64;
 
 fn part_element(part: &Part) -> Option<ElementKey> {
     match part {
-        Part::Write { element, .. } | Part::Copy { element, .. } => Some(*element),
+        Part::Write { element, .. } | Part::Copy { element, .. } | Part::Ahead { element, .. } => Some(*element),
         Part::SettlementDone | Part::CaughtUp | Part::Skip { .. } | Part::Mark { .. } => None,
     }
+}
+
+/// Puts single blocks into an image: what is carried ahead of a copy. Returns them as the image has them.
+pub(crate) fn graft<B>(
+    image: &mut ElementImage,
+    rows: &[RowImage],
+    places: Vec<(u16, u8)>,
+    blocks: impl Iterator<Item = B>,
+) -> Vec<(u16, u8, B)> {
+    for row in rows {
+        let at = image.rows.binary_search_by_key(&(row.lineage, row.epoch), |r| (r.lineage, r.epoch));
+        if let Err(at) = at {
+            let sums = [BlockSum::Zero; BLOCKS_PER_ELEMENT];
+            image.rows.insert(at, RowImage { lineage: row.lineage, epoch: row.epoch, sums });
+        }
+    }
+    let mut data = Vec::new();
+    for ((row, block), bytes) in places.into_iter().zip(blocks) {
+        let from = &rows[usize::from(row)];
+        let at = image.rows.binary_search_by_key(&(from.lineage, from.epoch), |r| (r.lineage, r.epoch));
+        let at = at.expect("every row was put in");
+        image.rows[at].sums[usize::from(block)] = from.sums[usize::from(block)];
+        data.push((at as u16, block, bytes));
+    }
+    data
 }
 
 /// A family that the state knew and does not know any more. (One that is newer than the state cannot
@@ -372,9 +423,8 @@ fn sums_match(m: &Replicate) -> bool {
             }
             sums.iter().copied().filter(|s| *s != BlockSum::Zero).collect()
         }
-        Part::Copy { image, blocks, .. } => {
-            let sum =
-                |(row, block): &(u16, u8)| image.rows.get(usize::from(*row))?.sums.get(usize::from(*block)).copied();
+        Part::Copy { image: ElementImage { rows, .. }, blocks, .. } | Part::Ahead { rows, blocks, .. } => {
+            let sum = |(row, block): &(u16, u8)| rows.get(usize::from(*row))?.sums.get(usize::from(*block)).copied();
             match blocks.iter().map(sum).collect::<Option<Vec<_>>>() {
                 Some(sums) => sums,
                 None => return false,

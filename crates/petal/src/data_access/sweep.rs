@@ -34,11 +34,6 @@ impl DataAccess {
         self.sweep.wanted = true;
     }
 
-    /// Less of a family can be seen than before: look through its elements.
-    pub fn want_reclaim(&mut self, family: FamilyId) {
-        let _ = family;
-    }
-
     pub(super) fn advance_sweep(&mut self, ctx: &mut Context) {
         let sweep = &mut self.sweep;
         if sweep.scan.is_some() || sweep.waiting > 0 {

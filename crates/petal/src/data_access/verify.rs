@@ -73,22 +73,18 @@ impl DataAccess {
 
     pub(super) fn verify_element(&mut self, ctx: &mut Context, key: ElementKey) {
         // Writes that are not durable yet cannot be read: those elements are for another time.
-        let image = ctx.stores.image(key);
+        let image = seen_image(ctx, key);
         let is_busy = self.slots.iter().any(|s| s.outstanding > 0) && image.version > self.lowest_watermark(ctx, key);
         for job in &mut self.verifications {
             if !job.loading.remove(&key) || is_busy {
                 continue;
             }
-            let stored = |(r, row): (usize, &crate::store::RowImage)| {
-                let blocks = row.sums.iter().enumerate().filter(|(_, sum)| **sum != BlockSum::Zero);
-                blocks.map(|(b, _)| (r as u16, b as u8)).collect::<Vec<_>>()
-            };
-            let blocks: Vec<(u16, u8)> = image.rows.iter().enumerate().flat_map(stored).collect();
+            let blocks = ctx.stores.stored(key);
             job.part.elements += 1;
             let bytes = postcard::to_stdvec(&image).expect("an image can be written to memory");
             job.part.digests.push((key, crc32c(&bytes)));
             job.part.blocks += blocks.len() as u64;
-            let read = ctx.stores.read_image(key, &blocks);
+            let read = ctx.stores.read_places(key, &blocks);
             job.reads.insert(read, key);
         }
         self.answer_verified(ctx);

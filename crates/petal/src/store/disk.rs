@@ -40,8 +40,9 @@ const HOST_FULL_BATCHES: u64 = 1024;
 /// Dirty entries at which a checkpoint begins although the journal has room: bounds memory and the work
 /// of one checkpoint.
 const DIRTY_MAX: usize = 65536;
-/// Bytes of the PMap region that an element may need, with the store's own overhead.
-const PMAP_BYTES_PER_ELEMENT: u64 = 1024;
+/// Bytes of the PMap region that an element's head may need, and each of its rows, with the store's own overhead.
+const PMAP_BYTES_PER_HEAD: u64 = 512;
+const PMAP_BYTES_PER_ROW: u64 = 512;
 
 /// Blocks, `(row, block)`, whose data is written with the batch.
 type Fresh = Vec<(u16, u8)>;
@@ -80,6 +81,8 @@ pub(super) struct Cached {
     pinned: bool,
     /// Rows in the PMap store that the entry no longer has.
     stale_rows: SmallVec<[(LineageId, Epoch); 1]>,
+    /// Rows that the PMap store does not have as they are.
+    new_rows: SmallVec<[(LineageId, Epoch); 1]>,
 }
 
 /// Changes that wait for the next flush.
@@ -142,6 +145,7 @@ struct Checkpoint {
     /// Of the journal, from the tail, when the checkpoint began.
     used: u64,
     elements: u64,
+    rows: u64,
     generation: u64,
     changes: Vec<(Table, Bytes, Option<Bytes>)>,
     /// Entries in `changes`, and whether the element exists there.
@@ -161,11 +165,14 @@ pub(super) struct Disk {
     /// Clock hand over clean entries.
     clock: VecDeque<ElementKey>,
     cache_max: usize,
+    /// Rows of the entries in memory.
+    cache_rows: usize,
     /// Entries that became dirty since the last checkpoint began.
     dirty: Vec<ElementKey>,
     /// Elements that exist here and that the PMap store does not have yet.
     fresh: BTreeSet<ElementKey>,
     pub elements: u64,
+    pub rows: u64,
     loading: FastSet<ElementKey>,
     half_loaded: FastMap<ElementKey, Entry>,
     pub changes: BTreeMap<SlotId, BTreeMap<Version, ElementKey>>,
@@ -225,9 +232,11 @@ impl Disk {
             cache: FastMap::new(),
             clock: VecDeque::new(),
             cache_max: config.cache_elements,
+            cache_rows: 0,
             dirty: Vec::new(),
             fresh: BTreeSet::new(),
             elements: 0,
+            rows: 0,
             loading: FastSet::new(),
             half_loaded: FastMap::new(),
             changes: BTreeMap::new(),
@@ -385,7 +394,9 @@ impl Disk {
     fn loaded(&mut self, element: ElementKey, entry: Entry) {
         self.loading.remove(&element);
         let pinned = self.recovery.is_none();
-        let cached = Cached { entry, clean: Cleanness::Clean, used: true, pinned, stale_rows: SmallVec::new() };
+        self.cache_rows += entry.weight();
+        let (stale_rows, new_rows) = (SmallVec::new(), SmallVec::new());
+        let cached = Cached { entry, clean: Cleanness::Clean, used: true, pinned, stale_rows, new_rows };
         if self.cache.insert(element, cached).is_none() {
             self.clock.push_back(element);
         }
@@ -399,15 +410,16 @@ impl Disk {
     /// Forgets clean entries beyond the bound: second chance.
     fn evict(&mut self) {
         // A new entry needs two passes of the hand; the more there are too many, the further it goes.
-        let excess = self.cache.len().saturating_sub(self.cache_max);
+        let excess = self.cache_rows.saturating_sub(self.cache_max);
         let mut tries = self.clock.len().min(64 + 4 * excess);
-        while self.cache.len() > self.cache_max && tries > 0 {
+        while self.cache_rows > self.cache_max && tries > 0 {
             tries -= 1;
             let Some(element) = self.clock.pop_front() else { return };
             let Some(cached) = self.cache.get_mut(&element) else { continue };
             if cached.pinned || cached.clean != Cleanness::Clean || std::mem::take(&mut cached.used) {
                 self.clock.push_back(element);
             } else {
+                self.cache_rows -= cached.entry.weight();
                 self.cache.remove(&element);
             }
         }
@@ -418,7 +430,7 @@ impl Disk {
 
     /// Blocks that may be handed out, beyond the reserve.
     pub fn free_blocks(&self) -> u64 {
-        if self.elements >= self.superblock.layout.pmap.length / PMAP_BYTES_PER_ELEMENT {
+        if self.elements * PMAP_BYTES_PER_HEAD + self.rows * PMAP_BYTES_PER_ROW >= self.superblock.layout.pmap.length {
             return 0;
         }
         let free = if self.host_full.is_some() { self.allocator.free_below_frontier() } else { self.allocator.free() };
@@ -492,8 +504,8 @@ impl Disk {
                 self.append(&record);
                 self.apply(record);
             }
-            Change::Replace { element, slot, image, data, again, watermark } => {
-                let (rows, fresh) = self.build_rows(element, &image, data, again)?;
+            Change::Replace { element, slot, image, data, twins, again, watermark } => {
+                let (rows, fresh) = self.build_rows(element, &image, data, &twins, again)?;
                 let ElementImage { version, ids, .. } = image;
                 let record = Record::Replace { element, slot, version, ids, rows, fresh, watermark };
                 self.append(&record);
@@ -501,6 +513,11 @@ impl Disk {
             }
             Change::Drop { element } => {
                 let record = Record::Drop { element };
+                self.append(&record);
+                self.apply(record);
+            }
+            Change::Reclaim { element, rows } => {
+                let record = Record::Reclaim { element, rows };
                 self.append(&record);
                 self.apply(record);
             }
@@ -527,6 +544,7 @@ impl Disk {
                 (200 + image.ids.len() * 20 + image.rows.len() * 256 + data.len() * 4, 10)
             }
             Change::Drop { .. } | Change::Watermark { .. } => (64, 12),
+            Change::Reclaim { rows, .. } => (64 + rows.len() * 10, 12),
             Change::Meta { key, value } => (64 + key.len() + value.as_ref().map_or(0, Bytes::len), 12),
         };
         if self.may_stage(bytes, sixteenths) { Ok(()) } else { Err(StageError::NoSpace) }
@@ -577,6 +595,7 @@ impl Disk {
         element: ElementKey,
         image: &ElementImage,
         data: Vec<(u16, u8, Bytes)>,
+        told: &[(u16, u8, u16)],
         again: bool,
     ) -> Result<(Vec<Row>, Fresh), StageError> {
         let mut rows: Vec<Row> = image.rows.iter().map(|r| Row::zeros(r.lineage, r.epoch)).collect();
@@ -599,6 +618,16 @@ impl Disk {
                 row.crcs[b] = *crc;
             }
         }
+        // What is told to be the same as an earlier row's is not missing, where the two agree in their checksums.
+        let mut shared: Vec<(u16, u8, u16)> = Vec::new();
+        for (r, b, other) in told {
+            let sums = image.rows.get(usize::from(*r)).zip(image.rows.get(usize::from(*other)));
+            let agree = sums.is_some_and(|(x, y)| x.sums.get(usize::from(*b)) == y.sums.get(usize::from(*b)));
+            if other < r && agree && missing.remove(&(*r, *b)) {
+                shared.push((*r, *b, *other));
+            }
+        }
+        shared.sort_unstable();
         let data: BTreeMap<(u16, u8), Bytes> =
             data.into_iter().map(|(r, b, bytes)| ((r, b), bytes)).filter(|(at, _)| missing.contains(at)).collect();
         if data.len() != missing.len() {
@@ -629,6 +658,10 @@ impl Disk {
                 }
             };
         }
+        // Ascending by row, so that the other one has its address by now.
+        for (r, b, other) in shared {
+            rows[usize::from(r)].addresses[usize::from(b)] = rows[usize::from(other)].addresses[usize::from(b)];
+        }
         Ok((rows, fresh))
     }
 
@@ -652,6 +685,7 @@ impl Disk {
                 let cached = self.cache.get_mut(&element).expect("the entry of a staged write is in memory");
                 let entry = &mut cached.entry;
                 let (old, was_absent) = ((entry.slot, entry.version), entry.is_absent());
+                let rows_before = entry.rows.len();
                 let mut released: SmallVec<[Address; 16]> = SmallVec::new();
                 let row = entry.row_to_write(lineage, epoch, &parents);
                 for (place, block) in blocks.iter().zip(usize::from(first_block)..BLOCKS_PER_ELEMENT) {
@@ -666,7 +700,8 @@ impl Disk {
                 entry.forget_sessions(&ended);
                 entry.note_id(id, finished_below);
                 let new_version = entry.version;
-                self.dirtied(element, was_absent);
+                cached.note_new([(lineage, epoch)]);
+                self.dirtied(element, was_absent, rows_before);
                 self.index_change(element, old, Some((slot, new_version)));
                 self.release(&released);
                 self.note_watermark(slot, watermark);
@@ -679,9 +714,13 @@ impl Disk {
                 let has = |row: &(LineageId, Epoch)| cached.entry.rows.iter().any(|r| (r.lineage, r.epoch) == *row);
                 let stale: SmallVec<[_; 4]> = gone.filter(|row| !has(row)).collect();
                 cached.note_stale(stale);
+                let is_new = |r: &&Row| old.row(r.lineage, r.epoch) != Some(*r);
+                let new: SmallVec<[_; 4]> =
+                    cached.entry.rows.iter().filter(is_new).map(|r| (r.lineage, r.epoch)).collect();
+                cached.note_new(new);
                 let released: Vec<Address> =
                     old.addresses().into_iter().filter(|a| !cached.entry.refers_to(*a)).collect();
-                self.dirtied(element, old.is_absent());
+                self.dirtied(element, old.is_absent(), old.rows.len());
                 self.index_change(element, (old.slot, old.version), Some((slot, version)));
                 self.release(&released);
                 self.note_watermark(slot, watermark);
@@ -694,8 +733,30 @@ impl Disk {
                 }
                 cached.note_stale(old.rows.iter().map(|r| (r.lineage, r.epoch)));
                 let released = old.addresses();
-                self.dirtied(element, false);
+                self.dirtied(element, false, old.rows.len());
                 self.index_change(element, (old.slot, old.version), None);
+                self.release(&released);
+            }
+            Record::Reclaim { element, rows } => {
+                let Some(cached) = self.cache.get_mut(&element) else { return };
+                let rows_before = cached.entry.rows.len();
+                let mut released: Vec<Address> = Vec::new();
+                cached.entry.rows.retain(|r| {
+                    let goes = rows.contains(&(r.lineage, r.epoch));
+                    if goes {
+                        released.extend(r.used());
+                    }
+                    !goes
+                });
+                if cached.entry.rows.len() == rows_before {
+                    return;
+                }
+                released.sort_unstable();
+                released.dedup();
+                let used = cached.entry.addresses();
+                released.retain(|a| used.binary_search(a).is_err());
+                cached.note_stale(rows);
+                self.dirtied(element, false, rows_before);
                 self.release(&released);
             }
             Record::Watermark { slot, watermark } => self.note_watermark(slot, watermark),
@@ -711,8 +772,12 @@ impl Disk {
         }
     }
 
-    fn dirtied(&mut self, element: ElementKey, was_absent: bool) {
+    /// An entry has changed; it had so many rows.
+    fn dirtied(&mut self, element: ElementKey, was_absent: bool, rows_before: usize) {
         let cached = self.cache.get_mut(&element).expect("a changed entry is in memory");
+        let rows = cached.entry.rows.len();
+        self.rows = (self.rows + rows as u64).saturating_sub(rows_before as u64);
+        self.cache_rows = self.cache_rows + rows.max(1) - rows_before.max(1);
         cached.used = true;
         if cached.clean != Cleanness::Dirty {
             cached.clean = Cleanness::Dirty;
@@ -1012,8 +1077,10 @@ impl Disk {
             for (lineage, epoch) in std::mem::take(&mut cached.stale_rows) {
                 changes.push((Table::Rows, keys::row(key, lineage, epoch), None));
             }
-            for row in &cached.entry.rows {
-                changes.push((Table::Rows, keys::row(key, row.lineage, row.epoch), Some(row.encode().into())));
+            for (lineage, epoch) in std::mem::take(&mut cached.new_rows) {
+                if let Some(row) = cached.entry.row(lineage, epoch) {
+                    changes.push((Table::Rows, keys::row(key, lineage, epoch), Some(row.encode().into())));
+                }
             }
         }
         for (chunk, bits) in self.allocator.take_dirty() {
@@ -1035,6 +1102,7 @@ impl Disk {
             position: self.closed.is_empty().then_some(self.last_issued),
             used: self.journal_staged(),
             elements: self.elements,
+            rows: self.rows,
             generation: self.meta_generation,
             changes,
             keys,
@@ -1071,8 +1139,8 @@ impl Disk {
         }
         checkpoint.issued = true;
         let mut changes = std::mem::take(&mut checkpoint.changes);
-        let Checkpoint { elements, generation, .. } = *checkpoint;
-        let reached = recovery::Reached { position, elements, generation };
+        let Checkpoint { elements, rows, generation, .. } = *checkpoint;
+        let reached = recovery::Reached { position, elements, rows, generation };
         changes.push((Table::Meta, keys::reached(), Some(reached.encode())));
         self.issue(Pending::Commit, DiskCommand::PmapCommit { changes });
     }
@@ -1231,10 +1299,21 @@ impl Disk {
 }
 
 impl Cached {
+    /// These are to be deleted from the PMap store.
     fn note_stale(&mut self, rows: impl IntoIterator<Item = (LineageId, Epoch)>) {
         for row in rows {
+            self.new_rows.retain(|r| *r != row);
             if !self.stale_rows.contains(&row) {
                 self.stale_rows.push(row);
+            }
+        }
+    }
+    /// These are to be written to the PMap store. (One that was deleted before is written after that.)
+    fn note_new(&mut self, rows: impl IntoIterator<Item = (LineageId, Epoch)>) {
+        for row in rows {
+            self.stale_rows.retain(|r| *r != row);
+            if !self.new_rows.contains(&row) {
+                self.new_rows.push(row);
             }
         }
     }

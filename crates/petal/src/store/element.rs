@@ -9,7 +9,7 @@
 //! before: a read looks at one row, whatever the number of snapshots. An address is free when no row of
 //! its element refers to it (I8), so freeing is decided within one entry.
 
-use super::{BlockSum, ElementImage, RowImage};
+use super::{BlockSum, ElementImage, Place, RowImage};
 use crate::ids::*;
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
@@ -114,6 +114,40 @@ impl Entry {
             let above = self.rows.partition_point(|r| (r.lineage, r.epoch) <= (*lineage, *epoch));
             self.rows[..above].last().filter(|r| r.lineage == *lineage)
         })
+    }
+
+    /// The row of exactly this epoch.
+    pub fn row(&self, lineage: LineageId, epoch: Epoch) -> Option<&Row> {
+        let at = self.rows.binary_search_by_key(&(lineage, epoch), |r| (r.lineage, r.epoch)).ok()?;
+        Some(&self.rows[at])
+    }
+
+    /// What the entry takes of the room for entries: its rows, at least one.
+    pub fn weight(&self) -> usize {
+        self.rows.len().max(1)
+    }
+
+    /// Every block that is stored, each once however many rows share it.
+    pub fn stored(&self) -> Vec<Place> {
+        let mut seen = std::collections::BTreeSet::new();
+        let mut places = Vec::new();
+        for row in &self.rows {
+            for (block, address) in row.addresses.iter().enumerate() {
+                if *address != NOWHERE && seen.insert(*address) {
+                    places.push(Place { lineage: row.lineage, epoch: row.epoch, block: block as u8 });
+                }
+            }
+        }
+        places
+    }
+
+    /// The places that share the stored block at this one, itself among them.
+    pub fn sharing(&self, place: Place) -> Vec<Place> {
+        let block = usize::from(place.block);
+        let address = self.row(place.lineage, place.epoch).map_or(NOWHERE, |r| r.addresses[block]);
+        let shares = |r: &&Row| address != NOWHERE && r.addresses[block] == address;
+        let at = |r: &Row| Place { lineage: r.lineage, epoch: r.epoch, block: place.block };
+        self.rows.iter().filter(shares).map(at).collect()
     }
 
     /// The row of a write's epoch, made from what it inherits if there is none yet.

@@ -91,6 +91,13 @@ pub enum Record {
         /// Value; none = deleted.
         value: Option<Vec<u8>>,
     },
+    /// Rows of an element are gone.
+    Reclaim {
+        /// The element.
+        element: ElementKey,
+        /// The rows.
+        rows: Vec<(LineageId, Epoch)>,
+    },
 }
 
 /// Where a batch stands in the chain.

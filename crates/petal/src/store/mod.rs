@@ -48,6 +48,33 @@ pub struct RowImage {
     pub sums: [BlockSum; BLOCKS_PER_ELEMENT],
 }
 
+/// A block of an element, by the row that it belongs to: rows come and go, so their positions say nothing later.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub struct Place {
+    /// The row.
+    pub lineage: LineageId,
+    /// The row.
+    pub epoch: Epoch,
+    /// The block, below 16.
+    pub block: u8,
+}
+
+impl ElementImage {
+    /// Places of blocks given as `(row, block)`, rows as positions in this image.
+    pub fn places(&self, blocks: &[(u16, u8)]) -> Vec<Place> {
+        let place = |(row, block): &(u16, u8)| {
+            let row = &self.rows[usize::from(*row)];
+            Place { lineage: row.lineage, epoch: row.epoch, block: *block }
+        };
+        blocks.iter().map(place).collect()
+    }
+    /// What the image says of a block.
+    pub fn sum(&self, place: Place) -> Option<BlockSum> {
+        let at = self.rows.binary_search_by_key(&(place.lineage, place.epoch), |r| (r.lineage, r.epoch)).ok()?;
+        self.rows[at].sums.get(usize::from(place.block)).copied()
+    }
+}
+
 /// An element without addresses and data: what travels between replicas.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct ElementImage {
@@ -223,6 +250,8 @@ pub enum Change {
         image: ElementImage,
         /// `(row index in the image, block, bytes)`.
         data: Vec<(u16, u8, Bytes)>,
+        /// `(row, block, other row)`: blocks without data that are the same as that of an earlier row.
+        twins: Vec<(u16, u8, u16)>,
         /// All blocks that have data are written, to other places: what is at the present ones is bad.
         again: bool,
         /// The slot's watermark at this replica.
@@ -233,6 +262,13 @@ pub enum Change {
     Drop {
         /// The element.
         element: ElementKey,
+    },
+    /// Nobody can see these rows of the element any more (2.9).
+    Reclaim {
+        /// The element.
+        element: ElementKey,
+        /// The rows.
+        rows: Vec<(LineageId, Epoch)>,
     },
     /// A watermark made durable by itself (end of a settlement).
     Watermark {
@@ -275,6 +311,9 @@ pub enum Loaded {
 
 /// Number of a read; the caller of `read` gets it and finds it in the event.
 pub type ReadId = u64;
+
+/// Blocks that travel, and `(row, block, earlier row)` of those that are the same as another's.
+pub type SentAndShared = (Vec<(u16, u8)>, Vec<(u16, u8, u16)>);
 
 /// Blocks that were read: one checksum per block, and the blocks that are not zero, in order, each
 /// checked against its checksum.
@@ -346,7 +385,7 @@ pub struct OpenDisk {
 /// What the stores are started with.
 #[derive(Clone, Debug)]
 pub struct StoreConfig {
-    /// Clean element entries kept in memory, per disk.
+    /// Rows of clean element entries kept in memory, per disk (an element has one and more with snapshots).
     pub cache_elements: usize,
     /// A rule left out, to test the checkers. Always `Sabotage::None` in a real server.
     pub sabotage: crate::sabotage::Sabotage,
@@ -587,8 +626,7 @@ impl Stores {
 
     /// True if a loaded element has a row of this lineage and epoch.
     pub fn has_row(&self, element: ElementKey, lineage: LineageId, epoch: Epoch) -> bool {
-        let of = |e: &element::Entry| e.rows.binary_search_by_key(&(lineage, epoch), |r| (r.lineage, r.epoch)).is_ok();
-        self.entry(element).is_some_and(of)
+        self.entry(element).is_some_and(|e| e.row(lineage, epoch).is_some())
     }
 
     /// Image of a loaded element.
@@ -622,7 +660,7 @@ impl Stores {
                 self.disks[home].stage(ticket, change)?;
                 self.note_watermark(slot, watermark, home);
             }
-            Change::Drop { element } => {
+            Change::Drop { element } | Change::Reclaim { element, .. } => {
                 let home = self.home(*element).unwrap_or(0);
                 self.disks[home].stage(ticket, change)?;
             }
@@ -739,20 +777,57 @@ impl Stores {
         read
     }
 
-    /// Captures and reads single blocks of the element's image, `(row, block)`. Loaded elements.
-    pub fn read_image(&mut self, element: ElementKey, blocks: &[(u16, u8)]) -> ReadId {
+    /// Captures and reads single blocks of the element; one whose row is not there reads as zeros. Loaded elements.
+    pub fn read_places(&mut self, element: ElementKey, places: &[Place]) -> ReadId {
         let read = self.read_id();
         let home = self.home(element).unwrap_or(0);
         let entry = self.disks[home].entry(element);
-        let captured: Vec<(u8, u64, BlockSum)> = blocks
+        let captured: Vec<(u8, u64, BlockSum)> = places
             .iter()
-            .map(|(r, b)| match entry.and_then(|e| e.rows.get(usize::from(*r))) {
-                Some(row) => (*b, row.addresses[usize::from(*b)], row.sum(usize::from(*b))),
-                None => (*b, element::NOWHERE, BlockSum::Zero),
+            .map(|p| match entry.and_then(|e| e.row(p.lineage, p.epoch)) {
+                Some(row) => (p.block, row.addresses[usize::from(p.block)], row.sum(usize::from(p.block))),
+                None => (p.block, element::NOWHERE, BlockSum::Zero),
             })
             .collect();
         self.disks[home].read(read, &captured);
         read
+    }
+
+    /// Every block of a loaded element that is stored, each once however many rows share it.
+    pub fn stored(&self, element: ElementKey) -> Vec<Place> {
+        self.entry(element).map_or_else(Vec::new, element::Entry::stored)
+    }
+
+    /// The places of a loaded element that share the stored block at this one, itself among them.
+    pub fn sharing(&self, element: ElementKey, place: Place) -> Vec<Place> {
+        self.entry(element).map_or_else(Vec::new, |e| e.sharing(place))
+    }
+
+    /// Of blocks `(row, block)` of an image of a loaded element: those to be sent, and those that share what an
+    /// earlier row of the image has, `(row, block, that row)`.
+    pub fn twins(&self, element: ElementKey, image: &ElementImage, blocks: &[(u16, u8)]) -> SentAndShared {
+        let Some(entry) = self.entry(element) else { return (blocks.to_vec(), Vec::new()) };
+        let mut first: FastMap<element::Address, u16> = FastMap::new();
+        for (r, row) in image.rows.iter().enumerate() {
+            for address in entry.row(row.lineage, row.epoch).into_iter().flat_map(element::Row::used) {
+                first.get_or_insert_with(address, || r as u16);
+            }
+        }
+        let (mut sent, mut shared) = (Vec::new(), Vec::new());
+        for (row, block) in blocks {
+            let of = &image.rows[usize::from(*row)];
+            let address = entry.row(of.lineage, of.epoch).map(|r| r.addresses[usize::from(*block)]);
+            match address.and_then(|a| first.get(&a)) {
+                Some(other) if other < row => shared.push((*row, *block, *other)),
+                _ => sent.push((*row, *block)),
+            }
+        }
+        (sent, shared)
+    }
+
+    /// Rows of a loaded element.
+    pub fn row_ids(&self, element: ElementKey) -> Vec<(LineageId, Epoch)> {
+        self.entry(element).map_or_else(Vec::new, |e| e.rows.iter().map(|r| (r.lineage, r.epoch)).collect())
     }
 
     /// Elements of a family from `first` (inclusive) to `end` (exclusive), at most `limit`, ascending.
@@ -862,6 +937,11 @@ impl Stores {
     /// Where a disk is, for people.
     pub fn path(&self, disk: usize) -> &str {
         &self.disks[disk].path
+    }
+
+    /// Rows on all disks.
+    pub fn rows(&self) -> u64 {
+        self.disks.iter().map(|d| d.rows).sum()
     }
 
     /// Elements on all disks.

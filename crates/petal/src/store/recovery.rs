@@ -27,6 +27,8 @@ pub struct Reached {
     pub position: Position,
     /// Elements then.
     pub elements: u64,
+    /// Rows then.
+    pub rows: u64,
     /// Generation of the metadata then.
     pub generation: u64,
 }
@@ -179,7 +181,7 @@ impl Disk {
                         return Err("the checkpoint's position");
                     }
                     self.recovery().reached = reached;
-                    self.elements = reached.elements;
+                    (self.elements, self.rows) = (reached.elements, reached.rows);
                     self.meta_generation = reached.generation;
                 }
                 Table::Meta => match keys::watermark_slot(&key) {
@@ -334,7 +336,10 @@ fn fresh_blocks(record: &Record) -> impl Iterator<Item = (u64, u32)> + '_ {
 
 fn touched(record: &Record) -> Option<ElementKey> {
     match record {
-        Record::Write { element, .. } | Record::Replace { element, .. } | Record::Drop { element } => Some(*element),
+        Record::Write { element, .. }
+        | Record::Replace { element, .. }
+        | Record::Drop { element }
+        | Record::Reclaim { element, .. } => Some(*element),
         Record::Watermark { .. } | Record::Meta { .. } => None,
     }
 }

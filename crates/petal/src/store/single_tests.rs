@@ -53,8 +53,15 @@ fn a_rotten_block_that_is_given_again_is_written_to_another_place() {
     let element = walk.present(key).unwrap().clone();
     let (image, slot) = (walk.stores.image(key), element.slot);
     let watermark = walk.next_watermark(slot);
-    let change =
-        Change::Replace { element: key, slot, image, data: vec![(r as u16, b as u8, bytes)], again: true, watermark };
+    let change = Change::Replace {
+        element: key,
+        slot,
+        image,
+        data: vec![(r as u16, b as u8, bytes)],
+        twins: Vec::new(),
+        again: true,
+        watermark,
+    };
     walk.stage(key, change, Some(element)).unwrap();
     walk.quiet().unwrap();
     walk.ready(key).unwrap();

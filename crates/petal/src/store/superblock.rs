@@ -20,10 +20,10 @@ pub const SUPERBLOCK_SIZE: usize = 4096;
 pub const MAGIC: [u8; 8] = *b"PETALDSK";
 /// The format of the disks of a server that was made once. Magic, format and checksum stay in their places in every
 /// format.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 3;
 /// The format of the disks of a server that was made anew after it lost what it had voted in the ring (2.4): the same
 /// bytes and one number more, so that a program that does not know better never votes with an empty memory.
-pub const FORMAT_ANEW: u32 = 2;
+pub const FORMAT_ANEW: u32 = 4;
 
 const FORMAT_AT: usize = 8;
 const LENGTH_AT: usize = 12;
@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bytes_of_format_1_never_change() {
+    fn the_bytes_of_format_3_never_change() {
         let bytes = sample().encode();
         let used = bytes.iter().rposition(|b| *b != 0).unwrap() + 1;
         let lines: Vec<String> = bytes[..used]
@@ -375,8 +375,8 @@ mod tests {
             .map(|line| line.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" "))
             .collect();
         expect![[r#"
-            50 45 54 41 4c 44 53 4b 01 00 00 00 82 00 00 00
-            ba 68 db 40 00 00 00 00 29 80 80 80 80 80 80 80
+            50 45 54 41 4c 44 53 4b 03 00 00 00 82 00 00 00
+            0d d7 a4 5a 00 00 00 00 29 80 80 80 80 80 80 80
             80 80 80 80 80 80 80 80 80 80 82 03 04 74 65 73
             74 03 01 01 0a 68 6f 73 74 31 3a 34 30 30 30 02
             01 0a 68 6f 73 74 32 3a 34 30 30 30 03 01 0a 68

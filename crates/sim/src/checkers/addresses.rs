@@ -73,20 +73,12 @@ impl Examiner<'_> {
             Loaded::Failed => return Err(format!("the entry of {key:?} cannot be read")),
         }
         let image = self.stores.image(key);
-        let blocks: Vec<(u16, u8)> = image
-            .rows
-            .iter()
-            .enumerate()
-            .flat_map(|(row, r)| {
-                let used = r.sums.iter().enumerate().filter(|(_, s)| **s != BlockSum::Zero);
-                used.map(move |(block, _)| (row as u16, block as u8)).collect::<Vec<_>>()
-            })
-            .collect();
+        let blocks = self.stores.stored(key);
         self.found.elements.insert(key, image);
         if blocks.is_empty() {
             return Ok(());
         }
-        let read = self.stores.read_image(key, &blocks);
+        let read = self.stores.read_places(key, &blocks);
         let result = self.until(|e| match e {
             Event::Read { read: r, result } if *r == read => Some(result.clone()),
             _ => None,

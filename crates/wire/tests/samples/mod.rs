@@ -5,7 +5,7 @@ use bytes::Bytes;
 use petal::global_state::{Command, Entry};
 use petal::ids::*;
 use petal::message::*;
-use petal::store::{BlockSum, ElementImage, RowImage};
+use petal::store::{BlockSum, ElementImage, Place, RowImage};
 
 fn version(term: u64, sequence: u64) -> Version {
     Version { term, sequence }
@@ -106,6 +106,7 @@ pub fn samples() -> Vec<Message> {
                 element: element(),
                 image: image(),
                 blocks: vec![(0, 2), (0, 3)],
+                twins: vec![],
                 settles: true,
                 finished_below: vec![(SessionId(3), 9)],
             },
@@ -114,6 +115,10 @@ pub fn samples() -> Vec<Message> {
         replicate(Part::SettlementDone, vec![]),
         replicate(Part::Skip { version: version(12, 8) }, vec![]),
         replicate(Part::Mark { state_index: 13 }, vec![]),
+        replicate(
+            Part::Ahead { element: element(), rows: image().rows, blocks: vec![(0, 2), (0, 3)] },
+            vec![block(2), block(3)],
+        ),
         Body::StreamAck(StreamAck {
             slots: vec![SlotAck { slot: slot(), term: 12, stream: 1, through: 8, durable_watermark: version(12, 6) }],
             window: 1024,
@@ -126,7 +131,12 @@ pub fn samples() -> Vec<Message> {
         Body::Promised(Promised { slots: vec![(slot(), 12, version(10, 4))], window: 512, full: true }),
         Body::List(List { slot: slot(), term: 12, above: version(10, 4), after: Some(element()), attempt: 0 }),
         Body::Listed(Listed { slot: slot(), term: 12, elements: vec![(element(), image())], next: None, attempt: 7 }),
-        Body::Fetch(Fetch { slot: slot(), term: 12, element: element(), blocks: vec![(0, 3)] }),
+        Body::Fetch(Fetch {
+            slot: slot(),
+            term: 12,
+            element: element(),
+            places: vec![Place { lineage: LineageId(1), epoch: Epoch(2), block: 3 }],
+        }),
         Body::Fetched(Fetched { slot: slot(), term: 12, element: element(), result: Ok(()), data: block(3).into() }),
         Body::Ring(Ring { configuration: 1, bytes: vec![1, 2, 3] }),
         Body::Propose(Propose { id: id(), command: Command::DeleteDisk { vdisk: VdiskId(2) }, forwarded: false }),
