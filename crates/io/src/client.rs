@@ -581,7 +581,23 @@ impl Disk {
     /// Which parts of a range are stored, from `offset` on, alternating. The answer may end before the
     /// range does (after some thousands of extents); ask again from there.
     pub async fn extents(&self, offset: u64, length: u64) -> Result<Vec<Extent>, RequestError> {
-        match self.ask(Request::Extents { session: self.attached.session, offset, length }).await? {
+        self.ask_extents(offset, length, None).await
+    }
+
+    /// Which ranges differ from another disk or snapshot of the same family (`allocated`: it does), from the maps alone: a
+    /// block that was written again with the same bytes differs, too. As `extents` otherwise.
+    pub async fn changes(&self, than: VdiskId, offset: u64, length: u64) -> Result<Vec<Extent>, RequestError> {
+        self.ask_extents(offset, length, Some(than)).await
+    }
+
+    /// Gives each element of the range that holds data a row of the disk's own (flatten): the disk needs nothing of
+    /// its parents there any more.
+    pub async fn inherit(&self, offset: u64, length: u64) -> Result<(), RequestError> {
+        self.ask(Request::Inherit { session: self.attached.session, offset, length }).await.map(|_| ())
+    }
+
+    async fn ask_extents(&self, offset: u64, length: u64, than: Option<VdiskId>) -> Result<Vec<Extent>, RequestError> {
+        match self.ask(Request::Extents { session: self.attached.session, offset, length, than }).await? {
             Response::Extents(runs) => {
                 Ok(runs.into_iter().map(|(length, allocated)| Extent { length, allocated }).collect())
             }

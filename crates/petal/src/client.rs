@@ -126,6 +126,16 @@ pub enum Request {
         /// Discard: bytes of partly covered blocks may be kept.
         discard: bool,
     },
+    /// Gives each element of an attached disk that holds data a row of the disk's own: it needs nothing of its
+    /// parents then. Any session may ask.
+    Inherit {
+        /// The session.
+        session: SessionId,
+        /// Byte offset.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+    },
     /// Which ranges hold data. Where the answer would be long it is about the first part only.
     Extents {
         /// The session.
@@ -134,6 +144,8 @@ pub enum Request {
         offset: u64,
         /// Bytes.
         length: u64,
+        /// Another disk or snapshot of the family: then which ranges differ from it.
+        than: Option<VdiskId>,
     },
 }
 
@@ -155,7 +167,7 @@ pub enum Response {
     Done,
     /// `Read`: pieces one behind the other; checked against their checksums.
     Data(Vec<Bytes>),
-    /// `Extents`: `(length, allocated)`, alternating, covering the range or the first part of it.
+    /// `Extents`: `(length, allocated or different)`, alternating, covering the range or the first part of it.
     Extents(Vec<(u64, bool)>),
 }
 
@@ -428,6 +440,7 @@ impl Client {
             | Request::Write { .. }
             | Request::Zero { .. }
             | Request::Extents { .. }
+            | Request::Inherit { .. }
             | Request::Detach { .. } => {
                 if self.waiting.len() >= CLIENT_REQUESTS_WAITING_MAX {
                     return self.answer(number, Err(RequestError::TooMany(self.waiting.len())));
@@ -499,9 +512,13 @@ impl Client {
                 let (offset, end) = if discard { whole_blocks(offset, end) } else { (offset, end) };
                 self.begin_zero(number, session, since, cost, offset, end);
             }
-            Request::Extents { session, offset, length } => {
+            Request::Inherit { session, offset, length } => {
                 let end = self.check(session, offset, length, false)?;
-                self.begin_extents(number, session, since, cost, offset, end);
+                self.begin_inherit(number, session, since, cost, (offset, end));
+            }
+            Request::Extents { session, offset, length, than } => {
+                let end = self.check(session, offset, length, false)?;
+                self.begin_extents(number, session, since, cost, (offset, end), than);
             }
             Request::Detach { session } => self.begin_detach(number, session, since)?,
             _ => unreachable!("only data requests and detaches wait"),

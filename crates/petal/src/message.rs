@@ -175,7 +175,8 @@ pub struct Write {
     pub data: Payload,
 }
 
-/// Make bytes of an element zero.
+/// Make bytes of an element zero. Of no bytes: only give the element a row of the disk's own, with what it inherits
+/// (2.9, flatten), which changes nothing that anybody reads.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Zero {
     /// Rights.
@@ -201,6 +202,8 @@ pub struct Map {
     pub first_element: u64,
     /// One past the last element asked for.
     pub end_element: u64,
+    /// Another disk or snapshot of the family: then not what exists is asked for, but what differs from it.
+    pub than: Option<VdiskId>,
 }
 
 /// Answer to `Map`.
@@ -208,7 +211,7 @@ pub struct Map {
 pub struct MapReply {
     /// The request.
     pub tag: Tag,
-    /// The elements with at least one block that is not zero: bit n of the mask is block n.
+    /// The elements with at least one block that is not zero, or that differs: bit n of the mask is block n.
     pub result: Result<MapPart, Refusal>,
 }
 

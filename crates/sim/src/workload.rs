@@ -452,7 +452,7 @@ impl World {
         if let Some((start, end)) = all.or_else(|| self.draw_range(&held)) {
             self.counters.count(Kind::Mapped);
             let id = self.history.invoke(held.vdisk, Some(held.session), Effect::Read, Vec::new());
-            let request = Request::Extents { session: held.session, offset: start, length: end - start };
+            let request = Request::Extents { session: held.session, offset: start, length: end - start, than: None };
             self.ask(host, request, Asked::Operation { id, held, what: What::Extents(start, end) });
         }
     }

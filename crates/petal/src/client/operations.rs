@@ -33,7 +33,7 @@ pub(super) enum Task {
     /// Make a piece zero.
     Zero { number: u64, piece: Piece },
     /// Ask a server which elements exist; for that part of the request's walk.
-    Map { server: ServerId, first: u64, end: u64, map_changes: u64 },
+    Map { server: ServerId, first: u64, end: u64, map_changes: u64, than: Option<VdiskId> },
 }
 
 /// Where an operation stands.
@@ -365,7 +365,9 @@ impl Client {
                 offset: piece.from,
                 length: piece.length(),
             }),
-            Task::Map { first, end, .. } => Body::Map(Map { access, first_element: *first, end_element: *end }),
+            Task::Map { first, end, than, .. } => {
+                Body::Map(Map { access, first_element: *first, end_element: *end, than: *than })
+            }
         };
         self.links.get_mut(&server).expect("it has room").in_flight += 1;
         self.send(server, body);

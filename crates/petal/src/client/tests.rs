@@ -615,7 +615,7 @@ fn disks_of_2_to_the_63_work_at_their_end() {
     let data = pattern(4, 70_000);
     world.write(session, offset, &data);
     assert_eq!(world.read(session, offset, 70_000), data);
-    let extents = Request::Extents { session, offset: 0, length: DISK_SIZE_MAX };
+    let extents = Request::Extents { session, offset: 0, length: DISK_SIZE_MAX, than: None };
     let first = offset / 4096 * 4096;
     assert_eq!(world.run(extents), Ok(Response::Extents(vec![(first, false), (DISK_SIZE_MAX - first, true)])));
     let zero = Request::Zero { session, offset: 1, length: DISK_SIZE_MAX - 1, discard: false };
@@ -673,7 +673,7 @@ fn walks_go_on_when_answers_are_partial_and_the_map_changes() {
         world.elements.insert(*element, vec![5; ELEMENT_SIZE as usize]);
     }
     world.map_limit = 3;
-    let extents = world.ask(Request::Extents { session, offset: 0, length: 1 << 40 });
+    let extents = world.ask(Request::Extents { session, offset: 0, length: 1 << 40, than: None });
     for step in 0..40 {
         if let Some((server, connection, message)) = world.to_servers.pop_front() {
             world.serve(server, connection, message);
@@ -714,7 +714,7 @@ fn long_extents_are_told_in_parts() {
     }
     let (mut offset, mut blocks, mut parts) = (0, 0, 0);
     while offset < 1 << 40 {
-        let request = Request::Extents { session, offset, length: (1 << 40) - offset };
+        let request = Request::Extents { session, offset, length: (1 << 40) - offset, than: None };
         let Ok(Response::Extents(runs)) = world.run(request) else { panic!() };
         blocks += runs.iter().filter(|r| r.1).map(|r| r.0 / 4096).sum::<u64>();
         offset += runs.iter().map(|r| r.0).sum::<u64>();
@@ -924,7 +924,7 @@ fn random_request(prng: &mut Prng, session: SessionId, base: u64, lane: u64) -> 
         0..=2 => Request::Read { session, offset, length },
         3..=5 => Request::Write { session, offset, data: pattern(prng.next_u64(), length as usize).into() },
         6 => Request::Zero { session, offset, length, discard: prng.chance(1, 2) },
-        _ => Request::Extents { session, offset, length },
+        _ => Request::Extents { session, offset, length, than: None },
     }
 }
 

@@ -40,6 +40,10 @@ pub(super) struct Walk {
     found: Vec<(u64, u16)>,
     /// Elements at and above `at` that have been made zero, or are being (for `Zero`).
     zeroed: BTreeSet<u64>,
+    /// What the disk is compared with (for `Extents`).
+    than: Option<VdiskId>,
+    /// Bytes of each element found that are made zero; none: it only gets a row (for `Inherit`).
+    zeroes: u32,
 }
 
 impl Walk {
@@ -54,6 +58,8 @@ impl Walk {
             troubled: false,
             found: Vec::new(),
             zeroed: BTreeSet::new(),
+            than: None,
+            zeroes: ELEMENT_SIZE as u32,
         }
     }
     /// Nothing below the smallest cursor is left to be done.
@@ -107,16 +113,31 @@ impl Client {
         self.started(request);
     }
 
+    pub(super) fn begin_inherit(
+        &mut self,
+        number: RequestNumber,
+        session: SessionId,
+        since: Instant,
+        cost: u64,
+        (offset, end): (u64, u64),
+    ) {
+        let mut walk = Walk::new(offset / ELEMENT_SIZE, end.div_ceil(ELEMENT_SIZE).max(offset / ELEMENT_SIZE));
+        walk.zeroes = 0;
+        let request = self.add(number, session, since, cost, Work::Zero(walk));
+        self.started(request);
+    }
+
     pub(super) fn begin_extents(
         &mut self,
         number: RequestNumber,
         session: SessionId,
         since: Instant,
         cost: u64,
-        offset: u64,
-        end: u64,
+        (offset, end): (u64, u64),
+        than: Option<VdiskId>,
     ) {
-        let walk = Walk::new(offset / ELEMENT_SIZE, end.div_ceil(ELEMENT_SIZE).max(offset / ELEMENT_SIZE));
+        let mut walk = Walk::new(offset / ELEMENT_SIZE, end.div_ceil(ELEMENT_SIZE).max(offset / ELEMENT_SIZE));
+        walk.than = than;
         let request = self.add(number, session, since, cost, Work::Extents { offset, end, walk });
         self.started(request);
     }
@@ -150,9 +171,9 @@ impl Client {
             return self.walk_later(request);
         }
         let walk = self.walk(request).expect("it is a walk");
-        let end = walk.end;
+        let (end, than) = (walk.end, walk.than);
         for (server, first) in walk.round() {
-            self.start(request, session_id, Task::Map { server, first, end, map_changes });
+            self.start(request, session_id, Task::Map { server, first, end, map_changes, than });
         }
     }
 
@@ -221,9 +242,10 @@ impl Client {
             walk.found.extend(elements);
         } else {
             let walk = self.walk(request).expect("a map is asked for by a walk");
+            let to = walk.zeroes;
             let fresh: Vec<u64> = elements.into_iter().map(|e| e.0).filter(|e| walk.zeroed.insert(*e)).collect();
             for element in fresh {
-                let piece = Piece { element, from: 0, to: ELEMENT_SIZE as u32 };
+                let piece = Piece { element, from: 0, to };
                 self.start(request, id, Task::Zero { number: 0, piece });
             }
         }

@@ -1,5 +1,5 @@
-//! Which blocks exist: answered by the acting primary of each slot, for block status and for zeroing
-//! large ranges by what is there.
+//! Which blocks exist, or differ between two members of a family: answered by the acting primary of each slot, for block
+//! status, for zeroing large ranges by what is there, and for incremental backups.
 
 use super::*;
 
@@ -8,6 +8,8 @@ pub(super) struct MapRequest {
     client: ClientId,
     tag: Tag,
     view: View,
+    /// What it is compared with.
+    than: Option<View>,
     elements: BTreeMap<u64, u16>,
     waiting: BTreeSet<u64>,
     family: FamilyId,
@@ -28,6 +30,13 @@ impl DataAccess {
             return Err(Refusal::Malformed);
         }
         let family = ctx.state.families.get(&vdisk.family).ok_or(Refusal::SessionEnded)?;
+        let than = match m.than {
+            None => None,
+            Some(than) => {
+                let other = ctx.state.vdisk(than).filter(|other| other.family == vdisk.family);
+                Some(view_of(ctx.state, other.ok_or(Refusal::Malformed)?.id))
+            }
+        };
         let count = self.client_requests.get_or_insert_with(client, || 0);
         if *count >= CLIENT_REQUESTS_MAX {
             return Err(Refusal::TooMany);
@@ -40,6 +49,7 @@ impl DataAccess {
             client,
             tag: m.access.tag,
             view: view_of(ctx.state, m.access.vdisk),
+            than,
             elements: BTreeMap::new(),
             waiting: BTreeSet::new(),
             family: vdisk.family,
@@ -129,7 +139,11 @@ impl DataAccess {
         map.waiting.remove(&key.element);
         // A block with an unfinished write counts as data, whatever it will be: a zero that a crash takes
         // back must not have been told as a hole.
-        let mask = ctx.stores.mask(key, &map.view) | self.queues.get(&key).map_or(0, ElementQueue::held);
+        let present = match &map.than {
+            None => ctx.stores.mask(key, &map.view),
+            Some(than) => ctx.stores.differing(key, &map.view, than),
+        };
+        let mask = present | self.queues.get(&key).map_or(0, ElementQueue::held);
         if mask != 0 {
             map.elements.insert(key.element, mask);
         }

@@ -32,7 +32,7 @@ mod verify;
 mod watermarks;
 mod window;
 
-use crate::global_state::State;
+use crate::global_state::{Attachment, State};
 use crate::ids::*;
 use crate::limits::*;
 use crate::liveness::Liveness;
@@ -44,6 +44,7 @@ use crate::server::{ClientId, Output, Peer};
 use crate::store::{
     BlockData, BlockSum, Change, ElementImage, Loaded, ReadBlocks, ReadError, ReadId, StageError, Stores, Ticket,
 };
+use crate::translator::vdir::Vdisk;
 use bytes::{Bytes, BytesMut};
 use queue::ElementQueue;
 use range::{ByteRange, block_mask, mask_range};
@@ -451,6 +452,7 @@ impl DataAccess {
                 return Err(Refusal::Damaged);
             }
         }
+        check_writable(ctx.state, &m.access)?;
         let (element, slot) = self.locate(ctx.state, &m.access, m.element, range.end() - 1, true)?;
         let id = RequestId { session: m.access.session, number: m.number };
         let kind = Kind::Write(Box::new(WriteKind {
@@ -465,8 +467,17 @@ impl DataAccess {
     }
 
     fn on_zero(&mut self, ctx: &mut Context, client: ClientId, m: Zero) -> Result<(), Refusal> {
-        let range = ByteRange::new(m.offset, u64::from(m.length))?;
-        let (element, slot) = self.locate(ctx.state, &m.access, m.element, range.end() - 1, true)?;
+        // A row by itself waits for everything else in the element, and for copies of it.
+        let (mask, last) = match m.length {
+            0 if m.offset > 0 => return Err(Refusal::Malformed),
+            0 => (WHOLE, 0),
+            length => {
+                let range = ByteRange::new(m.offset, u64::from(length))?;
+                check_writable(ctx.state, &m.access)?;
+                (range.mask(), range.end() - 1)
+            }
+        };
+        let (element, slot) = self.locate(ctx.state, &m.access, m.element, last, true)?;
         let id = RequestId { session: m.access.session, number: m.number };
         let kind = Kind::Write(Box::new(WriteKind {
             id,
@@ -476,7 +487,7 @@ impl DataAccess {
             data: None,
             crcs: Vec::new(),
         }));
-        self.admit_new(ctx, client, m.access, element, slot, range.mask(), kind)
+        self.admit_new(ctx, client, m.access, element, slot, mask, kind)
     }
 
     /// Step 1 of 2.6 as far as the state alone decides it.
@@ -492,9 +503,6 @@ impl DataAccess {
         let vdisk = state.vdisks.get(&access.vdisk).ok_or(Refusal::SessionEnded)?;
         if session.vdisk != access.vdisk {
             return Err(Refusal::SessionEnded);
-        }
-        if writes && (vdisk.is_snapshot() || session.mode == crate::global_state::Attachment::ReadOnly) {
-            return Err(Refusal::ReadOnly);
         }
         let start = element.checked_mul(ELEMENT_SIZE).ok_or(Refusal::BeyondEnd)?;
         if start.checked_add(last_byte).is_none_or(|last| last >= vdisk.size) {
@@ -787,7 +795,7 @@ impl DataAccess {
         if !ctx.state.sessions.contains_key(&op.access.session) {
             return self.refuse(ctx, number, Refusal::SessionEnded);
         }
-        let last = op.element.element * ELEMENT_SIZE + u64::from(w.offset) + u64::from(w.length) - 1;
+        let last = op.element.element * ELEMENT_SIZE + u64::from(w.offset) + u64::from(w.length.max(1)) - 1;
         if last >= round_up(vdisk.size, BLOCK_SIZE) {
             return self.refuse(ctx, number, Refusal::BeyondEnd);
         }
@@ -800,11 +808,15 @@ impl DataAccess {
             }
             Loaded::Failed => return self.refuse(ctx, number, Refusal::BadCopy),
         }
+        let (has_row, is_row_only) = (ctx.stores.has_row(op.element, vdisk.lineage, vdisk.epoch), w.length == 0);
+        if is_row_only && (has_row || vdisk.is_snapshot()) {
+            return self.finish_write(ctx, number, Ok(()));
+        }
         let blocks = block_data(w);
         let cost = blocks.iter().filter(|b| matches!(b, BlockData::Data { .. })).count() as u64;
         let (lineage, epoch) = (vdisk.lineage, vdisk.epoch);
         // Told where the row is made; replicas that have it need nothing of its ancestors any more.
-        let parents: Vec<_> = match ctx.stores.has_row(op.element, lineage, epoch) {
+        let parents: Vec<_> = match has_row {
             true => Vec::new(),
             false => ctx.state.families[&vdisk.family].ancestors(lineage).collect(),
         };
@@ -1482,6 +1494,13 @@ impl DataAccess {
             }
         }
     }
+}
+
+/// Step 1 of 2.6: may the session write? (The session and the disk are looked for by who locates the element.)
+fn check_writable(state: &State, access: &Access) -> Result<(), Refusal> {
+    let is_snapshot = state.vdisk(access.vdisk).is_some_and(Vdisk::is_snapshot);
+    let reads_only = state.session(access.session).is_some_and(|s| s.mode == Attachment::ReadOnly);
+    if is_snapshot || reads_only { Err(Refusal::ReadOnly) } else { Ok(()) }
 }
 
 enum Answer {

@@ -418,7 +418,7 @@ fn sums_match(m: &Replicate) -> bool {
     let whole = chunks.remainder().is_empty();
     let sums: Vec<BlockSum> = match &m.part {
         Part::Write { sums, first_block, .. } => {
-            if sums.is_empty() || usize::from(*first_block) + sums.len() > BLOCKS_PER_ELEMENT {
+            if usize::from(*first_block) + sums.len() > BLOCKS_PER_ELEMENT {
                 return false;
             }
             sums.iter().copied().filter(|s| *s != BlockSum::Zero).collect()

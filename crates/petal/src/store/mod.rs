@@ -640,6 +640,16 @@ impl Stores {
         row.map_or(0, |r| (0..BLOCKS_PER_ELEMENT).fold(0, |m, b| m | (u16::from(r.sum(b) != BlockSum::Zero) << b)))
     }
 
+    /// Bit n is set if block n is not one and the same in both views: seen from the addresses alone, so a block that
+    /// was written again with the same bytes differs. Loaded elements.
+    pub fn differing(&self, element: ElementKey, view: &[(LineageId, Epoch)], other: &[(LineageId, Epoch)]) -> u16 {
+        let Some(entry) = self.entry(element) else { return 0 };
+        let nowhere = [element::NOWHERE; BLOCKS_PER_ELEMENT];
+        let addresses = |view| entry.row_in_view(view).map_or(nowhere, |row| row.addresses);
+        let both = addresses(view).into_iter().zip(addresses(other));
+        (0..).zip(both).fold(0, |mask, (block, (a, b))| mask | (u16::from(a != b) << block))
+    }
+
     // --------------------------------------------------------------------------------------------
     // Changes.
 

@@ -70,7 +70,7 @@ pub fn samples() -> Vec<Message> {
             data: short.into(),
         }),
         Body::Zero(Zero { access: access(), number: 22, finished_below: 20, element: 300, offset: 4096, length: 8192 }),
-        Body::Map(Map { access: access(), first_element: 300, end_element: 400 }),
+        Body::Map(Map { access: access(), first_element: 300, end_element: 400, than: Some(VdiskId(4)) }),
         Body::ReadReply(ReadReply {
             tag: 1,
             need: need(),
