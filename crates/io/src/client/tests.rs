@@ -7,7 +7,7 @@ use petal::ids::*;
 use petal::message::*;
 use petal::store::BlockSum;
 use petal::translator::gmap::slot_of_element;
-use petal::translator::vdir::{Family, Lineage, Policy, Vdisk};
+use petal::translator::vdir::{Family, Imported, Lineage, Policy, Vdisk};
 use petal_wire::{Hello, Role};
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicU64;
@@ -65,6 +65,7 @@ impl World {
             protected: false,
             made: 0,
             policy: Policy::default(),
+            imported: Imported::default(),
             revision: 5,
             sessions: vec![],
         };

@@ -6,7 +6,7 @@ use crate::global_state::Outcome;
 use crate::message::*;
 use crate::store::BlockSum;
 use crate::translator::gmap::slot_of_element;
-use crate::translator::vdir::{Family, Lineage, Policy, Vdisk};
+use crate::translator::vdir::{Family, Imported, Lineage, Policy, Vdisk};
 use stdx::checksum::crc32c;
 
 mod hedges;
@@ -71,6 +71,7 @@ impl World {
             protected: false,
             made: 0,
             policy: Policy::default(),
+            imported: Imported::default(),
             revision: 5,
             sessions: vec![],
         };

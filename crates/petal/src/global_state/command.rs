@@ -3,7 +3,7 @@
 use crate::ids::*;
 use crate::message::CommandId;
 use crate::translator::gmap::Scheme;
-use crate::translator::vdir::Policy;
+use crate::translator::vdir::{Imported, Policy};
 use serde::{Deserialize, Serialize};
 
 /// One entry of the log.
@@ -268,6 +268,13 @@ pub enum Command {
         /// Its lineage, as the caller saw it.
         lineage: LineageId,
     },
+    /// What is imported into a disk (`petal import`).
+    NoteImport {
+        /// The disk.
+        vdisk: VdiskId,
+        /// From now on.
+        imported: Imported,
+    },
 }
 
 /// A snapshot that is to be made.
@@ -346,6 +353,10 @@ impl std::fmt::Display for Command {
                 "{vdisk} gets snapshots by itself: {} hourly, {} daily, {} weekly are kept",
                 policy.hourly, policy.daily, policy.weekly
             ),
+            Command::NoteImport { vdisk, imported: Imported { begun: Some(_), .. } } => {
+                write!(f, "an import into {vdisk} begins")
+            }
+            Command::NoteImport { vdisk, .. } => write!(f, "an import into {vdisk} is whole"),
             Command::Flatten { vdisk, .. } => write!(f, "{vdisk} needs nothing of its parents any more"),
         }
     }

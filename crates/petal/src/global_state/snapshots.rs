@@ -12,7 +12,7 @@ use super::command::{Attachment, CommandError, Outcome, SnapshotOf};
 use super::state::{Applied, Effects, FIRST_EPOCH, State};
 use crate::ids::*;
 use crate::limits::*;
-use crate::translator::vdir::{Lineage, Policy, Vdisk};
+use crate::translator::vdir::{Imported, Lineage, Policy, Vdisk};
 use std::collections::BTreeSet;
 
 impl State {
@@ -74,6 +74,7 @@ impl State {
             protected: false,
             made,
             policy: Policy::default(),
+            imported: Imported::default(),
             revision: self.index,
             sessions: Vec::new(),
         });
@@ -194,6 +195,15 @@ impl State {
             return Err(CommandError::TooMany { limit: usize::from(POLICY_KEEPS_MAX), what });
         }
         disk.policy = policy;
+        Ok(Outcome::Done)
+    }
+
+    pub(super) fn note_import(&mut self, id: VdiskId, imported: Imported) -> Applied {
+        let disk = self.vdisks.get_mut(&id).ok_or(CommandError::NoSuchDisk(id))?;
+        if disk.is_snapshot() {
+            return Err(CommandError::IsSnapshot { name: disk.name.clone() });
+        }
+        disk.imported = imported;
         Ok(Outcome::Done)
     }
 

@@ -31,7 +31,7 @@ use crate::limits::*;
 use crate::message::{CommandId, Hints, ServerHint, SlotHint};
 use crate::placement::{self, Candidate, PlanError};
 use crate::translator::gmap::{Gmap, Scheme, slot_of_element};
-use crate::translator::vdir::{Family, Lineage, Policy, Vdisk};
+use crate::translator::vdir::{Family, Imported, Lineage, Policy, Vdisk};
 use crate::translator::visible::Visible;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -639,6 +639,7 @@ impl State {
             Command::Protect { vdisk, protected } => self.protect(*vdisk, *protected),
             Command::SetPolicy { vdisk, policy } => self.set_policy(*vdisk, *policy),
             Command::Flatten { vdisk, lineage } => self.flatten(*vdisk, *lineage, effects),
+            Command::NoteImport { vdisk, imported } => self.note_import(*vdisk, *imported),
         }
     }
 
@@ -687,6 +688,7 @@ impl State {
             protected: false,
             made: 0,
             policy: Policy::default(),
+            imported: Imported::default(),
             revision: self.index,
             sessions: Vec::new(),
         });

@@ -12,7 +12,7 @@
 //! and so is a disk that was rolled back. A lineage stays for as long as a disk, a snapshot or another lineage
 //! stands on it, named or not.
 
-use crate::ids::{Epoch, FamilyId, GmapId, LineageId, Revision, SessionId, StateIndex, VdiskId};
+use crate::ids::{ClusterId, Epoch, FamilyId, GmapId, LineageId, Revision, SessionId, StateIndex, VdiskId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -43,6 +43,8 @@ pub struct Vdisk {
     pub made: u64,
     /// Snapshots that the cluster makes of it by itself.
     pub policy: Policy,
+    /// What was imported into it.
+    pub imported: Imported,
     /// State index of the last command that changed what its data messages may do.
     pub revision: Revision,
     /// Who has it attached.
@@ -72,6 +74,28 @@ impl Policy {
     pub fn is_empty(&self) -> bool {
         *self == Policy::default()
     }
+}
+
+/// A state of some family, anywhere.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ForeignState {
+    /// The cluster in which it came to be.
+    pub cluster: ClusterId,
+    /// The family there.
+    pub family: FamilyId,
+    /// The state.
+    pub lineage: LineageId,
+    /// The state.
+    pub epoch: Epoch,
+}
+
+/// What was imported into a disk: increments must follow each other.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Imported {
+    /// The newest state that was imported to its end.
+    pub newest: Option<ForeignState>,
+    /// The state that an import was to lead to which has not ended.
+    pub begun: Option<ForeignState>,
 }
 
 /// A disk with all its snapshots and clones.
