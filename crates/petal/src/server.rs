@@ -34,6 +34,7 @@ pub enum Peer {
 
 /// What the world tells a server.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "most inputs are messages: a box would be an allocation for each")]
 pub enum Input {
     /// A connection is up, hellos exchanged (cluster, protocol version, identity checked). For a
     /// server: its incarnation. A connection belongs to one incarnation of either end; a new one for

@@ -110,6 +110,7 @@ pub struct PeerInfo {
 
 /// What happened.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "most events are messages: a box would be an allocation for each")]
 pub enum Event {
     /// A connection is up, hellos exchanged and compared.
     Connected {
