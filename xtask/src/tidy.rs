@@ -17,7 +17,7 @@ const LONG_FILES: &[(&str, usize)] = &[
 ];
 
 /// What each crate may depend on within the workspace: cli, front ends -> io -> wire -> cores -> stdx;
-/// sim -> wire and cores, never io.
+/// sim -> wire and cores, never io; a stream is bytes that know nothing of the rest.
 const DIRECTIONS: &[(&str, &[&str])] = &[
     ("stdx", &[]),
     ("petal", &["stdx"]),
@@ -25,7 +25,8 @@ const DIRECTIONS: &[(&str, &[&str])] = &[
     ("petal-io", &["stdx", "petal", "petal-wire"]),
     ("petal-nbd", &["stdx", "petal-io"]),
     ("petal-fuse", &["stdx", "petal-io"]),
-    ("petal-cli", &["stdx", "petal", "petal-wire", "petal-io", "petal-nbd", "petal-fuse"]),
+    ("petal-stream", &["stdx"]),
+    ("petal-cli", &["stdx", "petal", "petal-wire", "petal-io", "petal-nbd", "petal-fuse", "petal-stream"]),
     ("petal-sim", &["stdx", "petal", "petal-wire"]),
     ("petal-model", &[]),
     ("xtask", &[]),
