@@ -85,6 +85,9 @@ enum Command {
     /// Look into a server's disk file
     #[command(subcommand)]
     Inspect(commands::inspect::Command),
+    /// Look at backup streams; needs no cluster
+    #[command(subcommand)]
+    Stream(commands::stream::Command),
 }
 
 fn main() -> ExitCode {
@@ -110,6 +113,7 @@ fn main() -> ExitCode {
         Command::Verify(arguments) => commands::verify::run(&place, arguments),
         Command::Scrub(arguments) => commands::scrub::run(&place, arguments),
         Command::Inspect(command) => commands::inspect::run(command),
+        Command::Stream(command) => commands::stream::run(command),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

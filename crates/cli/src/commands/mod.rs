@@ -15,6 +15,7 @@ pub mod rejoin;
 pub mod scrub;
 pub mod server;
 pub mod status;
+pub mod stream;
 pub mod up;
 pub mod verify;
 pub mod what_if;
