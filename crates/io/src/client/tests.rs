@@ -7,7 +7,7 @@ use petal::ids::*;
 use petal::message::*;
 use petal::store::BlockSum;
 use petal::translator::gmap::slot_of_element;
-use petal::translator::vdir::{Family, Vdisk};
+use petal::translator::vdir::{Family, Lineage, Policy, Vdisk};
 use petal_wire::{Hello, Role};
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicU64;
@@ -60,8 +60,11 @@ impl World {
             family: FamilyId(5),
             lineage: LineageId(1),
             epoch: Epoch(1),
-            read_only: false,
-            parent: None,
+            snapshot_of: None,
+            stands_on: 0,
+            protected: false,
+            made: 0,
+            policy: Policy::default(),
             revision: 5,
             sessions: vec![],
         };
@@ -70,7 +73,15 @@ impl World {
         Hints {
             state_index,
             vdisk,
-            family: Family { id: FamilyId(5), gmap: GmapId(3), stripe_unit: 1 << 20, shift: 0, revision: 5 },
+            family: Family {
+                id: FamilyId(5),
+                gmap: GmapId(3),
+                stripe_unit: 1 << 20,
+                shift: 0,
+                revision: 5,
+                lineages: [(LineageId(1), Lineage { parent: None })].into(),
+                next_lineage: LineageId(2),
+            },
             revision: state_index,
             slots: (0..SLOTS).map(|n| SlotHint { term: 4, in_sync: vec![server(n), server(n + 1)] }).collect(),
             servers: (1..=2).map(|s| ServerHint { server: ServerId(s), addresses: vec![self.address(s)] }).collect(),
