@@ -26,4 +26,5 @@ pub mod scrub;
 pub mod server;
 mod silence;
 pub mod store;
+pub mod space;
 pub mod translator;

@@ -503,6 +503,9 @@ impl Server {
     /// Who has no lease may have been away for long: that there is no such disk is for others to say.
     fn unless_behind(&self, error: AdminError) -> AdminError {
         if self.liveness.lease(self.now).is_some() { error } else { AdminError::Starting(self.me) }
+            AdminRequest::Space(question) => {
+                return self.with_data(|data, ctx| data.on_space(ctx, client, tag, question));
+            }
     }
 
     fn log(&self) -> Vec<LogLine> {

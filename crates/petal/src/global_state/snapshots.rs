@@ -136,6 +136,9 @@ impl State {
             if disk.protected {
                 return Err(CommandError::Protected { name: disk.name.clone() });
             }
+            if disk.is_snapshot() {
+                continue; // Nothing is a snapshot of it.
+            }
             let stay: Vec<&Vdisk> = self.snapshots_of(disk).filter(|s| !going.contains(&s.id)).collect();
             if let Some(first) = stay.first() {
                 let (name, first) = (disk.name.clone(), first.name.clone());

@@ -596,6 +596,11 @@ impl Stores {
         self.entry(element).map_or_else(ElementImage::default, element::Entry::image)
     }
 
+    /// Rows of a loaded element, ascending by (lineage, epoch).
+    pub fn rows(&self, element: ElementKey) -> &[element::Row] {
+        self.entry(element).map_or(&[], |e| &e.rows)
+    }
+
     /// Bit n is set if block n of the row seen by `view` is not zero. Loaded elements.
     pub fn mask(&self, element: ElementKey, view: &[(LineageId, Epoch)]) -> u16 {
         let row = self.entry(element).and_then(|e| e.row_in_view(view));
