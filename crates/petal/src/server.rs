@@ -1,6 +1,7 @@
 //! A Petal server: owns its rooms, and is the only file that routes between them.
 
 mod leaving;
+mod policies;
 
 use crate::data_access::{Context, DataAccess};
 use crate::desk::Desk;
@@ -12,6 +13,7 @@ use crate::global_state::{
 use crate::ids::*;
 use crate::liveness::{Liveness, LivenessOutput};
 use crate::message::*;
+use crate::policy::Policies;
 use crate::sabotage::Sabotage;
 use crate::scrub::{Scrub, ScrubConfig};
 use crate::store::{Change, DiskCommand, DiskResult, Event, OpId, OpenDisk, StageError, StoreConfig, Stores, Ticket};
@@ -73,6 +75,11 @@ pub enum Input {
     },
     /// Time has passed.
     Tick,
+    /// The wall clock, now and then: for names and ages, and never for anything that must be right (P9).
+    WallClock {
+        /// Seconds since 1970.
+        unix_seconds: u64,
+    },
     /// The process was told to stop: hand over, then `Stopped`.
     ShutDown,
 }
@@ -182,6 +189,7 @@ pub struct Server {
     liveness: Liveness,
     data: DataAccess,
     admin: Desk,
+    policies: Policies,
     /// Tickets of the global state's writes, and the number to tell it.
     persists: FastMap<Ticket, u64>,
     persist_waits: BTreeMap<u64, usize>,
@@ -237,6 +245,7 @@ impl Server {
             liveness: Liveness::new(now, me, incarnation, config.sabotage),
             data: DataAccess::new(me, incarnation, Scrub::new(now, config.scrub), config.sabotage),
             admin: Desk::default(),
+            policies: Policies::default(),
             persists: FastMap::new(),
             persist_waits: BTreeMap::new(),
             unstaged: VecDeque::new(),
@@ -330,7 +339,9 @@ impl Server {
             }
             Input::Refused { server } => self.on_refused(server),
             Input::Message { from, message } => self.on_message(from, message),
-            Input::Disk { .. } | Input::Tick | Input::ShutDown => unreachable!("handled before routing"),
+            Input::Disk { .. } | Input::Tick | Input::WallClock { .. } | Input::ShutDown => {
+                unreachable!("handled before routing")
+            }
         }
     }
 
@@ -492,6 +503,9 @@ impl Server {
             AdminRequest::Verify { after } => {
                 return self.with_data(|data, ctx| data.on_verify(ctx, client, tag, after));
             }
+            AdminRequest::Space(question) => {
+                return self.with_data(|data, ctx| data.on_space(ctx, client, tag, question));
+            }
             AdminRequest::Scrub(order) => {
                 let status = self.with_data(|data, ctx| data.on_scrub_order(ctx, order));
                 Ok(AdminResponse::Scrub(Box::new(status)))
@@ -503,9 +517,6 @@ impl Server {
     /// Who has no lease may have been away for long: that there is no such disk is for others to say.
     fn unless_behind(&self, error: AdminError) -> AdminError {
         if self.liveness.lease(self.now).is_some() { error } else { AdminError::Starting(self.me) }
-            AdminRequest::Space(question) => {
-                return self.with_data(|data, ctx| data.on_space(ctx, client, tag, question));
-            }
     }
 
     fn log(&self) -> Vec<LogLine> {
@@ -861,6 +872,7 @@ impl Server {
             self.with_data(|data, ctx| data.on_proposal_decided(ctx, key));
         }
         self.on_executed(id, effects.narrows);
+        self.policies_follow(id);
         if !effects.downs.is_empty() {
             self.on_downs(index, effects.downs);
         }
@@ -956,7 +968,9 @@ impl Machine for Server {
                     self.stores.retry_growth();
                 }
                 self.watch_disks();
+                self.look_at_policies();
             }
+            Input::WallClock { unix_seconds } => self.policies.on_wall_clock(now, unix_seconds),
             Input::ShutDown => self.shut_down(),
             input if self.global.is_none() => self.early.push_back(input),
             input => self.route(input),
