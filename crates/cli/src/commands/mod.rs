@@ -2,6 +2,7 @@
 
 pub mod attach;
 pub mod bench;
+pub mod clone;
 pub mod detach;
 pub mod disk;
 pub mod down;
@@ -12,8 +13,10 @@ pub mod join;
 pub mod log;
 pub mod nbd;
 pub mod rejoin;
+pub mod rollback;
 pub mod scrub;
 pub mod server;
+pub mod snapshot;
 pub mod status;
 pub mod up;
 pub mod verify;
