@@ -39,7 +39,7 @@ impl DataAccess {
         let map = MapRequest {
             client,
             tag: m.access.tag,
-            view: view_of(ctx.state, m.access.vdisk),
+            view: self.view_of(ctx.state, m.access.vdisk),
             elements: BTreeMap::new(),
             waiting: BTreeSet::new(),
             family: vdisk.family,

@@ -40,7 +40,9 @@ use crate::promise::Acting;
 use crate::resync::{Share, WHOLE};
 use crate::sabotage::Sabotage;
 use crate::server::{ClientId, Output, Peer};
-use crate::store::{BlockData, BlockSum, Change, Loaded, ReadBlocks, ReadError, ReadId, StageError, Stores, Ticket};
+use crate::store::{
+    BlockData, BlockSum, Change, ElementImage, Loaded, ReadBlocks, ReadError, ReadId, StageError, Stores, Ticket,
+};
 use bytes::{Bytes, BytesMut};
 use queue::ElementQueue;
 use range::{ByteRange, block_mask, mask_range};
@@ -655,12 +657,15 @@ impl DataAccess {
         if ctx.liveness.lease(ctx.now).is_none() && !self.is_sabotaged(Sabotage::ReadWithoutLease) {
             return self.refuse(ctx, number, Refusal::NotReady);
         }
-        let op = self.operations.get_mut(&number).expect("a reading operation exists");
+        let op = &self.operations[&number];
         let Kind::Read { first_block, blocks } = op.kind else { unreachable!("only reads are captured") };
-        let view = view_of(ctx.state, op.access.vdisk);
-        if view.is_empty() {
+        // The session may have ended while the read waited, and the disk be what it never was for that session.
+        let is_over = !ctx.state.sessions.contains_key(&op.access.session);
+        let view = self.view_of(ctx.state, op.access.vdisk);
+        if view.is_empty() || is_over {
             return self.refuse(ctx, number, Refusal::SessionEnded);
         }
+        let op = self.operations.get_mut(&number).expect("a reading operation exists");
         match ctx.stores.load(op.element) {
             Loaded::Ready => {}
             Loaded::Pending => {
@@ -699,9 +704,9 @@ impl DataAccess {
 
     /// Reads the blocks that an unaligned write covers only in part.
     fn modify(&mut self, ctx: &mut Context, number: OpNumber) {
+        let view = self.view_of(ctx.state, self.operations[&number].access.vdisk);
         let op = self.operations.get_mut(&number).expect("a modifying operation exists");
         let (first, count) = mask_range(op.mask);
-        let view = view_of(ctx.state, op.access.vdisk);
         op.phase = Phase::Modifying;
         match ctx.stores.load(op.element) {
             Loaded::Ready => {
@@ -1086,6 +1091,16 @@ impl DataAccess {
         self.answered(op.client);
         ctx.reply(op.client, Body::ReadReply(ReadReply { tag: op.access.tag, need, result, data }));
         self.operation_ended(ctx, number);
+    }
+
+    /// What a disk or snapshot shows; nothing if it is gone.
+    fn view_of(&self, state: &State, vdisk: VdiskId) -> View {
+        let Some(v) = state.vdisks.get(&vdisk) else { return View::new() };
+        // Of a disk always the newest row: this server may be behind, and others write a later epoch already.
+        let by_own_epoch = v.is_snapshot() || self.is_sabotaged(Sabotage::DiskByOwnEpoch);
+        let newest = if by_own_epoch { v.epoch } else { Epoch(u32::MAX) };
+        let ancestors = state.families.get(&v.family).map(|f| f.ancestors(v.lineage));
+        std::iter::once((v.lineage, newest)).chain(ancestors.into_iter().flatten()).collect()
     }
 
     fn need(&self, state: &State, vdisk: VdiskId, slot: SlotIndex) -> Need {
@@ -1500,18 +1515,6 @@ fn sums_of(change: &Change) -> Vec<BlockSum> {
         BlockData::Data { crc, .. } => BlockSum::Crc(*crc),
     };
     blocks.iter().map(sum).collect()
-}
-
-pub(crate) fn view_of(state: &State, vdisk: VdiskId) -> View {
-    match state.vdisks.get(&vdisk) {
-        Some(v) => {
-            // Of a disk always the newest row: this server may be behind, and others write a later epoch already.
-            let newest = if v.is_snapshot() { v.epoch } else { Epoch(u32::MAX) };
-            let ancestors = state.families.get(&v.family).map(|f| f.ancestors(v.lineage));
-            std::iter::once((v.lineage, newest)).chain(ancestors.into_iter().flatten()).collect()
-        }
-        None => View::new(),
-    }
 }
 
 fn revision_of(state: &State, vdisk: VdiskId) -> Revision {

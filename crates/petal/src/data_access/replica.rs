@@ -144,7 +144,11 @@ impl DataAccess {
                 if family_ended(ctx.state, element.family) {
                     return None;
                 }
-                let data = places.into_iter().zip(blocks).map(|((row, block), bytes)| (row, block, bytes)).collect();
+                let mut data: Vec<(u16, u8, Bytes)> =
+                    places.into_iter().zip(blocks).map(|((row, block), bytes)| (row, block, bytes)).collect();
+                if self.sabotage == Sabotage::NewestEpochOnly {
+                    keep_newest_rows(&mut image, &mut data);
+                }
                 Some(Change::Replace { element, slot: slot.id, image, data, again: false, watermark: slot.watermark })
             }
             Part::SettlementDone => {
@@ -383,4 +387,16 @@ fn sums_match(m: &Replicate) -> bool {
         _ => Vec::new(),
     };
     whole && chunks.len() == sums.len() && chunks.zip(&sums).all(|(c, s)| *s == BlockSum::Crc(crc32c(c)))
+}
+
+/// Only with a rule left out: of each lineage the newest row.
+fn keep_newest_rows(image: &mut ElementImage, data: &mut Vec<(u16, u8, Bytes)>) {
+    let is_last = |n: usize| image.rows.get(n + 1).is_none_or(|next| next.lineage != image.rows[n].lineage);
+    let kept: Vec<u16> = (0..image.rows.len()).filter(|n| is_last(*n)).map(|n| n as u16).collect();
+    image.rows = kept.iter().map(|n| image.rows[usize::from(*n)].clone()).collect();
+    data.retain_mut(|(row, ..)| {
+        let at = kept.iter().position(|n| n == row);
+        *row = at.unwrap_or_default() as u16;
+        at.is_some()
+    });
 }

@@ -596,6 +596,11 @@ impl Stores {
         self.entry(element).map_or_else(ElementImage::default, element::Entry::image)
     }
 
+    /// The addresses that each row of a loaded element refers to, for checkers.
+    pub fn addresses(&self, element: ElementKey) -> Vec<Vec<u64>> {
+        self.entry(element).map_or_else(Vec::new, |e| e.rows.iter().map(|r| r.used().collect()).collect())
+    }
+
     /// Bit n is set if block n of the row seen by `view` is not zero. Loaded elements.
     pub fn mask(&self, element: ElementKey, view: &[(LineageId, Epoch)]) -> u16 {
         let row = self.entry(element).and_then(|e| e.row_in_view(view));
