@@ -6,16 +6,13 @@ use crate::data_access::{Context, DataAccess};
 use crate::desk::Desk;
 use crate::disk_times::DiskTimes;
 use crate::disk_watch::DiskWatch;
-use crate::global_state::{
-    Attachment, Command, CommandError, Effects, Entry, Genesis, GlobalOutput, GlobalState, Own, State,
-};
+use crate::global_state::{Command, CommandError, Effects, Entry, Genesis, GlobalOutput, GlobalState, Own, State};
 use crate::ids::*;
 use crate::liveness::{Liveness, LivenessOutput};
 use crate::message::*;
 use crate::sabotage::Sabotage;
 use crate::scrub::{Scrub, ScrubConfig};
 use crate::store::{Change, DiskCommand, DiskResult, Event, OpId, OpenDisk, StageError, StoreConfig, Stores, Ticket};
-use crate::translator::vdir::Vdisk;
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
 use stdx::{Duration, FastMap, Instant, Machine};
@@ -812,10 +809,7 @@ impl Server {
 
     /// What was decided while this server was not there may have begun new epochs.
     fn close_gate_of_all(&mut self) {
-        let state = self.global().state();
-        let is_shared = |s: &&SessionId| state.session(**s).is_some_and(|s| s.mode == Attachment::Shared);
-        let shared = |d: &&Vdisk| d.sessions.iter().any(|s| is_shared(&s));
-        let disks: Vec<VdiskId> = state.vdisks.values().filter(shared).map(|d| d.id).collect();
+        let disks: Vec<VdiskId> = self.global().state().disks_with_gates().collect();
         self.close_gate(&disks);
     }
 
@@ -852,7 +846,7 @@ impl Server {
             for family in &effects.families_narrowed {
                 self.data.want_reclaim(*family);
             }
-            self.close_gate(&effects.new_epochs_shared);
+            self.close_gate(&effects.new_epochs_gated);
         }
         if let Some(key) = self.own_commands.remove(&(id.proposer, id.number)) {
             self.with_data(|data, ctx| data.on_proposal_decided(ctx, key));

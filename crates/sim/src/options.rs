@@ -306,7 +306,8 @@ impl Options {
             options.faults.stumble = *more.pick(&[0, 1, 3]);
         }
         let mut newest = Prng::new(last.clone().next_u64() ^ 0x5a4b);
-        if overrides.snapshots || !overrides.crowded && newest.chance(1, 2) {
+        // Where it is measured how long something takes: a failure while a gate is closed may cost more (P6).
+        if overrides.snapshots || !overrides.crowded && !overrides.swift && newest.chance(1, 2) {
             options.take_snapshots(&mut newest, overrides.crowded);
         }
         options.apply(overrides);

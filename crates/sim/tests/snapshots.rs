@@ -106,6 +106,41 @@ fn a_snapshot_during_recovery() {
     assert!(during >= 4, "in only {during} runs the recovery went on when the snapshot was made");
 }
 
+/// A snapshot needs no room. What is written after it does, and is refused; nothing that is there is harmed.
+#[test]
+fn a_snapshot_of_a_full_disk() {
+    for seed in 1..=6 {
+        let mut s = Scenario::new(seed, &Overrides { full: true, ..Overrides::default() });
+        let disk = s.create("vol", 1);
+        s.fill_hot(disk, BLOCKS);
+        assert!(s.attach(1, "vol", Attachment::Exclusive));
+        write_blocks(&mut s, disk);
+        assert_eq!(s.refused_for_space(), 0, "seed {seed}: two copies of {BLOCKS} blocks fit into 768");
+        let mut last = s.snapshot(disk).1;
+        let mut snapshots = 1;
+        while s.refused_for_space() < BLOCKS {
+            assert!(snapshots < 10, "seed {seed}: {snapshots} snapshots of {BLOCKS} blocks do not fit");
+            write_blocks(&mut s, disk);
+            last = s.snapshot(disk).1;
+            snapshots += 1;
+        }
+        s.execute(Command::DeleteDisks { vdisks: vec![last] }).expect("deleting needs no room");
+        good(seed, s);
+    }
+}
+
+const BLOCKS: u64 = 150;
+
+fn write_blocks(s: &mut Scenario, disk: VdiskId) {
+    for block in 0..BLOCKS {
+        s.begin_write_block(1, disk, block);
+        if block % 10 == 9 {
+            s.idle(1);
+        }
+    }
+    s.idle(1);
+}
+
 /// A server loses its disks: what it had of snapshots and clones comes back with the rest.
 #[test]
 fn copies_of_snapshots_are_rebuilt_too() {
@@ -237,6 +272,46 @@ fn two_clients_with_a_telephone_on_a_shared_disk() {
 #[test]
 fn a_telephone_without_gates_is_noticed() {
     let caught = (1..=12).filter(|seed| telephone(*seed, Sabotage::NoGates).iter().any(|c| c.contains("no cut")));
+    let caught: Vec<u64> = caught.collect();
+    assert!(caught.len() >= 3, "only in seeds {caught:?}");
+}
+
+/// Two disks that one client has to himself, and snapshots of both at one instant: what he writes to one of them after he
+/// wrote to the other is not in them without that.
+fn two_disks(seed: u64, sabotage: Sabotage) -> Vec<String> {
+    let mut s = Scenario::new(seed, &Overrides { sabotage, ..Overrides::default() });
+    let (data, log) = (s.create("data", 64), s.create("log", 64));
+    let late = seed as usize % 3;
+    let cause = element(&s, data, |hosts| !hosts.contains(&late));
+    let effect = element(&s, log, |hosts| hosts[0] == late);
+    assert!(s.attach(1, "data", Attachment::Exclusive) && s.attach(1, "log", Attachment::Exclusive));
+    s.write(1, data, cause);
+    s.write(1, log, effect);
+    s.deafen(late, HELD);
+    let names = s.begin_snapshot(&[data, log]);
+    s.exists(&names[0]);
+    s.write(1, data, cause);
+    s.write(1, log, effect);
+    s.taken();
+    for (name, element) in names.iter().zip([cause, effect]) {
+        assert!(s.attach(2, name, Attachment::ReadOnly));
+        let snapshot = s.named(name).unwrap();
+        s.read(2, snapshot, [element]);
+    }
+    s.finish()
+}
+
+#[test]
+fn snapshots_of_two_disks_are_one_cut() {
+    for seed in 1..=12 {
+        let complaints = two_disks(seed, Sabotage::None);
+        assert!(complaints.is_empty(), "seed {seed}: {complaints:#?}");
+    }
+}
+
+#[test]
+fn snapshots_of_two_disks_without_gates_are_noticed() {
+    let caught = (1..=12).filter(|seed| two_disks(*seed, Sabotage::NoGates).iter().any(|c| c.contains("no cut")));
     let caught: Vec<u64> = caught.collect();
     assert!(caught.len() >= 3, "only in seeds {caught:?}");
 }
