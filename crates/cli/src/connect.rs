@@ -7,10 +7,14 @@ use crate::place::Place;
 use crate::supervisor;
 use anyhow::{Context, Result, bail};
 use petal::client::RequestError;
-use petal::global_state::{Attachment, Command, Outcome, State};
-use petal::ids::{ElementKey, ServerId};
+use petal::global_state::{Attachment, Command, CommandError, Outcome, State};
+use petal::ids::{ElementKey, ServerId, VdiskId};
 use petal::limits::SETTLE_DEADLINE;
-use petal::message::{AdminRequest, AdminResponse, LogLine, ScrubOrder, ScrubStatus, ServerStatus, VerifyPart};
+use petal::message::{
+    AdminError, AdminRequest, AdminResponse, LogLine, ScrubOrder, ScrubStatus, ServerStatus, VerifyPart,
+};
+use petal::space::{SpacePart, SpaceQuestion};
+use petal::translator::vdir::Vdisk;
 pub use petal_io::client::Disk;
 use petal_io::client::{Client, Config, ConnectError};
 use std::collections::BTreeSet;
@@ -24,6 +28,13 @@ const CALL_DEADLINE: Duration = Duration::from_secs(10);
 const ATTACH_DEADLINE: Duration = Duration::from_secs(20);
 /// How long one server may check a part of its elements.
 const VERIFY_DEADLINE: Duration = Duration::from_secs(60);
+
+/// How long one server may look at a page of elements.
+const SPACE_DEADLINE: Duration = Duration::from_secs(20);
+/// How often a command is made anew because somebody else's came first.
+const OVERTAKEN_MAX: u32 = 50;
+/// The pause in between: the server that was asked may lag behind the one that decides.
+const OVERTAKEN_PAUSE: Duration = Duration::from_millis(20);
 
 /// Runs a command's async part on this thread.
 pub fn block_on<T: 'static>(future: impl Future<Output = Result<T>> + 'static) -> Result<T> {
@@ -109,6 +120,28 @@ impl Connection {
         }
     }
 
+    /// One disk or snapshot, by name, without the rest of the state.
+    pub async fn disk(&self, name: &str) -> Result<Option<Vdisk>, RequestError> {
+        match self.client.call(None, AdminRequest::Hints { name: name.into() }, Some(CALL_DEADLINE)).await {
+            Ok(AdminResponse::Hints(hints)) => Ok(Some(hints.vdisk)),
+            Ok(_) | Err(RequestError::Admin(AdminError::NoSuchDisk(_))) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The global state of a server that has heard of this disk, which was made a moment ago.
+    pub async fn state_with(&self, disk: VdiskId) -> Result<State> {
+        let mut tries = 0;
+        loop {
+            let state = self.state().await?;
+            if state.vdisk(disk).is_some() || tries == OVERTAKEN_MAX {
+                return Ok(state);
+            }
+            tries += 1;
+            tokio::time::sleep(OVERTAKEN_PAUSE).await;
+        }
+    }
+
     /// What one server tells of itself.
     pub async fn server_status(&self, server: ServerId, limit: Duration) -> Result<ServerStatus> {
         match self.call(Some(server), AdminRequest::ServerStatus, limit).await? {
@@ -155,6 +188,29 @@ impl Connection {
         Ok(executed.outcome)
     }
 
+    /// Executes a command that relies on the present state: made anew if that has changed meanwhile.
+    pub async fn execute_on_present(&self, make: impl Fn(&State) -> Result<Command>) -> Result<Outcome> {
+        let mut tries = 0;
+        loop {
+            let command = make(&self.state().await?)?;
+            match self.execute(command).await {
+                Err(error) if tries < OVERTAKEN_MAX && refusal(&error) == Some(&CommandError::Overtaken) => {
+                    tries += 1;
+                    tokio::time::sleep(OVERTAKEN_PAUSE).await;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// A page of whose space a family's elements are, of one server.
+    pub async fn space(&self, server: ServerId, question: SpaceQuestion) -> Result<SpacePart> {
+        match self.call(Some(server), AdminRequest::Space(question), SPACE_DEADLINE).await? {
+            AdminResponse::Space(part) => Ok(*part),
+            other => bail!("{server} answered {other:?} to a question about space"),
+        }
+    }
+
     /// Attaches a disk.
     pub async fn attach(
         &self,
@@ -170,6 +226,14 @@ impl Connection {
                 advice: "a majority of the ring must be up to attach a disk; see `petal status`".into(),
             })
         })
+    }
+}
+
+/// Why a command was refused, if that is what the error is.
+pub fn refusal(error: &anyhow::Error) -> Option<&CommandError> {
+    match error.downcast_ref::<RequestError>()? {
+        RequestError::Admin(AdminError::Refused(refused)) => Some(refused),
+        _ => None,
     }
 }
 

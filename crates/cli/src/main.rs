@@ -14,15 +14,19 @@ mod cluster_folder;
 mod commands;
 mod connect;
 mod disk_files;
+mod freeze;
 mod holder;
 mod nbd_exports;
 mod offline;
 mod output;
 mod place;
 mod processes;
+mod progress;
 mod redundancy;
 mod server_config;
+mod space;
 mod supervisor;
+mod tree;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -42,6 +46,7 @@ const EXAMPLES: &str = "\
 Examples:
   petal up                       a cluster of four servers in ./petal-data, and NBD in front of it
   petal disk create db 100GiB    one more disk
+  petal snapshot create db       its present state, kept under a name
   petal status                   the whole cluster on one screen
   petal attach vol0              vol0 as a kernel block device (root)";
 
@@ -62,6 +67,19 @@ enum Command {
     /// Create, list, resize, rename and delete virtual disks
     #[command(subcommand)]
     Disk(commands::disk::Command),
+    /// Make, list, delete and protect snapshots of disks
+    #[command(subcommand)]
+    Snapshot(commands::snapshot::Command),
+    /// Make a disk that begins with what a snapshot or a disk holds
+    Clone(commands::clone::Arguments),
+    /// Take a disk back to what one of its snapshots holds
+    Rollback(commands::rollback::Arguments),
+    /// Where two snapshots or disks of one family differ
+    Diff(commands::diff::Arguments),
+    /// A snapshot, or what changed since another one, as a stream for backup
+    Export(commands::export::Arguments),
+    /// A disk, or its next state, from a stream
+    Import(commands::import::Arguments),
     /// The whole cluster on one screen
     Status(commands::status::Arguments),
     /// What would become unavailable if servers were down
@@ -88,6 +106,9 @@ enum Command {
     /// Look at backup streams; needs no cluster
     #[command(subcommand)]
     Stream(commands::stream::Command),
+    /// Thaw a file system when standard input ends (started by `snapshot create --freeze`)
+    #[command(hide = true)]
+    ThawWhenLeft { path: std::path::PathBuf },
 }
 
 fn main() -> ExitCode {
@@ -102,6 +123,9 @@ fn main() -> ExitCode {
         Command::Join(arguments) => commands::join::run(arguments),
         Command::Rejoin(arguments) => commands::rejoin::run(&place, arguments),
         Command::Disk(command) => commands::disk::run(&place, command),
+        Command::Snapshot(command) => commands::snapshot::run(&place, command),
+        Command::Clone(arguments) => commands::clone::run(&place, arguments),
+        Command::Rollback(arguments) => commands::rollback::run(&place, arguments),
         Command::Status(arguments) => commands::status::run(&place, arguments),
         Command::WhatIf(arguments) => commands::what_if::run(&place, arguments),
         Command::Log(arguments) => commands::log::run(&place, arguments),
@@ -110,10 +134,14 @@ fn main() -> ExitCode {
         Command::Detach(arguments) => commands::detach::run(&place, arguments),
         Command::Bench(arguments) => commands::bench::run(&place, arguments),
         Command::History(arguments) => commands::history::run(&place, arguments),
+        Command::Diff(arguments) => commands::diff::run(&place, arguments),
+        Command::Export(arguments) => commands::export::run(&place, arguments),
+        Command::Import(arguments) => commands::import::run(&place, arguments),
         Command::Verify(arguments) => commands::verify::run(&place, arguments),
         Command::Scrub(arguments) => commands::scrub::run(&place, arguments),
         Command::Inspect(command) => commands::inspect::run(command),
         Command::Stream(command) => commands::stream::run(command),
+        Command::ThawWhenLeft { path } => freeze::guard_mount(&path),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -5,6 +5,14 @@ use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use std::io::Write;
 use stdx::units::Size;
 
+/// For people or for programs.
+#[derive(clap::Args, Clone, Copy)]
+pub struct Format {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Prints a line. Nobody may be there to read it any more: that is no failure of the command.
 pub fn line(text: std::fmt::Arguments) {
     let mut out = std::io::stdout().lock();
@@ -49,8 +57,7 @@ pub fn size(bytes: u64) -> String {
 
 /// Seconds since 1970, for people.
 pub fn unix_seconds() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since.map_or(0, |d| d.as_secs())
+    petal_io::clock::unix_seconds()
 }
 
 /// A time as a person would say it, in one or two units.

@@ -10,12 +10,14 @@
 //! * `disk`: the engines themselves;
 //! * [`server`]: drives `petal::server::Server`;
 //! * [`client`]: drives `petal::client::Client`: the library that programs use;
-//! * [`loop_device`]: the ioctls of loop devices, for `petal-fuse`.
+//! * [`loop_device`]: the ioctls of loop devices, for `petal-fuse`;
+//! * [`frozen`]: the ioctls that freeze and thaw a file system.
 
 pub mod client;
 pub mod clock;
 pub mod disk;
 pub mod engine;
+pub mod frozen;
 pub mod loop_device;
 pub mod server;
 pub mod transport;

@@ -40,6 +40,8 @@ use stdx::{Instant, Machine};
 
 /// How often a round looks again for inputs before it takes outputs.
 const LOOKS_MAX: usize = 4;
+/// How often the core is told the wall clock, if it ticks.
+const WALL_CLOCK_EVERY: std::time::Duration = std::time::Duration::from_secs(1);
 /// How long the last words of a server that stops may take to leave.
 const LAST_WORDS: std::time::Duration = std::time::Duration::from_secs(1);
 
@@ -99,6 +101,8 @@ pub struct ServerShell<M, E> {
     ended: Option<Ended>,
     /// The core was asked to end.
     told: bool,
+    /// When the core was told the wall clock last.
+    wall_clock_told: Option<Instant>,
     // Kept from round to round for their memory.
     events: VecDeque<Event>,
     completions: Vec<(usize, OpId, DiskResult)>,
@@ -130,6 +134,7 @@ where
             addresses: BTreeMap::new(),
             ended: None,
             told: false,
+            wall_clock_told: None,
             events: VecDeque::new(),
             completions: Vec::new(),
         })
@@ -249,6 +254,10 @@ where
         if let Some(at) = self.machine.next_timeout() {
             let now = clock::now();
             if at <= now {
+                if self.wall_clock_told.is_none_or(|told| now.since(told) >= WALL_CLOCK_EVERY) {
+                    self.wall_clock_told = Some(now);
+                    self.machine.handle(now, Input::WallClock { unix_seconds: clock::unix_seconds() });
+                }
                 self.machine.handle(now, Input::Tick);
             }
         }

@@ -48,6 +48,7 @@ impl Machine for Echo {
                 assert!(self.tick_at.take().unwrap() <= now);
                 "tick".to_string()
             }
+            Input::WallClock { .. } => return,
             Input::ShutDown => "told to stop".to_string(),
         };
         self.log.borrow_mut().push(note);

@@ -56,6 +56,10 @@ impl VdiskId {
     pub fn index(self) -> StateIndex {
         self.0 & ((1 << Self::INDEX_BITS) - 1)
     }
+    /// Which of those it is that the command made.
+    pub fn ordinal(self) -> usize {
+        (self.0 >> Self::INDEX_BITS) as usize
+    }
 }
 
 impl fmt::Display for VdiskId {

@@ -351,6 +351,8 @@ pub enum AdminRequest {
     Log,
     /// How this one server's scrub gets on, or that it is to.
     Scrub(ScrubOrder),
+    /// Whose space the elements are for which this one server acts, of one family; a page at a time.
+    Space(crate::space::SpaceQuestion),
 }
 
 /// Who proposed a command: a proposer draws a random id once and counts its commands.
@@ -390,6 +392,8 @@ pub enum AdminResponse {
     Log(Vec<LogLine>),
     /// The scrub as it is after the order.
     Scrub(Box<ScrubStatus>),
+    /// A page.
+    Space(Box<crate::space::SpacePart>),
 }
 
 /// A command of the log, for people.
@@ -416,7 +420,7 @@ pub enum AdminError {
         ring: Vec<ServerId>,
     },
     /// There is no such disk.
-    #[error("there is no disk named '{0}'; `petal disk list` shows the disks")]
+    #[error("{}", no_such_disk(.0))]
     NoSuchDisk(String),
     /// There is no disk with that id any more.
     #[error("the disk {0} is gone")]
@@ -426,6 +430,19 @@ pub enum AdminError {
         "{0} is starting, or cut off, and does not know the cluster's present state; try again, or ask another server"
     )]
     Starting(ServerId),
+    /// What the server has stored about its own elements cannot be read.
+    #[error("{0} cannot read its maps; `petal status` says whether one of its disks does not work")]
+    Unreadable(ServerId),
+}
+
+/// That there is no disk or snapshot of this name, in words for people.
+pub fn no_such_disk(name: &str) -> String {
+    match crate::global_state::split_name(name) {
+        (_, None) => format!("there is no disk named '{name}'; `petal disk list` shows the disks"),
+        (disk, Some(_)) => {
+            format!("there is no snapshot '{name}'; `petal snapshot list {disk}` shows those that there are")
+        }
+    }
 }
 
 /// What a client needs to reach a disk.

@@ -530,7 +530,12 @@ impl DataAccess {
         let Some(Theirs::Image(theirs)) = stale.get(&element) else { return self.end_copy(ctx, number, false) };
         let mut theirs = theirs.clone();
         keep_seen(ctx.state, element.family, &mut theirs);
-        let image = seen_image(ctx, element);
+        let mut image = seen_image(ctx, element);
+        if self.sabotage == Sabotage::NewestEpochOnly {
+            let lineages: Vec<LineageId> = image.rows.iter().skip(1).map(|r| r.lineage).collect();
+            let mut next = lineages.into_iter();
+            image.rows.retain(|r| next.next() != Some(r.lineage));
+        }
         if image == theirs && image.version != Version::ZERO {
             return self.end_copy(ctx, number, true);
         }

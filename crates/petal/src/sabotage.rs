@@ -88,6 +88,10 @@ pub enum Sabotage {
     SnapshotWithoutMark,
     /// Writes of a new epoch of a shared disk are complete before everybody has settled the snapshot.
     NoGates,
+    /// A disk shows the epoch that this server knows, although others may write a later one already.
+    DiskByOwnEpoch,
+    /// A copy of an element brings only the newest row of each lineage.
+    NewestEpochOnly,
 
     // ---- the store
     /// Replay drops single records whose data does not match its CRC, wherever they are, and goes on
@@ -107,7 +111,7 @@ pub enum Sabotage {
 
 impl Sabotage {
     /// Every rule that can be left out.
-    pub const ALL: [Sabotage; 31] = [
+    pub const ALL: [Sabotage; 33] = [
         Sabotage::AckBeforeSecondary,
         Sabotage::NoSettlement,
         Sabotage::SettleByVersion,
@@ -134,6 +138,8 @@ impl Sabotage {
         Sabotage::FenceBeforeSettled,
         Sabotage::SnapshotWithoutMark,
         Sabotage::NoGates,
+        Sabotage::DiskByOwnEpoch,
+        Sabotage::NewestEpochOnly,
         Sabotage::ReplayDropsRecords,
         Sabotage::AckBatchesOutOfOrder,
         Sabotage::NoChain,
@@ -171,6 +177,8 @@ impl Sabotage {
             Sabotage::FenceBeforeSettled => "fence-before-settled",
             Sabotage::SnapshotWithoutMark => "snapshot-without-mark",
             Sabotage::NoGates => "no-gates",
+            Sabotage::DiskByOwnEpoch => "disk-by-own-epoch",
+            Sabotage::NewestEpochOnly => "newest-epoch-only",
             Sabotage::ReplayDropsRecords => "replay-drops-records",
             Sabotage::AckBatchesOutOfOrder => "ack-batches-out-of-order",
             Sabotage::NoChain => "no-chain",

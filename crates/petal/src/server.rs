@@ -1,21 +1,21 @@
 //! A Petal server: owns its rooms, and is the only file that routes between them.
 
 mod leaving;
+mod policies;
+mod settling;
 
 use crate::data_access::{Context, DataAccess};
 use crate::desk::Desk;
 use crate::disk_times::DiskTimes;
 use crate::disk_watch::DiskWatch;
-use crate::global_state::{
-    Attachment, Command, CommandError, Effects, Entry, Genesis, GlobalOutput, GlobalState, Own, State,
-};
+use crate::global_state::{Command, CommandError, Effects, Entry, Genesis, GlobalOutput, GlobalState, Own, State};
 use crate::ids::*;
 use crate::liveness::{Liveness, LivenessOutput};
 use crate::message::*;
+use crate::policy::Policies;
 use crate::sabotage::Sabotage;
 use crate::scrub::{Scrub, ScrubConfig};
 use crate::store::{Change, DiskCommand, DiskResult, Event, OpId, OpenDisk, StageError, StoreConfig, Stores, Ticket};
-use crate::translator::vdir::Vdisk;
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
 use stdx::{Duration, FastMap, Instant, Machine};
@@ -74,6 +74,11 @@ pub enum Input {
     },
     /// Time has passed.
     Tick,
+    /// The wall clock, now and then: for names and ages, and never for anything that must be right (P9).
+    WallClock {
+        /// Seconds since 1970.
+        unix_seconds: u64,
+    },
     /// The process was told to stop: hand over, then `Stopped`.
     ShutDown,
 }
@@ -183,6 +188,7 @@ pub struct Server {
     liveness: Liveness,
     data: DataAccess,
     admin: Desk,
+    policies: Policies,
     /// Tickets of the global state's writes, and the number to tell it.
     persists: FastMap<Ticket, u64>,
     persist_waits: BTreeMap<u64, usize>,
@@ -238,6 +244,7 @@ impl Server {
             liveness: Liveness::new(now, me, incarnation, config.sabotage),
             data: DataAccess::new(me, incarnation, Scrub::new(now, config.scrub), config.sabotage),
             admin: Desk::default(),
+            policies: Policies::default(),
             persists: FastMap::new(),
             persist_waits: BTreeMap::new(),
             unstaged: VecDeque::new(),
@@ -331,7 +338,9 @@ impl Server {
             }
             Input::Refused { server } => self.on_refused(server),
             Input::Message { from, message } => self.on_message(from, message),
-            Input::Disk { .. } | Input::Tick | Input::ShutDown => unreachable!("handled before routing"),
+            Input::Disk { .. } | Input::Tick | Input::WallClock { .. } | Input::ShutDown => {
+                unreachable!("handled before routing")
+            }
         }
     }
 
@@ -492,6 +501,9 @@ impl Server {
             AdminRequest::State => Ok(AdminResponse::State(self.global().state().encode())),
             AdminRequest::Verify { after } => {
                 return self.with_data(|data, ctx| data.on_verify(ctx, client, tag, after));
+            }
+            AdminRequest::Space(question) => {
+                return self.with_data(|data, ctx| data.on_space(ctx, client, tag, question));
             }
             AdminRequest::Scrub(order) => {
                 let status = self.with_data(|data, ctx| data.on_scrub_order(ctx, order));
@@ -773,64 +785,6 @@ impl Server {
         }
     }
 
-    /// These servers are down by the command `index`: nobody waits for them. What waited is settled when every
-    /// server that is left has settled that command (2.1).
-    fn on_downs(&mut self, index: StateIndex, downs: Vec<ServerId>) {
-        let me = self.me;
-        // Of a life that is joining only the number is known: it may have been another's, whose disk was copied.
-        let is_own_end = self.is_out() && self.stage == Stage::Running;
-        let state = self.global().state();
-        let left = settlers(state);
-        for server in self.admin.on_downs(index, &downs, &left) {
-            self.ask_to_settle(server, index);
-        }
-        let opened = self.data.gates.on_downs(index, &downs, &left) | self.data.gates.on_applied(me, index);
-        if opened {
-            self.with_data(|data, ctx| data.complete_what_waited(ctx));
-        }
-        if is_own_end && !std::mem::replace(&mut self.ended, true) {
-            let why = format!("{me} was not heard from and is declared down; it starts again as a new life");
-            self.out.push_back(Output::Restart(why));
-        }
-    }
-
-    fn on_settled(&mut self, server: ServerId, index: StateIndex) {
-        self.admin.on_settled(server, index, &mut self.out);
-        if self.data.gates.on_settled(server, index) {
-            self.with_data(|data, ctx| data.complete_what_waited(ctx));
-        }
-    }
-
-    /// Writes of these disks that get their epoch from here on wait until the present index is settled.
-    fn close_gate(&mut self, disks: &[VdiskId]) {
-        if disks.is_empty() {
-            return;
-        }
-        let state = self.global().state();
-        let (index, settlers) = (state.index, settlers(state));
-        self.data.gates.close(index, disks, &settlers);
-        for server in settlers {
-            self.ask_to_settle(server, index);
-        }
-    }
-
-    /// What was decided while this server was not there may have begun new epochs.
-    fn close_gate_of_all(&mut self) {
-        let state = self.global().state();
-        let is_shared = |s: &&SessionId| state.session(**s).is_some_and(|s| s.mode == Attachment::Shared);
-        let shared = |d: &&Vdisk| d.sessions.iter().any(|s| is_shared(&s));
-        let disks: Vec<VdiskId> = state.vdisks.values().filter(shared).map(|d| d.id).collect();
-        self.close_gate(&disks);
-    }
-
-    fn ask_to_settle(&mut self, server: ServerId, index: StateIndex) {
-        if server == self.me {
-            self.with_data(|data, ctx| data.on_settle(ctx, Peer::Server(server), index));
-        } else {
-            self.send(server, Body::Settle(Settle { index }));
-        }
-    }
-
     fn on_applied(&mut self, id: CommandId, index: StateIndex, effects: Effects) {
         if !effects.names.is_empty() {
             self.liveness_follows(effects.names.contains(&self.me));
@@ -856,12 +810,13 @@ impl Server {
             for family in &effects.families_narrowed {
                 self.data.want_reclaim(*family);
             }
-            self.close_gate(&effects.new_epochs_shared);
+            self.close_gate(&effects.new_epochs_gated);
         }
         if let Some(key) = self.own_commands.remove(&(id.proposer, id.number)) {
             self.with_data(|data, ctx| data.on_proposal_decided(ctx, key));
         }
         self.on_executed(id, effects.narrows);
+        self.policies_follow(id);
         if !effects.downs.is_empty() {
             self.on_downs(index, effects.downs);
         }
@@ -958,7 +913,9 @@ impl Machine for Server {
                     self.stores.retry_growth();
                 }
                 self.watch_disks();
+                self.look_at_policies();
             }
+            Input::WallClock { unix_seconds } => self.policies.on_wall_clock(now, unix_seconds),
             Input::ShutDown => self.shut_down(),
             input if self.global.is_none() => self.early.push_back(input),
             input => self.route(input),

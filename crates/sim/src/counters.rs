@@ -172,6 +172,48 @@ kinds! {
     ZeroedAll => "a whole disk was zeroed or discarded",
     /// The extents of a range were asked for.
     Mapped => "extents were read",
+    /// A snapshot of one disk.
+    SnapshotMade => "a snapshot was made",
+    /// Snapshots of several disks.
+    SnapshotsAtOnce => "several disks were snapshotted at one instant",
+    /// Where something was to be copied back.
+    SnapshotInRecovery => "a snapshot was made while a member was out of sync",
+    /// The disk went on in another epoch, so the command was refused.
+    EpochOver => "a snapshot, clone or rollback was refused because its epoch was over",
+    /// Somebody had a snapshot attached before the call that made it had returned.
+    SnapshotEarly => "a snapshot was attached before its call had returned",
+    /// A read of a snapshot.
+    SnapshotRead => "a snapshot was read",
+    /// A primary told others that they have all of a snapshot.
+    Marked => "a replica was told that it can serve a snapshot",
+    /// A disk was made of a snapshot.
+    ClonedSnapshot => "a snapshot was cloned",
+    /// A disk was made of a disk.
+    ClonedDisk => "a disk was cloned as it was",
+    /// A disk that began as a clone or was rolled back was written.
+    CloneWritten => "a clone was written",
+    /// A disk went back.
+    RolledBack => "a disk was rolled back",
+    /// And what it had held was kept.
+    RollbackKept => "a rollback kept what there was as a snapshot",
+    /// A snapshot was deleted.
+    SnapshotDeleted => "a snapshot was deleted",
+    /// What a clone stands on was deleted.
+    ParentDeleted => "a parent of a clone was deleted",
+    /// A deletion while something was to be copied back.
+    DeletedInRecovery => "something was deleted while a member was out of sync",
+    /// Somebody had it attached.
+    RefusedInUse => "a deletion or rollback was refused because somebody had it attached",
+    /// It was protected.
+    RefusedProtected => "a deletion was refused because of protection",
+    /// A snapshot got another name.
+    RenamedSnapshot => "a snapshot was renamed",
+    /// A snapshot was protected or released.
+    Protected => "a snapshot was protected or released",
+    /// A policy was set.
+    PolicySet => "a policy was set",
+    /// An operator ended somebody's session.
+    Evicted => "a session was ended by an operator",
     /// A read returned what a write had written.
     ReadData => "a read returned data",
 }

@@ -23,6 +23,7 @@ use petal::global_state::{Attachment, State};
 use petal::ids::VdiskId;
 use petal::message::{Admin, AdminRequest, Body, Message, ScrubOrder};
 use petal::server::{self, Peer};
+use petal::translator::vdir::Vdisk;
 use std::collections::{BTreeMap, VecDeque};
 use stdx::{Duration, Instant, Machine};
 
@@ -88,6 +89,9 @@ impl Ending {
 
 impl World {
     pub(crate) fn on_phase(&mut self) {
+        if self.options.scripted {
+            return;
+        }
         self.queue.plan(self.now + LOOK_EVERY, Event::Phase);
         let waited = self.now.since(self.ending.since);
         if self.ending.phase == Phase::Draining {
@@ -139,6 +143,13 @@ impl World {
             self.complain(complaint);
             self.stop();
         }
+    }
+
+    /// A scenario is over: from here on it goes on as in any other run.
+    pub(crate) fn end_script(&mut self) {
+        self.options.scripted = false;
+        self.calm_down();
+        self.queue.plan(self.now, Event::Phase);
     }
 
     /// The end of all faults.
@@ -221,10 +232,14 @@ impl World {
 
     fn begin_to_judge(&mut self) {
         self.enter(Phase::Judging);
-        let Some(newest) = self.newest_state() else { return };
+        let Some(newest) = self.newest_state().cloned() else { return };
+        self.adopt_all(&newest);
         let known = &self.workload.disks;
-        let disks = newest.vdisks.values().filter(|v| known.contains_key(&v.id));
-        self.ending.to_judge = disks.map(|v| (v.id, v.name.clone())).collect();
+        let all = newest.vdisks.values().filter(|v| known.contains_key(&v.id));
+        let (snapshots, disks): (Vec<&Vdisk>, Vec<&Vdisk>) = all.partition(|v| v.is_snapshot());
+        // Snapshots are the same when all the disks have been written once more.
+        let order = snapshots.iter().chain(&disks).chain(&snapshots);
+        self.ending.to_judge = order.map(|v| (v.id, v.name.clone())).collect();
         self.ending.judge = self.clients.len();
         self.clients.push(ClientHost {
             clock: Clock::new(0, 0),
@@ -274,9 +289,10 @@ impl World {
         match self.ending.to_judge.pop_front() {
             Some((vdisk, name)) => {
                 self.ending.asked = Some((vdisk, name.clone()));
-                let mode = Attachment::Exclusive;
-                let request = Request::Attach { name, mode, holder: "judge".into(), take_over: true };
-                self.ask(host, request, Asked::Attach { mode, take_over: true });
+                match self.workload.is_snapshot(vdisk) {
+                    true => self.attach_as(host, name, Attachment::ReadOnly, false),
+                    false => self.attach_as(host, name, Attachment::Exclusive, true),
+                }
             }
             None => self.begin_to_scrub(),
         }
@@ -284,13 +300,16 @@ impl World {
 
     pub(crate) fn judge_attached(&mut self, _host: usize, held: Held) {
         let layout = &self.workload.disks[&held.vdisk].layout;
+        let writes = held.mode != Attachment::ReadOnly;
         let mut steps = VecDeque::new();
         for spot in &layout.spots {
             let inside: Vec<u64> = spot.iter().copied().filter(|c| *c <= held.size).collect();
             if let (Some(first), Some(last)) = (inside.first(), inside.last().filter(|_| inside.len() > 1)) {
                 steps.push_back(Step::Read(*first, *last));
-                steps.push_back(Step::Write(inside[inside.len() / 2 - 1], inside[inside.len() / 2]));
-                steps.push_back(Step::Read(*first, *last));
+                if writes {
+                    steps.push_back(Step::Write(inside[inside.len() / 2 - 1], inside[inside.len() / 2]));
+                    steps.push_back(Step::Read(*first, *last));
+                }
             }
         }
         self.ending.steps = steps;
@@ -365,7 +384,7 @@ impl World {
         let mut found = BTreeMap::new();
         for host in 0..self.servers.len() {
             let Some(id) = self.servers[host].id.filter(|_| !self.servers[host].has_failed()) else { continue };
-            let examined = checkers::addresses::examine(&mut self.servers[host], &self.options);
+            let examined = checkers::addresses::examine(&mut self.servers[host], &self.options, &state);
             for complaint in &examined.complaints {
                 self.complain(format!("the disks of {id}: {complaint}"));
             }
@@ -382,10 +401,8 @@ impl World {
         for complaint in self.history.complaints().to_vec() {
             self.complain(complaint);
         }
-        for complaint in checkers::linearizability::complaints(&self.history) {
-            self.complain(complaint);
-        }
-        for complaint in checkers::durability::complaints(&self.history) {
+        let takings = self.takings();
+        for complaint in checkers::snapshots::complaints(&self.history, &self.checkers.families, &takings) {
             self.complain(complaint);
         }
     }

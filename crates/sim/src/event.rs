@@ -3,6 +3,7 @@
 use crate::disk::Ticket;
 use crate::net::{ConnectionId, Node, Side};
 use bytes::Bytes;
+use petal::global_state::Attachment;
 use petal::ids::{DiskId, Incarnation};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -127,6 +128,17 @@ pub enum Event {
         client: usize,
         /// In which of its lives.
         life: u64,
+    },
+    /// A client tries to attach what somebody is just making.
+    Eager {
+        /// Client host.
+        client: usize,
+        /// Its name.
+        name: String,
+        /// How.
+        mode: Attachment,
+        /// How often it tries.
+        tries: u32,
     },
     /// A server that died loses disks, as soon as the others do without them.
     Lose {

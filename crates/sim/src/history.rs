@@ -6,14 +6,26 @@
 
 use crate::checkers::linearizability::{Action, Operation};
 use crate::content::{Value, ZEROS};
+use crate::families::Shown;
 use petal::ids::{SessionId, VdiskId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Number of an operation, and the value that it writes. From 1.
 pub type OperationId = u64;
 
-/// A cell of a disk: its first byte.
-pub type Cell = (VdiskId, u64);
+/// A cell of a line or of a point: its first byte.
+pub type Cell = (Shown, u64);
+
+/// Whose cells an operation is about.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Target {
+    /// The disk or snapshot: what is fenced.
+    pub vdisk: VdiskId,
+    /// What the session sees of it: where the cells are.
+    pub shown: Shown,
+    /// The session; `None`: nobody's.
+    pub session: Option<SessionId>,
+}
 
 /// How an operation ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,8 +48,7 @@ pub enum Effect {
 }
 
 struct Open {
-    vdisk: VdiskId,
-    session: Option<SessionId>,
+    target: Target,
     effect: Effect,
     invoked: u64,
     /// Cells, and whether the operation may leave this one as it was even when it is acknowledged.
@@ -48,6 +59,17 @@ struct Open {
     dead: bool,
 }
 
+/// Who did what, when, and where.
+#[derive(Clone, Copy, Debug)]
+pub struct Origin {
+    /// Who, and where.
+    pub target: Target,
+    /// What.
+    pub effect: Effect,
+    /// When it was invoked.
+    pub invoked: u64,
+}
+
 /// The history of a run.
 #[derive(Default)]
 pub struct History {
@@ -56,9 +78,10 @@ pub struct History {
     open: BTreeMap<OperationId, Open>,
     /// Sessions of the disk that are older than this one are over.
     fences: BTreeMap<VdiskId, SessionId>,
+    /// These are over, too.
+    ended: BTreeSet<SessionId>,
     complaints: Vec<String>,
-    /// Who did it and what it was, for reports.
-    origins: BTreeMap<OperationId, (Option<SessionId>, Effect)>,
+    origins: BTreeMap<OperationId, Origin>,
     cells: BTreeMap<Cell, Vec<Operation>>,
     finished: u64,
     unknown: u64,
@@ -67,20 +90,25 @@ pub struct History {
 impl History {
     /// An operation begins. Each cell says whether the operation may leave it alone (a discard of part
     /// of a block).
-    pub fn invoke(
-        &mut self,
-        vdisk: VdiskId,
-        session: Option<SessionId>,
-        effect: Effect,
-        cells: Vec<(u64, bool)>,
-    ) -> OperationId {
+    pub fn invoke(&mut self, target: Target, effect: Effect, cells: Vec<(u64, bool)>) -> OperationId {
         self.next += 1;
         let invoked = self.tick();
-        self.origins.insert(self.next, (session, effect));
-        let fence = self.fences.get(&vdisk);
-        let dead = fence.zip(session).is_some_and(|(fence, session)| session < *fence);
-        self.open.insert(self.next, Open { vdisk, session, effect, invoked, cells, fenced: None, dead });
+        self.origins.insert(self.next, Origin { target, effect, invoked });
+        let fence = self.fences.get(&target.vdisk).copied();
+        let is_over = |session| fence.is_some_and(|fence| session < fence) || self.ended.contains(&session);
+        let dead = target.session.is_some_and(is_over);
+        self.open.insert(self.next, Open { target, effect, invoked, cells, fenced: None, dead });
         self.next
+    }
+
+    /// The number of the newest operation.
+    pub fn last(&self) -> OperationId {
+        self.next
+    }
+
+    /// A moment, between all others.
+    pub fn moment(&mut self) -> u64 {
+        self.tick()
     }
 
     /// A read saw this in one of its cells. Called before `finish`.
@@ -89,7 +117,7 @@ impl History {
         let open = &self.open[&id];
         debug_assert_eq!(open.effect, Effect::Read);
         let read = Operation { id, invoked: open.invoked, returned, optional: false, action: Action::Read(value) };
-        self.cells.entry((open.vdisk, cell)).or_default().push(read);
+        self.cells.entry((open.target.shown, cell)).or_default().push(read);
     }
 
     /// An operation ends.
@@ -115,7 +143,7 @@ impl History {
         if open.dead {
             // (A discard that may leave all of its cells alone need not ask anybody.)
             if acknowledged.is_some() && open.cells.iter().any(|c| !c.1) {
-                let (vdisk, session) = (open.vdisk, open.session);
+                let Target { vdisk, session, .. } = open.target;
                 let words =
                     format!("operation {id} on {vdisk} was acknowledged although {session:?} was fenced before");
                 self.complaints.push(words);
@@ -127,7 +155,7 @@ impl History {
             let returned = open.fenced.or(acknowledged).unwrap_or(u64::MAX);
             let optional = may_skip || acknowledged.is_none();
             let write = Operation { id, invoked: open.invoked, returned, optional, action: Action::Write(value) };
-            self.cells.entry((open.vdisk, cell)).or_default().push(write);
+            self.cells.entry((open.target.shown, cell)).or_default().push(write);
         }
     }
 
@@ -137,18 +165,34 @@ impl History {
         let now = self.tick();
         let fence = self.fences.entry(vdisk).or_insert(keep);
         *fence = keep.max(*fence);
-        for open in self.open.values_mut() {
-            if open.vdisk == vdisk && open.session.is_some_and(|s| s < keep) && open.fenced.is_none() {
-                open.fenced = Some(now);
-            }
+        self.end_all(now, |target| target.vdisk == vdisk && target.session.is_some_and(|s| s < keep));
+    }
+
+    /// A call returned that has ended this session: the same for what it has asked.
+    pub fn end_session(&mut self, session: SessionId) {
+        let now = self.tick();
+        self.ended.insert(session);
+        self.end_all(now, |target| target.session == Some(session));
+    }
+
+    fn end_all(&mut self, now: u64, is_over: impl Fn(&Target) -> bool) {
+        for open in self.open.values_mut().filter(|open| is_over(&open.target)) {
+            open.fenced.get_or_insert(now);
         }
+    }
+
+    /// Who did an operation, when and where; `None` for what nobody did.
+    pub fn origin_of(&self, id: OperationId) -> Option<&Origin> {
+        self.origins.get(&id)
     }
 
     /// What an operation was, in words.
     pub fn origin(&self, id: OperationId) -> String {
         match self.origins.get(&id) {
-            Some((Some(session), effect)) => format!("{effect:?} of {session}"),
-            Some((None, effect)) => format!("{effect:?} of no session"),
+            Some(Origin { target: Target { session: Some(session), .. }, effect, .. }) => {
+                format!("{effect:?} of {session}")
+            }
+            Some(origin) => format!("{:?} of no session", origin.effect),
             None => "nobody".into(),
         }
     }
@@ -163,6 +207,11 @@ impl History {
         for (id, open) in std::mem::take(&mut self.open) {
             self.record(id, open, None);
         }
+    }
+
+    /// Operations on one cell.
+    pub fn of_cell(&self, cell: Cell) -> &[Operation] {
+        self.cells.get(&cell).map_or(&[], |operations| operations)
     }
 
     /// Every cell with its operations.
@@ -187,30 +236,43 @@ impl History {
 }
 
 #[cfg(test)]
+impl Target {
+    /// A disk that is its family's only one.
+    pub(crate) fn of(vdisk: VdiskId, session: Option<SessionId>) -> Target {
+        let line = crate::families::Line { family: petal::ids::FamilyId(vdisk.0), lineage: petal::ids::LineageId(1) };
+        Target { vdisk, shown: Shown::Line(line), session }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::checkers::linearizability::{Verdict, check};
 
     const DISK: VdiskId = VdiskId(5);
 
+    fn target(session: Option<u64>) -> Target {
+        Target::of(DISK, session.map(SessionId))
+    }
+
     fn verdict(history: &History, cell: u64) -> Verdict {
-        let found = history.cells().find(|(c, _)| **c == (DISK, cell)).expect("the cell was used");
+        let found = history.cells().find(|(c, _)| **c == (target(None).shown, cell)).expect("the cell was used");
         check(found.1, ZEROS)
     }
 
     #[test]
     fn acknowledged_values_are_found_and_lost_ones_may_be() {
         let mut h = History::default();
-        let a = h.invoke(DISK, None, Effect::Write, vec![(0, false), (512, false)]);
+        let a = h.invoke(target(None), Effect::Write, vec![(0, false), (512, false)]);
         h.finish(a, End::Done);
-        let b = h.invoke(DISK, None, Effect::Write, vec![(0, false)]);
+        let b = h.invoke(target(None), Effect::Write, vec![(0, false)]);
         h.finish(b, End::Unknown);
-        let r = h.invoke(DISK, None, Effect::Read, vec![]);
+        let r = h.invoke(target(None), Effect::Read, vec![]);
         h.saw(r, 0, b);
         h.saw(r, 512, a);
         h.finish(r, End::Done);
         assert_eq!(verdict(&h, 512), Verdict::Linearizable);
-        let r = h.invoke(DISK, None, Effect::Read, vec![]);
+        let r = h.invoke(target(None), Effect::Read, vec![]);
         h.saw(r, 0, a);
         h.finish(r, End::Done);
         h.close();
@@ -218,13 +280,32 @@ mod tests {
     }
 
     #[test]
+    fn a_session_that_was_ended_changes_nothing_any_more() {
+        let mut h = History::default();
+        let w = h.invoke(target(Some(1)), Effect::Write, vec![(0, false)]);
+        let other = h.invoke(target(Some(2)), Effect::Write, vec![(4096, false)]);
+        h.end_session(SessionId(1));
+        for (cell, seen) in [(0, ZEROS), (0, w), (4096, ZEROS), (4096, other)] {
+            let r = h.invoke(target(Some(2)), Effect::Read, vec![]);
+            h.saw(r, cell, seen);
+            h.finish(r, End::Done);
+        }
+        let w = h.invoke(target(Some(1)), Effect::Write, vec![(0, false)]);
+        h.finish(w, End::Done);
+        assert_eq!(h.complaints().len(), 1);
+        h.close();
+        assert!(matches!(verdict(&h, 0), Verdict::Violation { .. }));
+        assert_eq!(verdict(&h, 4096), Verdict::Linearizable);
+    }
+
+    #[test]
     fn an_operation_of_a_fenced_session_is_never_acknowledged() {
         let mut h = History::default();
         h.fence(DISK, SessionId(2));
-        let w = h.invoke(DISK, Some(SessionId(1)), Effect::Write, vec![(0, false)]);
+        let w = h.invoke(target(Some(1)), Effect::Write, vec![(0, false)]);
         h.finish(w, End::Done);
         assert_eq!(h.complaints().len(), 1);
-        let w = h.invoke(DISK, Some(SessionId(2)), Effect::Write, vec![(0, false)]);
+        let w = h.invoke(target(Some(2)), Effect::Write, vec![(0, false)]);
         h.finish(w, End::Done);
         assert_eq!(h.complaints().len(), 1);
     }
@@ -233,12 +314,12 @@ mod tests {
     fn a_fenced_write_that_lands_late_is_a_violation() {
         let late = |fenced: bool| {
             let mut h = History::default();
-            let w = h.invoke(DISK, Some(SessionId(1)), Effect::Write, vec![(0, false)]);
+            let w = h.invoke(target(Some(1)), Effect::Write, vec![(0, false)]);
             if fenced {
                 h.fence(DISK, SessionId(2));
             }
             for seen in [ZEROS, w] {
-                let r = h.invoke(DISK, Some(SessionId(2)), Effect::Read, vec![]);
+                let r = h.invoke(target(Some(2)), Effect::Read, vec![]);
                 h.saw(r, 0, seen);
                 h.finish(r, End::Done);
             }

@@ -20,7 +20,7 @@ petal-sim: whole clusters in one thread, in virtual time, decided by a seed
   --sabotage NAME        leave out a rule, to see that it is caught (list: --sabotage help)
   --servers N  --disks N  --copies N  --operations N   instead of what the seed draws
   --fault-interval MILLISECONDS   mean time between two faults
-  --no-faults  --only-crashes  --crowded  --busy  --full  --recovering  --readers  --swift  --no-shrink
+  --no-faults  --only-crashes  --crowded  --busy  --full  --recovering  --readers  --swift  --no-shrink  --snapshots
                          likewise
   --only-fault KIND      this kind of fault only (again for more): crash-one, crash-all, stop, reset, stall, ambush,
                          cut, hold, strand, differ, ghost, crash-client, partition, freeze, sever, relapse, lag, late,
@@ -144,6 +144,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Arguments>, S
             "--full" => a.overrides.full = true,
             "--busy" => a.overrides.busy = true,
             "--readers" => a.overrides.readers = true,
+            "--snapshots" => a.overrides.snapshots = true,
             "--swift" => a.overrides.swift = true,
             "--recovering" => a.overrides.recovering = true,
             "--only-fault" => {

@@ -359,12 +359,17 @@ impl World {
         let is_one = self.servers.iter().any(|s| s.losing || s.has_failed());
         if running.len() > 1 && !is_one {
             let host = *self.chaos.pick(&running);
-            let machine = &mut self.servers[host];
-            machine.losing = true;
-            let life = machine.life.as_ref().expect("it runs").server.incarnation();
-            self.crash_server(host);
-            self.queue.plan(self.now, Event::Lose { host, life, tries: 0 });
+            self.lose_disks_of(host);
         }
+    }
+
+    /// The same of this one, which runs.
+    pub(crate) fn lose_disks_of(&mut self, host: usize) {
+        let machine = &mut self.servers[host];
+        machine.losing = true;
+        let life = machine.life.as_ref().expect("it runs").server.incarnation();
+        self.crash_server(host);
+        self.queue.plan(self.now, Event::Lose { host, life, tries: 0 });
     }
 
     /// Waits until the server is in no in-sync set; then some of its disks are gone. If that takes too long it comes
@@ -566,7 +571,7 @@ impl World {
     }
 
     /// Connections of a host with other servers.
-    fn links(&self, host: usize) -> Vec<(ConnectionId, Side)> {
+    pub(crate) fn links(&self, host: usize) -> Vec<(ConnectionId, Side)> {
         let Some(at) = self.servers[host].end_point(host) else { return Vec::new() };
         let is_between = |ends: [EndPoint; 2]| ends.iter().all(|e| matches!(e.node, Node::Server(_)));
         let mut links = self.net.of(at);

@@ -75,6 +75,10 @@ pub struct Options {
     pub power_loss_at_end: bool,
     /// Every second client only reads: it does not learn from its own writes who acts by now.
     pub readers: bool,
+    /// What is done with snapshots and clones, if anything.
+    pub snapshots: Option<SnapshotMix>,
+    /// Nobody does anything by himself: a scenario asks for everything.
+    pub scripted: bool,
     /// A rule that is left out on purpose.
     pub sabotage: Sabotage,
 }
@@ -170,6 +174,37 @@ pub struct Mix {
     pub shrink: bool,
 }
 
+/// What is done with snapshots and clones: how likely each operation is, relative to the others.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SnapshotMix {
+    /// Time between two of them, about.
+    pub every: Duration,
+    /// Snapshot of one disk.
+    pub one: u64,
+    /// Snapshots of several disks at one instant.
+    pub several: u64,
+    /// Clone of a snapshot.
+    pub clone_snapshot: u64,
+    /// Clone of a disk as it is.
+    pub clone_disk: u64,
+    /// A disk goes back to a snapshot.
+    pub rollback: u64,
+    /// Delete a snapshot, a clone, a parent, or several of them.
+    pub delete: u64,
+    /// Another name for a snapshot.
+    pub rename: u64,
+    /// Protect, release.
+    pub protect: u64,
+    /// Set a policy.
+    pub policy: u64,
+    /// End somebody's session.
+    pub evict: u64,
+    /// In so many of a hundred times somebody attaches what is being made before the call has returned.
+    pub eager_percent: u64,
+    /// Snapshots and clones at one time: with so many the next thing is to delete one.
+    pub most: usize,
+}
+
 /// What the caller wants instead of what the seed draws.
 #[derive(Clone, Debug, Default)]
 pub struct Overrides {
@@ -205,6 +240,10 @@ pub struct Overrides {
     pub swift: bool,
     /// Every second client only reads; and the run is long enough for several leases to end.
     pub readers: bool,
+    /// Snapshots are made, also where the seed draws none; with `crowded` nothing but snapshots.
+    pub snapshots: bool,
+    /// Nobody does anything by himself, and there are no faults.
+    pub scripted: bool,
     /// These faults only.
     pub faults: Option<FaultWeights>,
 }
@@ -246,6 +285,8 @@ impl Options {
             scrub_period: Some(petal::scrub::PERIOD_DEFAULT),
             readers: false,
             power_loss_at_end: prng.chance(1, 2),
+            snapshots: None,
+            scripted: overrides.scripted,
             sabotage: overrides.sabotage,
         };
         // Drawn apart, so that the rest of a seed's run stays what it was.
@@ -263,6 +304,11 @@ impl Options {
             options.faults.hang = *more.pick(&[0, 0, 1, 3]);
             options.faults.fail = *more.pick(&[0, 0, 1, 3]);
             options.faults.stumble = *more.pick(&[0, 1, 3]);
+        }
+        let mut newest = Prng::new(last.clone().next_u64() ^ 0x5a4b);
+        // Where it is measured how long something takes: a failure while a gate is closed may cost more (P6).
+        if overrides.snapshots || !overrides.crowded && !overrides.swift && newest.chance(1, 2) {
+            options.take_snapshots(&mut newest, overrides.crowded);
         }
         options.apply(overrides);
         if overrides.recovering {
@@ -283,6 +329,16 @@ impl Options {
             options.fault_interval = overrides.fault_interval.or(Some(Duration::from_millis(1500)));
         }
         options
+    }
+
+    /// Disks are snapshotted, cloned and rolled back, and there is mostly room for that.
+    fn take_snapshots(&mut self, prng: &mut Prng, crowded: bool) {
+        self.snapshots = Some(if crowded { SnapshotMix::crowded(prng) } else { SnapshotMix::draw(prng) });
+        if !crowded {
+            self.data = *prng.pick(&[Some(6 << 20), Some(24 << 20), Some(24 << 20), None]);
+            self.operations = self.operations.max(600);
+            self.faulty = self.faulty.max(Duration::from_millis(1500));
+        }
     }
 
     /// Servers stay away for a while and miss much.
@@ -329,7 +385,7 @@ impl Options {
             self.faulty = Duration::from_secs(10);
             self.client_deadline = None;
         }
-        if overrides.no_faults {
+        if overrides.no_faults || overrides.scripted {
             self.fault_interval = None;
             self.power_loss_at_end = false;
         }
@@ -458,6 +514,33 @@ impl FaultWeights {
             self.isolate,
             self.oust,
         ]
+    }
+}
+
+impl SnapshotMix {
+    fn draw(prng: &mut Prng) -> SnapshotMix {
+        let mut some = |often: u64| *prng.pick(&[0, 1, often]);
+        SnapshotMix {
+            one: 2 + some(6),
+            several: some(3),
+            clone_snapshot: some(3),
+            clone_disk: some(2),
+            rollback: some(3),
+            delete: some(3),
+            rename: some(1),
+            protect: some(1),
+            policy: some(1),
+            evict: some(2),
+            every: Duration::from_millis(*prng.pick(&[20, 60, 200])),
+            eager_percent: *prng.pick(&[0, 30, 100]),
+            most: *prng.pick(&[3, 8, 20]),
+        }
+    }
+
+    /// Nothing but snapshots of the one disk, in quick succession, and always somebody who reads them at once.
+    fn crowded(prng: &mut Prng) -> SnapshotMix {
+        let every = Duration::from_millis(*prng.pick(&[15, 40, 80]));
+        SnapshotMix { every, one: 1, eager_percent: 100, most: 20, ..SnapshotMix::default() }
     }
 }
 

@@ -2,13 +2,16 @@
 //!
 //! Data clients attach disks, keep some operations outstanding on the hot cells ([`crate::content`]),
 //! detach, take disks over from each other, and die. One operator lets servers join and makes, renames,
-//! resizes and deletes disks meanwhile. What they are told is checked on the spot where it is wrong by
-//! itself (an error that cannot be, bytes that nobody wrote), and goes into the history for the rest.
+//! resizes and deletes disks meanwhile; another one, in some runs, snapshots, clones and rolls back (`keeper.rs`).
+//! What they are told is checked on the spot where it is wrong by itself (an error that cannot be, bytes that nobody
+//! wrote), and goes into the history for the rest.
 
 use crate::content::{Layout, ZEROS, fill, read_cell};
 use crate::counters::Kind;
-use crate::history::{Effect, End, OperationId};
+use crate::families::Shown;
+use crate::history::{Effect, End, OperationId, Target};
 use crate::host::{Arrival, address_of};
+use crate::keeper::{Birth, Kept};
 use crate::net::Node;
 use crate::options::Options;
 use crate::world::World;
@@ -26,6 +29,8 @@ use stdx::{Duration, Instant, Prng};
 pub enum Role {
     /// Manages.
     Operator,
+    /// Manages snapshots and clones.
+    Keeper,
     /// Reads and writes.
     Data,
     /// Reads everything at the end.
@@ -70,6 +75,8 @@ pub enum Asked {
     },
     /// An attachment.
     Attach {
+        /// Of what.
+        name: String,
         /// How.
         mode: Attachment,
         /// From others.
@@ -79,6 +86,8 @@ pub enum Asked {
     Detach,
     /// A management call.
     Admin(Call),
+    /// What a scenario asks, and looks at itself.
+    Scripted,
 }
 
 /// Kinds of operations.
@@ -132,12 +141,18 @@ pub enum Call {
     },
     /// A server is asked to stop.
     Stop,
+    /// What the keeper asks.
+    Kept(Kept),
 }
 
 /// What is known of a virtual disk.
 #[derive(Clone, Debug)]
 pub struct Disk {
-    /// Names that it may have.
+    /// Of a snapshot: the disk that it was made of.
+    pub of: Option<VdiskId>,
+    /// The command that closed what it stands on: see `Workload::takings`.
+    pub taken: Option<usize>,
+    /// Names that it may have; of a snapshot, without that of its disk.
     pub names: Vec<String>,
     /// Its hot set.
     pub layout: Layout,
@@ -151,8 +166,8 @@ pub struct Disk {
 
 /// What all clients share.
 pub struct Workload {
-    prng: Prng,
-    /// Disks that were made.
+    pub(crate) prng: Prng,
+    /// Disks and snapshots that were made.
     pub disks: BTreeMap<VdiskId, Disk>,
     /// Hosts of learners that have not joined.
     to_join: Vec<usize>,
@@ -163,6 +178,12 @@ pub struct Workload {
     think: Duration,
     /// Nothing new is begun.
     pub stopped: bool,
+    /// Snapshots and clones that were asked for, by name: each name is used once.
+    pub births: BTreeMap<String, Birth>,
+    /// Commands that closed an epoch: when they were asked for, and done.
+    pub takings: Vec<(u64, Option<u64>)>,
+    /// What the keeper is about to do, and how often he has tried.
+    pub intent: Option<(crate::keeper::Intent, u32)>,
 }
 
 impl Workload {
@@ -179,6 +200,9 @@ impl Workload {
             names: 0,
             think,
             stopped: false,
+            births: BTreeMap::new(),
+            takings: Vec::new(),
+            intent: None,
         }
     }
 
@@ -187,15 +211,37 @@ impl Workload {
         self.to_join.is_empty() && self.to_create == 0
     }
 
-    fn new_name(&mut self) -> String {
+    /// A name that nothing has or will have.
+    pub fn new_name(&mut self, what: &str) -> String {
         self.names += 1;
-        format!("disk-{}", self.names)
+        format!("{what}-{}", self.names)
     }
 
-    /// A disk that probably exists.
+    /// A disk that probably exists, no snapshot.
     fn pick_disk(&mut self) -> Option<VdiskId> {
+        let alive = self.disks.iter().filter(|(_, d)| !d.deleting && d.of.is_none());
+        let alive: Vec<VdiskId> = alive.map(|(id, _)| *id).collect();
+        (!alive.is_empty()).then(|| *self.prng.pick(&alive))
+    }
+
+    /// A disk or a snapshot, likewise.
+    fn pick_any(&mut self) -> Option<VdiskId> {
         let alive: Vec<VdiskId> = self.disks.iter().filter(|(_, d)| !d.deleting).map(|(id, _)| *id).collect();
         (!alive.is_empty()).then(|| *self.prng.pick(&alive))
+    }
+
+    /// A name of a disk, or `DISK@SNAPSHOT`.
+    fn name_of(&mut self, vdisk: VdiskId) -> String {
+        let name = self.prng.pick(&self.disks[&vdisk].names).clone();
+        match self.disks[&vdisk].of {
+            Some(of) => format!("{}@{name}", self.prng.pick(&self.disks[&of].names)),
+            None => name,
+        }
+    }
+
+    /// True for a snapshot.
+    pub fn is_snapshot(&self, vdisk: VdiskId) -> bool {
+        self.disks.get(&vdisk).is_some_and(|d| d.of.is_some())
     }
 }
 
@@ -203,6 +249,21 @@ impl User {
     /// A new life that holds nothing.
     pub fn new(role: Role) -> User {
         User { role, sessions: Vec::new(), asked: BTreeMap::new(), asked_at: BTreeMap::new() }
+    }
+
+    /// An attachment is on its way.
+    pub fn is_attaching(&self) -> bool {
+        self.asked.values().any(|a| matches!(a, Asked::Attach { .. }))
+    }
+
+    /// What it has attached.
+    pub fn sessions(&self) -> &[Held] {
+        &self.sessions
+    }
+
+    /// How much is outstanding.
+    pub fn outstanding(&self) -> usize {
+        self.asked.len()
     }
 
     /// Nothing is outstanding.
@@ -238,7 +299,7 @@ impl World {
             self.counters.count(Kind::Unfinished);
             match asked {
                 Asked::Operation { id, .. } => self.history.finish(id, End::Unknown),
-                Asked::Admin(_) | Asked::Attach { .. } | Asked::Detach => {}
+                Asked::Admin(_) | Asked::Attach { .. } | Asked::Detach | Asked::Scripted => {}
             }
         }
     }
@@ -246,10 +307,14 @@ impl World {
     pub(crate) fn on_think(&mut self, host: usize, life: u64) {
         let Some(alive) = self.clients[host].life.as_ref().filter(|l| l.driver.life == life) else { return };
         let (role, outstanding) = (alive.user.role, alive.user.asked.len());
+        if self.options.scripted {
+            return;
+        }
         if !self.workload.stopped || !self.workload.is_set_up() {
             let pause = match role {
                 Role::Judge => return self.judge_next(host),
                 Role::Operator => self.workload.think * 100 / self.options.mix.admin_percent.max(1) as u32,
+                Role::Keeper => self.options.snapshots.map_or(Duration::from_secs(1), |mix| mix.every),
                 Role::Data if self.only_reads(host) => self.workload.think * 4,
                 Role::Data => self.workload.think,
             };
@@ -262,6 +327,8 @@ impl World {
             Role::Judge => self.judge_next(host),
             Role::Operator if outstanding == 0 => self.operate(host),
             Role::Operator => {}
+            Role::Keeper if outstanding == 0 => self.keep(host),
+            Role::Keeper => {}
             Role::Data if self.workload.stopped => {}
             Role::Data if outstanding < self.depth_of(host) => self.use_disks(host),
             Role::Data => {}
@@ -283,10 +350,11 @@ impl World {
     fn use_disks(&mut self, host: usize) {
         let Some(life) = &self.clients[host].life else { return };
         let sessions = life.user.sessions.clone();
-        let attaching = life.user.asked.values().any(|a| matches!(a, Asked::Attach { .. }));
+        let attaching = life.user.is_attaching();
         let only_reads = self.only_reads(host);
+        let (most, one_in) = if self.options.snapshots.is_some() { (4, 20) } else { (2, 40) };
         let prng = &mut self.workload.prng;
-        if sessions.is_empty() || (sessions.len() < 2 && prng.chance(1, 40)) {
+        if sessions.is_empty() || (sessions.len() < most && prng.chance(1, one_in)) {
             if !attaching {
                 self.attach(host);
             }
@@ -296,6 +364,11 @@ impl World {
         if held.shrinking {
             return;
         }
+        // Who has read a snapshot a few times is done with it: so that it can be deleted.
+        if self.workload.is_snapshot(held.vdisk) && self.workload.prng.chance(1, 12) {
+            return self.detach(host, held.session);
+        }
+        let prng = &mut self.workload.prng;
         if only_reads {
             return self.read(host, held);
         }
@@ -319,18 +392,48 @@ impl World {
     }
 
     fn attach(&mut self, host: usize) {
-        let Some(vdisk) = self.workload.pick_disk() else { return };
+        let Some(vdisk) = self.pick_to_attach(host) else { return };
+        let name = self.workload.name_of(vdisk);
+        let only_reads = self.only_reads(host) && self.options.snapshots.is_some();
         let prng = &mut self.workload.prng;
-        let name = prng.pick(&self.workload.disks[&vdisk].names).clone();
         let mode = match self.options.crowded {
+            _ if only_reads || self.workload.disks[&vdisk].of.is_some() => Attachment::ReadOnly,
             true => Attachment::Shared,
             false => draw_mode(prng),
         };
         let take_over = prng.chance(2, 5);
-        let request = Request::Attach { name, mode, holder: format!("client {host}"), take_over };
-        self.ask(host, request, Asked::Attach { mode, take_over });
+        self.attach_as(host, name, mode, take_over);
     }
-    fn detach(&mut self, host: usize, session: SessionId) {
+
+    /// Where there are snapshots: one of them now and then, but somebody must write.
+    fn pick_to_attach(&mut self, host: usize) -> Option<VdiskId> {
+        let holds = |life: &crate::host::ClientLife| {
+            life.user.sessions.iter().any(|held| !self.workload.is_snapshot(held.vdisk))
+        };
+        let holds_disk = self.clients[host].life.as_ref().is_some_and(holds);
+        if self.options.snapshots.is_some() && (holds_disk || self.workload.prng.chance(1, 4)) {
+            return self.workload.pick_any();
+        }
+        self.workload.pick_disk()
+    }
+
+    /// Attaches a disk or snapshot by name.
+    pub fn attach_as(&mut self, host: usize, name: String, mode: Attachment, take_over: bool) {
+        let request = Request::Attach { name: name.clone(), mode, holder: format!("client {host}"), take_over };
+        self.ask(host, request, Asked::Attach { name, mode, take_over });
+    }
+
+    /// Whose cells an operation of a session is about.
+    fn target(&mut self, held: &Held) -> Option<Target> {
+        let shown = self.checkers.families.shown(held.vdisk, held.session);
+        if shown.is_none() {
+            self.complain(format!("{} was attached as {}, and no server knows it", held.vdisk, held.session));
+        }
+        Some(Target { vdisk: held.vdisk, shown: shown?, session: Some(held.session) })
+    }
+
+    /// Gives a session back.
+    pub fn detach(&mut self, host: usize, session: SessionId) {
         let Some(life) = &mut self.clients[host].life else { return };
         life.user.sessions.retain(|h| h.session != session);
         self.ask(host, Request::Detach { session }, Asked::Detach);
@@ -341,7 +444,8 @@ impl World {
         disk.layout.draw_range(&mut self.workload.prng, held.size)
     }
 
-    fn read(&mut self, host: usize, held: Held) {
+    /// Reads something.
+    pub fn read(&mut self, host: usize, held: Held) {
         if let Some((start, end)) = self.draw_range(&held) {
             self.read_range(host, held, start, end);
         }
@@ -349,7 +453,8 @@ impl World {
 
     /// Reads a range of cells.
     pub fn read_range(&mut self, host: usize, held: Held, start: u64, end: u64) {
-        let id = self.history.invoke(held.vdisk, Some(held.session), Effect::Read, Vec::new());
+        let Some(target) = self.target(&held) else { return };
+        let id = self.history.invoke(target, Effect::Read, Vec::new());
         let request = Request::Read { session: held.session, offset: start, length: end - start };
         self.ask(host, request, Asked::Operation { id, held, what: What::Read(start, end) });
     }
@@ -362,8 +467,9 @@ impl World {
 
     /// Writes a range of cells.
     pub fn write_range(&mut self, host: usize, held: Held, start: u64, end: u64) {
+        let Some(target) = self.target(&held) else { return };
         let cells = self.workload.disks[&held.vdisk].layout.cells(start, end).map(|c| (c.0, false)).collect();
-        let id = self.history.invoke(held.vdisk, Some(held.session), Effect::Write, cells);
+        let id = self.history.invoke(target, Effect::Write, cells);
         if !start.is_multiple_of(BLOCK_SIZE) || !end.is_multiple_of(BLOCK_SIZE) {
             self.counters.count(Kind::UnalignedWrite);
         }
@@ -372,6 +478,9 @@ impl World {
         }
         if start >= 1 << 40 {
             self.counters.count(Kind::FarWrite);
+        }
+        if matches!(target.shown, Shown::Line(line) if self.checkers.families.parent(line).is_some()) {
+            self.counters.count(Kind::CloneWritten);
         }
         let data = fill(id, start, end - start);
         let request = Request::Write { session: held.session, offset: start, data };
@@ -401,9 +510,10 @@ impl World {
             let block = cell / BLOCK_SIZE * BLOCK_SIZE;
             block >= start && block + BLOCK_SIZE <= end
         };
+        let Some(target) = self.target(&held) else { return };
         let layout = &self.workload.disks[&held.vdisk].layout;
         let cells = layout.cells(start, end).map(|c| (c.0, discard && !whole(c.0))).collect();
-        let id = self.history.invoke(held.vdisk, Some(held.session), Effect::Zero, cells);
+        let id = self.history.invoke(target, Effect::Zero, cells);
         let request = Request::Zero { session: held.session, offset: start, length: end - start, discard };
         self.ask(host, request, Asked::Operation { id, held, what });
     }
@@ -451,7 +561,8 @@ impl World {
         let all = self.workload.prng.chance(1, 3).then_some((0, held.size));
         if let Some((start, end)) = all.or_else(|| self.draw_range(&held)) {
             self.counters.count(Kind::Mapped);
-            let id = self.history.invoke(held.vdisk, Some(held.session), Effect::Read, Vec::new());
+            let Some(target) = self.target(&held) else { return };
+            let id = self.history.invoke(target, Effect::Read, Vec::new());
             let request = Request::Extents { session: held.session, offset: start, length: end - start, than: None };
             self.ask(host, request, Asked::Operation { id, held, what: What::Extents(start, end) });
         }
@@ -473,10 +584,13 @@ impl World {
         match (asked, result) {
             (Asked::Operation { id, held, what }, Ok(response)) => self.on_operation(host, id, &held, what, response),
             (Asked::Operation { id, held, what }, Err(error)) => self.on_operation_error(host, id, held, what, error),
-            (Asked::Attach { mode, take_over }, Ok(Response::Attached { session, vdisk, size })) => {
+            (Asked::Attach { name, mode, take_over }, Ok(Response::Attached { session, vdisk, size })) => {
+                self.adopt(vdisk, &name);
                 self.on_attached(host, Held { session, vdisk, size, mode, shrinking: false }, take_over);
             }
             (Asked::Attach { .. }, Err(error)) => self.on_attach_error(host, error),
+            (Asked::Scripted, result) => self.answers.push(result),
+            (Asked::Admin(Call::Kept(kept)), result) => self.on_kept(host, kept, result),
             (Asked::Detach, Ok(Response::Done)) => self.counters.count(Kind::Detached),
             (Asked::Detach, Err(error)) => self.trace.words(self.now, || format!("detach: {error}")),
             (Asked::Admin(call), Ok(Response::Admin(AdminResponse::Executed { outcome, unsettled, .. }))) => {
@@ -516,6 +630,9 @@ impl World {
             return self.complain(format!("operation {id} read {} bytes of {start}..{end}", bytes.len()));
         }
         let cells: Vec<(u64, u64)> = self.workload.disks[&vdisk].layout.cells(start, end).collect();
+        if self.workload.is_snapshot(vdisk) {
+            self.counters.count(Kind::SnapshotRead);
+        }
         for (cell, cell_end) in cells {
             match read_cell(&bytes[(cell - start) as usize..(cell_end - start) as usize], cell) {
                 Ok(value) => {
@@ -602,6 +719,8 @@ impl World {
         life.user.sessions.push(held.clone());
         if judging {
             self.judge_attached(host, held);
+        } else if self.workload.is_snapshot(held.vdisk) && !self.options.scripted {
+            self.read_at_once(host, &held);
         }
     }
 
@@ -637,15 +756,17 @@ impl World {
         if self.workload.stopped || self.options.mix.admin_percent == 0 {
             return;
         }
+        let disks = self.workload.disks.values().filter(|d| d.of.is_none()).count();
         match self.workload.prng.below(8) {
-            0 | 1 if self.workload.disks.len() < 6 => self.create(host),
+            0 | 1 if disks < 6 => self.create(host),
             2 | 3 => self.rename(host),
             4..=6 => self.grow(host),
             _ => self.delete(host),
         }
     }
 
-    fn execute(&mut self, host: usize, command: Command, call: Call) {
+    /// Executes a command.
+    pub fn execute(&mut self, host: usize, command: Command, call: Call) {
         self.ask(host, crate::ask::execute(command), Asked::Admin(call));
     }
 
@@ -666,14 +787,19 @@ impl World {
             true => Scheme::Striped,
             false => scheme_of(*self.workload.prng.pick(&copies)),
         };
-        let name = self.workload.new_name();
+        let name = self.workload.new_name("disk");
         let command = Command::CreateDisk { name: name.clone(), size, scheme, stripe_unit: self.options.stripe_unit };
         self.execute(host, command, Call::Create { name, size });
     }
 
     fn rename(&mut self, host: usize) {
         let Some(vdisk) = self.workload.pick_disk() else { return };
-        let name = self.workload.new_name();
+        self.rename_to_something(host, vdisk);
+    }
+
+    /// Gives a disk or snapshot a name that nothing had.
+    pub fn rename_to_something(&mut self, host: usize, vdisk: VdiskId) {
+        let name = self.workload.new_name(if self.workload.is_snapshot(vdisk) { "snap" } else { "disk" });
         let disk = self.workload.disks.get_mut(&vdisk).expect("it was picked");
         disk.names.push(name.clone());
         self.execute(host, Command::RenameDisk { vdisk, name: name.clone() }, Call::Rename { vdisk, name });
@@ -688,7 +814,7 @@ impl World {
     }
 
     fn delete(&mut self, host: usize) {
-        let alive = self.workload.disks.values().filter(|d| !d.deleting).count();
+        let alive = self.workload.disks.values().filter(|d| !d.deleting && d.of.is_none()).count();
         let Some(vdisk) = self.workload.pick_disk().filter(|_| alive > 1) else { return };
         self.workload.disks.get_mut(&vdisk).expect("it was picked").deleting = true;
         self.execute(host, Command::DeleteDisk { vdisk }, Call::Delete { vdisk });
@@ -720,13 +846,18 @@ impl World {
                     true => Layout::crowded(&mut self.workload.prng, size),
                     false => Layout::draw(&mut self.workload.prng, size, self.options.stripe_unit),
                 };
-                let disk = Disk { names: vec![name], layout, full_size: size, resized: false, deleting: false };
+                let names = vec![name];
+                let disk =
+                    Disk { of: None, taken: None, names, layout, full_size: size, resized: false, deleting: false };
                 if self.workload.disks.insert(vdisk, disk).is_some() {
                     self.complain(format!("two disks were made with the id {vdisk}"));
                 }
             }
             (Call::Rename { vdisk, name }, Outcome::Done) => {
                 self.counters.count(Kind::Renamed);
+                if self.workload.is_snapshot(vdisk) {
+                    self.counters.count(Kind::RenamedSnapshot);
+                }
                 if let Some(disk) = self.workload.disks.get_mut(&vdisk) {
                     disk.names = vec![name];
                 }
@@ -772,7 +903,8 @@ fn draw_mode(prng: &mut Prng) -> Attachment {
     }
 }
 
-fn scheme_of(copies: usize) -> Scheme {
+/// The scheme with so many copies.
+pub fn scheme_of(copies: usize) -> Scheme {
     match copies {
         1 => Scheme::Striped,
         2 => Scheme::Chained,

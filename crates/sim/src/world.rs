@@ -81,6 +81,8 @@ pub struct World {
     pub lied: bool,
     /// What an assassin waits for.
     pub trap: Option<Trap>,
+    /// Answers to what a scenario asked.
+    pub answers: Vec<Result<client::Response, client::RequestError>>,
     prng: Prng,
     frames: u64,
     stopped: bool,
@@ -92,7 +94,8 @@ impl World {
         let net = SimNet::new(options.net, prng.fork());
         let genesis = draw_genesis(&mut prng, options.ring);
         let servers = (0..options.servers).map(|host| draw_server(&mut prng, &options, &genesis, host)).collect();
-        let clients = (0..options.clients + 1).map(|i| draw_client(&mut prng, &options, i)).collect();
+        let managers = 1 + usize::from(options.snapshots.is_some());
+        let clients = (0..options.clients + managers).map(|i| draw_client(&mut prng, &options, i)).collect();
         let workload = Workload::new(&options, prng.fork());
         let chaos = prng.fork();
         let mut world = World {
@@ -115,6 +118,7 @@ impl World {
             longest: Duration::ZERO,
             lied: false,
             trap: None,
+            answers: Vec::new(),
             prng,
             frames: 0,
             stopped: false,
@@ -143,15 +147,22 @@ impl World {
 
     /// Runs until the end, or until somebody complains too much.
     pub fn run(&mut self) {
-        while !self.stopped && self.complaints.len() < COMPLAINTS_MAX {
-            let Some((at, event)) = self.queue.next() else { break };
-            self.now = at;
-            if self.trace.events() > EVENTS_MAX {
-                self.complain(format!("the run does not end: {EVENTS_MAX} events"));
-                break;
-            }
-            self.step(event);
+        while self.advance() {}
+    }
+
+    /// The next thing happens; false at the end.
+    pub fn advance(&mut self) -> bool {
+        if self.stopped || self.complaints.len() >= COMPLAINTS_MAX {
+            return false;
         }
+        let Some((at, event)) = self.queue.next() else { return false };
+        self.now = at;
+        if self.trace.events() > EVENTS_MAX {
+            self.complain(format!("the run does not end: {EVENTS_MAX} events"));
+            return false;
+        }
+        self.step(event);
+        true
     }
 
     /// Ends the run.
@@ -187,6 +198,7 @@ impl World {
             Event::Ghost { from, to, frame } => self.on_ghost(from, to, frame),
             Event::Oust { host, life } => self.on_oust(host, life),
             Event::Freeze { host, time } => self.on_freeze(host, time),
+            Event::Eager { client, name, mode, tries } => self.on_eager(client, name, mode, tries),
             Event::Think { client, life } => self.on_think(client, life),
             Event::Phase => self.on_phase(),
         }
@@ -709,6 +721,9 @@ impl World {
                         Body::Replicate(Replicate { part: Part::Copy { settles: false, .. }, .. }) => {
                             self.counters.count(Kind::CopiedBack);
                         }
+                        Body::Replicate(Replicate { part: Part::Mark { .. }, .. }) => {
+                            self.counters.count(Kind::Marked);
+                        }
                         _ => {}
                     }
                     self.spring_at_message(host, to, &message);
@@ -941,6 +956,10 @@ fn draw_server(prng: &mut Prng, options: &Options, genesis: &Genesis, _host: usi
 }
 
 fn draw_client(prng: &mut Prng, options: &Options, index: usize) -> ClientHost {
-    let role = if index == 0 { Role::Operator } else { Role::Data };
+    let role = match index {
+        0 => Role::Operator,
+        _ if index <= options.clients => Role::Data,
+        _ => Role::Keeper,
+    };
     ClientHost { clock: draw_clock(prng, options), life: None, lives: 0, start_planned: false, role }
 }

@@ -3,6 +3,7 @@
 //! Nothing here does I/O, reads a clock or draws randomness: these come in as arguments
 //! (ARCHITECTURE.md, "cores are stepped, shells are thin").
 
+pub mod calendar;
 pub mod checksum;
 pub mod fast_map;
 pub mod machine;

@@ -119,6 +119,12 @@ fn check(body: &Body) -> Check {
         Body::Admin(m) => match &m.request {
             AdminRequest::Execute { id, .. } => command_id(id),
             AdminRequest::Verify { after: Some(after) } => element(after.element),
+            AdminRequest::Space(question) => {
+                counters(&[question.at])?;
+                element(question.first_element)?;
+                require(question.going.len() <= VdiskId::AT_ONCE_MAX, "too many disks")?;
+                require(question.going.is_sorted_by(|a, b| a < b), "its disks do not ascend")
+            }
             _ => Ok(()),
         },
         Body::Heartbeat(m) => {

@@ -19,7 +19,7 @@ use crate::processes::{self, Log, ProcessFile};
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use petal::client::RequestError;
-use petal::global_state::Attachment;
+use petal::global_state::{Attachment, split_name};
 use petal::message::Refusal;
 use petal_fuse::{AttachError, AttachOptions, BlockError, BlockFile, KernelDisk};
 use serde_json::json;
@@ -37,10 +37,11 @@ Example:
   petal attach vol0            prints /dev/loop0
   mkfs.ext4 /dev/loop0 && mount /dev/loop0 /mnt
   umount /mnt && petal detach vol0
+  petal attach vol0@monday     a snapshot, read-only (mount -o ro,noload)
 
 Needs root, /dev/fuse and /dev/loop-control; no kernel module of ours.")]
 pub struct Arguments {
-    /// The disk
+    /// The disk, or a snapshot of it (DISK@SNAPSHOT), which is read-only
     disk: String,
     /// Refuse writes
     #[arg(long)]
@@ -60,7 +61,8 @@ pub struct Arguments {
 }
 
 /// Attaches, or is the process that serves.
-pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
+pub fn run(place: &Place, mut arguments: Arguments) -> Result<()> {
+    arguments.read_only |= split_name(&arguments.disk).1.is_some();
     if let Some(folder) = arguments.serve.clone() {
         let place = place.clone();
         return connect::block_on(async move { serve(&place, &folder, &arguments).await });

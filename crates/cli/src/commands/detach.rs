@@ -2,9 +2,12 @@
 
 use super::attach;
 use crate::cluster_folder::ClusterFolder;
+use crate::connect::{self, Connection};
 use crate::place::Place;
 use crate::processes::ProcessFile;
 use anyhow::{Result, bail};
+use petal::global_state::Command;
+use petal::ids::SessionId;
 use petal_io::loop_device::LoopDevice;
 use rustix::process::Signal;
 use std::path::Path;
@@ -16,18 +19,39 @@ const END_LIMIT: Duration = Duration::from_secs(120);
 /// `petal detach`
 #[derive(clap::Args)]
 #[command(after_help = "\
-Example:
-  umount /mnt && petal detach vol0")]
+Examples:
+  umount /mnt && petal detach vol0
+  petal detach --session a17        one that a dead program left (`petal disk info vol0@monday` shows it)")]
 pub struct Arguments {
-    /// The disk
-    disk: String,
+    /// The disk or snapshot
+    #[arg(required_unless_present = "session")]
+    disk: Option<String>,
+    /// End this session instead, whoever has it: its holder can do nothing any more
+    #[arg(long, value_name = "ID", value_parser = parse_session, conflicts_with = "disk")]
+    session: Option<SessionId>,
 }
 
 /// Detaches.
 pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
-    detach_folder(&attach::folder_of(place, &arguments.disk)?, &arguments.disk)?;
-    println!("Detached {}.", arguments.disk);
+    if let Some(session) = arguments.session {
+        let place = place.clone();
+        connect::block_on(async move {
+            let connection = Connection::open(&place).await?;
+            connection.execute(Command::Detach { session }).await
+        })?;
+        println!("Session {session} is over.");
+    }
+    if let Some(disk) = arguments.disk {
+        detach_folder(&attach::folder_of(place, &disk)?, &disk)?;
+        println!("Detached {disk}.");
+    }
     Ok(())
+}
+
+/// `a17`.
+fn parse_session(text: &str) -> Result<SessionId, String> {
+    let number = text.strip_prefix('a').unwrap_or(text).parse().ok();
+    number.map(SessionId).ok_or_else(|| "a session is named like a17".into())
 }
 
 /// Detaches a disk of a cluster folder.

@@ -1,18 +1,22 @@
 //! `petal disk`: the virtual disks of a cluster.
 
+use super::snapshot;
 use crate::connect::{self, Connection};
 use crate::output;
 use crate::place::Place;
-use anyhow::{Result, bail, ensure};
-use petal::global_state::Attachment;
-use petal::global_state::{Command as Change, Outcome, State};
-use petal::ids::SessionId;
-use petal::ids::VdiskId;
+use crate::space::{Counting, FamilySpace};
+use crate::tree::Tree;
+use anyhow::{Result, anyhow, bail, ensure};
+use petal::global_state::{Attachment, Command as Change, Outcome, State};
+use petal::ids::{SessionId, VdiskId};
 use petal::limits::STRIPE_UNIT_DEFAULT;
+use petal::message::no_such_disk;
 use petal::translator::gmap::Scheme;
 use petal::translator::vdir::Vdisk;
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::io::{IsTerminal, Write};
+use stdx::calendar::Utc;
 
 /// `petal disk`
 #[derive(clap::Subcommand)]
@@ -21,10 +25,12 @@ Examples:
   petal disk create db 100GiB              two copies of everything
   petal disk create scratch 1TiB --copies 1
   petal disk list
+  petal disk info db --space
   petal disk resize db 200GiB
   petal disk resize db 50GiB --shrink      what lies beyond is gone
   petal disk rename db database
-  petal disk delete database")]
+  petal disk delete database
+  petal disk delete database --with-snapshots --dry-run")]
 pub enum Command {
     /// Make a disk; it takes room only as it is written
     Create {
@@ -43,19 +49,22 @@ pub enum Command {
         #[arg(long, value_parser = output::parse_size)]
         stripe_unit: Option<u64>,
         #[command(flatten)]
-        format: Format,
+        format: output::Format,
     },
     /// All disks
     List {
         #[command(flatten)]
-        format: Format,
+        format: output::Format,
     },
-    /// All about one disk
+    /// All about one disk, or one snapshot
     Info {
         /// Its name
         name: String,
+        /// Tell what it uses, and what would come back if it alone were deleted
+        #[arg(long)]
+        space: bool,
         #[command(flatten)]
-        format: Format,
+        format: output::Format,
     },
     /// Give a disk another size
     Resize {
@@ -75,6 +84,11 @@ pub enum Command {
         /// Its new name
         new_name: String,
     },
+    /// Make a clone need nothing of its parents any more; nothing that anybody reads changes
+    Flatten {
+        /// Its name
+        name: String,
+    },
     /// Delete a disk and its data
     Delete {
         /// Its name
@@ -82,15 +96,15 @@ pub enum Command {
         /// Do not ask
         #[arg(long)]
         yes: bool,
+        /// All of its snapshots, too; clones of them stay
+        #[arg(long)]
+        with_snapshots: bool,
+        /// Delete nothing; tell what would come back
+        #[arg(long)]
+        dry_run: bool,
+        #[command(flatten)]
+        format: output::Format,
     },
-}
-
-/// For people or for programs.
-#[derive(clap::Args, Clone, Copy)]
-pub struct Format {
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// Does it.
@@ -103,22 +117,25 @@ pub fn run(place: &Place, command: Command) -> Result<()> {
                 let size = size.or(size_option).expect("the command line has one of them");
                 let id = create(&connection, &name, size, copies, stripe_unit).await?;
                 if format.json {
-                    let state = connection.state().await?;
+                    let state = connection.state_with(id).await?;
                     return output::print_json(&describe(&state, find(&state, &name)?));
                 }
                 println!("Made disk {name} ({}, {copies} copies, {id}).", output::size(size));
                 Ok(())
             }
             Command::List { format } => list(&connection.state().await?, format),
-            Command::Info { name, format } => info(&connection.state().await?, &name, format),
+            Command::Info { name, space, format } => info(&connection, &name, space, format).await,
             Command::Resize { name, size, shrink } => resize(&connection, &name, size, shrink).await,
             Command::Rename { name, new_name } => {
-                let vdisk = find(&connection.state().await?, &name)?.id;
+                let vdisk = find_disk(&connection.state().await?, &name)?.id;
                 connection.execute(Change::RenameDisk { vdisk, name: new_name.clone() }).await?;
                 println!("Disk {name} is called {new_name} now.");
                 Ok(())
             }
-            Command::Delete { name, yes } => delete(&connection, &name, yes).await,
+            Command::Flatten { name } => super::flatten::flatten(&connection, &name).await,
+            Command::Delete { name, yes, with_snapshots, dry_run, format } => {
+                delete(&connection, &name, yes, with_snapshots, dry_run, format).await
+            }
         }
     })
 }
@@ -144,26 +161,50 @@ pub async fn create(
     }
 }
 
-/// The disk of a name.
+/// The disk or snapshot of a name.
 pub fn find<'a>(state: &'a State, name: &str) -> Result<&'a Vdisk> {
-    match state.vdisks.values().find(|d| d.name == name) {
-        Some(disk) => Ok(disk),
-        None => bail!("there is no disk named '{name}'; `petal disk list` shows the disks"),
-    }
+    state.vdisk_named(name).ok_or_else(|| anyhow!(no_such_disk(name)))
 }
 
-/// A disk as JSON.
+/// The disk of a name, where a snapshot will not do.
+pub fn find_disk<'a>(state: &'a State, name: &str) -> Result<&'a Vdisk> {
+    let found = find(state, name)?;
+    ensure!(
+        !found.is_snapshot(),
+        "'{name}' is a snapshot, and this is for disks; `petal snapshot --help` shows what can be done with it, and \
+         `petal clone {name} NAME` makes a disk of it"
+    );
+    Ok(found)
+}
+
+/// `1 snapshot`, `2 snapshots`.
+pub fn plural(count: usize, one: &str, many: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { many })
+}
+
+/// A disk or snapshot as JSON.
 pub fn describe(state: &State, disk: &Vdisk) -> Value {
+    describe_in(state, &Tree::new(state), disk)
+}
+
+fn describe_in(state: &State, tree: &Tree, disk: &Vdisk) -> Value {
     let family = state.families.get(&disk.family);
     let scheme = family.and_then(|f| state.gmaps.get(&f.gmap)).map(|g| g.scheme);
     let sessions = disk.sessions.iter().filter_map(|id| state.sessions.get(id));
     json!({
         "name": disk.name,
         "id": disk.id.to_string(),
+        "kind": if disk.is_snapshot() { "snapshot" } else { "disk" },
         "size": disk.size,
         "copies": scheme.map(Scheme::copies),
         "stripe_unit": family.map(|f| f.stripe_unit),
         "read_only": disk.is_snapshot(),
+        "snapshot_of": disk.snapshot_of.and_then(|of| state.vdisk(of)).map(|of| of.name.clone()),
+        "snapshots": tree.snapshots(disk.id).len(),
+        "origin": tree.origin(disk).json(),
+        "protected": disk.protected,
+        "made": disk.made,
+        "policy": snapshot::policy_json(disk.policy),
         "attached": sessions.map(|s| json!({
             "session": s.id.to_string(),
             "mode": format!("{:?}", s.mode).to_lowercase(),
@@ -172,10 +213,15 @@ pub fn describe(state: &State, disk: &Vdisk) -> Value {
     })
 }
 
-fn list(state: &State, format: Format) -> Result<()> {
+/// All disks as JSON, without their snapshots.
+pub fn describe_all(state: &State) -> Vec<Value> {
+    let tree = Tree::new(state);
+    state.vdisks.values().filter(|d| !d.is_snapshot()).map(|d| describe_in(state, &tree, d)).collect()
+}
+
+fn list(state: &State, format: output::Format) -> Result<()> {
     if format.json {
-        let disks: Vec<Value> = state.vdisks.values().map(|d| describe(state, d)).collect();
-        return output::print_json(&disks.into());
+        return output::print_json(&describe_all(state).into());
     }
     print_disks(state);
     Ok(())
@@ -183,39 +229,84 @@ fn list(state: &State, format: Format) -> Result<()> {
 
 /// The table of all disks.
 pub fn print_disks(state: &State) {
-    if state.vdisks.is_empty() {
+    let tree = Tree::new(state);
+    let disks: Vec<&Vdisk> = state.vdisks.values().filter(|d| !d.is_snapshot()).collect();
+    if disks.is_empty() {
         return println!("No disks; `petal disk create NAME SIZE` makes one.");
     }
-    let mut table = output::table(&["disk", "size", "copies", "attached by"]);
-    for disk in state.vdisks.values() {
-        let about = describe(state, disk);
+    let mut table = output::table(&["disk", "size", "copies", "snapshots", "attached by", ""]);
+    for disk in disks {
+        let about = describe_in(state, &tree, disk);
         let holders = disk.sessions.iter().filter_map(|id| state.sessions.get(id)).map(|s| s.holder.clone());
         let holders: Vec<String> = holders.collect();
-        table.add_row([disk.name.clone(), output::size(disk.size), about["copies"].to_string(), holders.join("; ")]);
+        let protected = if disk.protected { "protected".into() } else { String::new() };
+        let notes = [tree.origin(disk).words(), protected].into_iter().filter(|n| !n.is_empty());
+        table.add_row([
+            disk.name.clone(),
+            output::size(disk.size),
+            about["copies"].to_string(),
+            tree.snapshots(disk.id).len().to_string(),
+            holders.join("; "),
+            notes.collect::<Vec<_>>().join(", "),
+        ]);
     }
-    output::right(&mut table, &[1, 2]);
+    output::right(&mut table, &[1, 2, 3]);
     output::print_table(&table);
 }
 
-fn info(state: &State, name: &str, format: Format) -> Result<()> {
-    let about = describe(state, find(state, name)?);
+async fn info(connection: &Connection, name: &str, with_space: bool, format: output::Format) -> Result<()> {
+    let state = connection.state().await?;
+    let disk = find(&state, name)?;
+    let mut about = describe(&state, disk);
+    let space = if with_space {
+        let space = Counting::new(connection).family(disk.family, &BTreeSet::new()).await?;
+        let (used, exclusive) = space.members.get(&disk.id).copied().unwrap_or_default();
+        let FamilySpace { used: family, copies, .. } = space;
+        about["space"] = json!({"used": used, "exclusive": exclusive, "family": family, "pool": family * copies});
+        Some((used, exclusive, space))
+    } else {
+        None
+    };
     if format.json {
         return output::print_json(&about);
     }
-    println!("disk         {name} ({})", about["id"].as_str().unwrap_or_default());
-    println!("size         {}", output::size(about["size"].as_u64().unwrap_or(0)));
+    let is_snapshot = disk.is_snapshot();
+    println!("{} {name} ({})", if is_snapshot { "snapshot    " } else { "disk        " }, disk.id);
+    println!("size         {}", output::size(disk.size));
     println!("copies       {}", about["copies"]);
     println!("stripe unit  {}", output::size(about["stripe_unit"].as_u64().unwrap_or(0)));
+    if disk.made > 0 {
+        println!("made         {}", Utc::at(disk.made));
+    }
+    let tree = Tree::new(&state);
+    let origin = tree.origin(disk).words();
+    if !origin.is_empty() {
+        println!("origin       {origin}");
+    }
+    if disk.protected {
+        println!("protected    `petal snapshot release {name}` takes that back");
+    }
+    if !is_snapshot {
+        println!("snapshots    {}", tree.snapshots(disk.id).len());
+    }
+    if !disk.policy.is_empty() {
+        println!("policy       {}", snapshot::policy_sentence(name, disk.policy));
+    }
     for session in about["attached"].as_array().into_iter().flatten() {
         let text = |key: &str| session[key].as_str().unwrap_or_default().to_string();
         println!("attached     {} by {} ({})", text("mode"), text("holder"), text("session"));
+    }
+    if let Some((used, exclusive, family)) = space {
+        println!("used         {} of one copy", output::size(used));
+        println!("exclusive    {}: what would come back if it alone were deleted", output::size(exclusive));
+        println!("{}", snapshot::family_sentence(&family));
     }
     Ok(())
 }
 
 async fn resize(connection: &Connection, name: &str, size: u64, shrink: bool) -> Result<()> {
     let state = connection.state().await?;
-    let disk = find(&state, name)?;
+    let disk = find_disk(&state, name)?;
     let old = output::size(disk.size);
     ensure!(
         size >= disk.size || shrink,
@@ -238,21 +329,53 @@ async fn resize(connection: &Connection, name: &str, size: u64, shrink: bool) ->
     Ok(())
 }
 
-async fn delete(connection: &Connection, name: &str, yes: bool) -> Result<()> {
+async fn delete(
+    connection: &Connection,
+    name: &str,
+    yes: bool,
+    with_snapshots: bool,
+    dry_run: bool,
+    format: output::Format,
+) -> Result<()> {
     let state = connection.state().await?;
     let disk = find(&state, name)?;
-    if !yes {
-        ensure!(
-            std::io::stdin().is_terminal(),
-            "this deletes '{name}' and its data for ever; say --yes if you mean it"
+    ensure!(!disk.is_snapshot(), "'{name}' is a snapshot; `petal snapshot delete {name}` deletes it");
+    let mut snapshots: BTreeSet<VdiskId> = state.snapshots_of(disk).map(|s| s.id).collect();
+    if !with_snapshots && let Some(first) = state.snapshots_of(disk).next() {
+        bail!(
+            "'{name}' has {} ('{}' is one); delete them first, or with it: `petal disk delete {name} --with-snapshots`",
+            plural(snapshots.len(), "snapshot", "snapshots"),
+            first.name
         );
-        print!("This deletes '{name}' ({}) and its data for ever. Type its name to go on: ", output::size(disk.size));
+    }
+    let mut what = format!("'{name}'");
+    if !snapshots.is_empty() {
+        what = format!("{what} and its {}", plural(snapshots.len(), "snapshot", "snapshots"));
+    }
+    if dry_run {
+        let going: BTreeSet<VdiskId> = snapshots.into_iter().chain([disk.id]).collect();
+        let names: Vec<String> = going.iter().filter_map(|id| state.vdisk(*id)).map(|d| d.name.clone()).collect();
+        return snapshot::tell_given_back(connection, &state, &going, &names, &what, format).await;
+    }
+    if !yes {
+        ensure!(std::io::stdin().is_terminal(), "this deletes {what} and the data for ever; say --yes if you mean it");
+        print!("This deletes {what} ({}) and the data for ever. Type its name to go on: ", output::size(disk.size));
         std::io::stdout().flush()?;
         let mut line = String::new();
         std::io::stdin().read_line(&mut line)?;
         ensure!(line.trim() == name, "nothing was deleted");
     }
-    connection.execute(Change::DeleteDisk { vdisk: disk.id }).await?;
-    println!("Deleted disk {name}.");
+    // The disk goes with the last of them.
+    while snapshots.len() >= VdiskId::AT_ONCE_MAX {
+        let rest =
+            snapshots.split_off(&snapshots.iter().copied().nth(VdiskId::AT_ONCE_MAX - 1).expect("there are many"));
+        snapshot::delete_all(connection, &std::mem::replace(&mut snapshots, rest)).await?;
+    }
+    snapshots.insert(disk.id);
+    snapshot::delete_all(connection, &snapshots).await?;
+    if format.json {
+        return output::print_json(&json!({"deleted": name}));
+    }
+    println!("Deleted {what}.");
     Ok(())
 }

@@ -2,18 +2,25 @@
 
 pub mod attach;
 pub mod bench;
+pub mod clone;
 pub mod detach;
+pub mod diff;
 pub mod disk;
 pub mod down;
+pub mod export;
+pub mod flatten;
 pub mod history;
+pub mod import;
 pub mod init;
 pub mod inspect;
 pub mod join;
 pub mod log;
 pub mod nbd;
 pub mod rejoin;
+pub mod rollback;
 pub mod scrub;
 pub mod server;
+pub mod snapshot;
 pub mod status;
 pub mod stream;
 pub mod up;

@@ -1,10 +1,11 @@
 //! `petal nbd`: NBD in front of a cluster, in a process of its own.
 
+use super::disk::find;
 use crate::connect::{self, Connection};
 use crate::holder;
 use crate::nbd_exports::ClusterExports;
 use crate::place::Place;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use petal_nbd::{Config, Listener, Server};
 use std::path::{Path, PathBuf};
 
@@ -13,11 +14,12 @@ use std::path::{Path, PathBuf};
 #[command(after_help = "\
 Examples:
   petal --cluster 10.0.0.1:7000,10.0.0.2:7000 nbd --socket /run/petal/nbd.sock
-  petal nbd --tcp 127.0.0.1:10810 --disk db
+  petal nbd --tcp 127.0.0.1:10810 db
+  petal nbd --socket /run/petal/monday.sock db@monday
   qemu-img info 'nbd+unix:///db?socket=/run/petal/nbd.sock'
 
-A disk is attached exclusively while clients are connected to it. NBD over TCP is not encrypted and
-asks for no password: listen on a loopback address.")]
+A disk is attached exclusively while clients are connected to it; its snapshots (db@monday) are served on the same
+sockets, read-only. NBD over TCP is not encrypted and asks for no password: listen on a loopback address.")]
 pub struct Arguments {
     /// Serve on this unix socket
     #[arg(long, value_name = "PATH", required_unless_present = "tcp")]
@@ -25,7 +27,10 @@ pub struct Arguments {
     /// Serve on this TCP address
     #[arg(long, value_name = "HOST:PORT")]
     tcp: Option<String>,
-    /// Only these disks (default: all of the cluster)
+    /// Only these disks, each with its snapshots, or snapshots (default: all of the cluster)
+    #[arg(value_name = "DISK")]
+    names: Vec<String>,
+    /// The same
     #[arg(long = "disk", value_name = "NAME")]
     disks: Vec<String>,
     /// Refuse writes; other readers may have the disk attached too
@@ -43,19 +48,13 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
         let connection = Connection::open(&place).await?;
         // A wrong name is an error now, not at the first client.
         let state = connection.state().await?;
-        for name in &arguments.disks {
-            ensure!(
-                state.vdisks.values().any(|d| d.name == *name),
-                "there is no disk named '{name}'; `petal disk list` shows the disks"
-            );
-        }
-        let mut front = Front::new(ClusterExports {
-            connection,
-            holder: holder::of_process("petal nbd"),
-            only: arguments.disks,
-            read_only: arguments.read_only,
-            take_over: arguments.take_over,
-        });
+        let only = [arguments.names, arguments.disks].concat();
+        only.iter().try_for_each(|name| find(&state, name).map(drop))?;
+        let exports = ClusterExports::new(connection, holder::of_process("petal nbd"))
+            .only(only)
+            .read_only(arguments.read_only)
+            .take_over(arguments.take_over);
+        let mut front = Front::new(exports);
         if let Some(socket) = &arguments.socket {
             front.listen_unix(socket)?;
             println!("NBD on nbd+unix:///NAME?socket={}", socket.display());

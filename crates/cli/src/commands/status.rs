@@ -171,7 +171,7 @@ fn nbd(folder: Option<&ClusterFolder>) -> Value {
 impl Report {
     fn json(&self) -> Value {
         let State { cluster, name, index, .. } = &self.state;
-        let disks: Vec<Value> = self.state.vdisks.values().map(|d| disk::describe(&self.state, d)).collect();
+        let disks = disk::describe_all(&self.state);
         json!({
             "cluster": cluster.to_string(),
             "name": name,

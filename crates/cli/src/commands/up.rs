@@ -357,13 +357,7 @@ async fn listen(
     process: &mut ProcessFile,
 ) -> Result<Front> {
     let socket = folder.nbd_socket()?;
-    let exports = ClusterExports {
-        connection,
-        holder: holder::of_folder(folder),
-        only: vec![],
-        read_only: false,
-        take_over: false,
-    };
+    let exports = ClusterExports::new(connection, holder::of_folder(folder));
     let mut front = Front::new(exports);
     front.listen_unix(&socket)?;
     process.details.insert("nbd_socket".into(), socket.display().to_string().into());

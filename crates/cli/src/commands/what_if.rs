@@ -74,7 +74,13 @@ impl Loss {
             down: down.iter().map(ToString::to_string).collect(),
             now: Redundancy::of(state, away),
             ring: (members.iter().filter(|m| is_up(&m.server)).count(), members.len()),
-            disks: state.vdisks.values().map(|d| (d.name.clone(), then.of_disk(state, d))).collect(),
+            // Snapshots lie where their disk does.
+            disks: state
+                .vdisks
+                .values()
+                .filter(|d| !d.is_snapshot())
+                .map(|d| (d.name.clone(), then.of_disk(state, d)))
+                .collect(),
             then,
         }
     }

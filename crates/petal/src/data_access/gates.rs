@@ -1,9 +1,10 @@
-//! Gates: on a disk that several clients may have attached, no write of a new epoch is complete before everybody has
-//! settled the command that began the epoch (2.9, P6).
+//! Gates: on a disk that several clients may have attached, or that was snapshotted together with others, no write of a
+//! new epoch is complete before everybody has settled the command that began the epoch (2.9, P6).
 //!
 //! Clients of such a disk may talk to each other elsewhere. One whose write got the new epoch could tell another one of
 //! it, whose write then got the old one at a server that is behind, and so would be in a snapshot that lacks its
-//! cause. While a gate is closed writes go on, to every replica's disk; only their completion waits.
+//! cause. So would a client of two disks: what it knows of one is no need of its messages for the other. While a gate is
+//! closed writes go on, to every replica's disk; only their completion waits.
 //!
 //! Every server has its own gates, whoever asked for the snapshot, because any may come to act. A server that is down
 //! is not waited for; but then everyone left must have applied the command that says so, and refuses what the server

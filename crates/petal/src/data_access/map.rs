@@ -1,20 +1,29 @@
-//! Which blocks exist, or differ between two members of a family: answered by the acting primary of each slot, for block
-//! status, for zeroing large ranges by what is there, and for incremental backups.
+//! Which blocks exist, which differ between two members of a family, and whose space they are: answered by the acting
+//! primary of each slot, a page at a time. For block status, for zeroing large ranges by what is there, for incremental
+//! backups, and for what a deletion would give back.
 
 use super::*;
+use crate::space::{Accounts, SpaceQuestion};
 
 /// A question whose elements' entries are being loaded.
 pub(super) struct MapRequest {
     client: ClientId,
     tag: Tag,
-    view: View,
-    /// What it is compared with.
-    than: Option<View>,
-    elements: BTreeMap<u64, u16>,
+    found: Found,
     waiting: BTreeSet<u64>,
     family: FamilyId,
+    /// The end of the page, and whether more may follow.
     complete_below: u64,
+    is_cut: bool,
     not_here: Vec<u32>,
+}
+
+/// What was asked, and has been found.
+enum Found {
+    /// The blocks that a view shows, or that differ from another one.
+    Blocks { view: View, than: Option<View>, elements: BTreeMap<u64, u16> },
+    /// Whose space it is.
+    Space(Box<Accounts>),
 }
 
 impl DataAccess {
@@ -29,39 +38,67 @@ impl DataAccess {
         if m.first_element > m.end_element {
             return Err(Refusal::Malformed);
         }
-        let family = ctx.state.families.get(&vdisk.family).ok_or(Refusal::SessionEnded)?;
+        let family = vdisk.family;
         let than = match m.than {
             None => None,
             Some(than) => {
-                let other = ctx.state.vdisk(than).filter(|other| other.family == vdisk.family);
-                Some(view_of(ctx.state, other.ok_or(Refusal::Malformed)?.id))
+                let other = ctx.state.vdisk(than).filter(|other| other.family == family);
+                Some(self.view_of(ctx.state, other.ok_or(Refusal::Malformed)?.id))
             }
         };
-        let count = self.client_requests.get_or_insert_with(client, || 0);
-        if *count >= CLIENT_REQUESTS_MAX {
+        let found = Found::Blocks { view: self.view_of(ctx.state, m.access.vdisk), than, elements: BTreeMap::new() };
+        let elements = m.first_element..m.end_element;
+        if !self.begin_map(ctx, client, m.access.tag, family, elements, found) {
             return Err(Refusal::TooMany);
         }
-        *count += 1;
-        let not_here = (0..ctx.state.slots.get(&family.gmap).map_or(0, Vec::len) as u32)
-            .filter(|slot| !self.serves(SlotId { gmap: family.gmap, slot: *slot }))
-            .collect();
-        let map = MapRequest {
-            client,
-            tag: m.access.tag,
-            view: view_of(ctx.state, m.access.vdisk),
-            than,
-            elements: BTreeMap::new(),
-            waiting: BTreeSet::new(),
-            family: vdisk.family,
-            complete_below: m.end_element,
-            not_here,
+        Ok(())
+    }
+
+    /// Whose space the elements of a family are, as far as this server acts for them.
+    pub fn on_space(&mut self, ctx: &mut Context, client: ClientId, tag: Tag, q: SpaceQuestion) {
+        let behind = Err(AdminError::Starting(self.me));
+        let result = match ctx.state.families.get(&q.family) {
+            _ if ctx.liveness.lease(ctx.now).is_none() || ctx.state.index < q.at => behind,
+            None => Ok(AdminResponse::Space(Default::default())),
+            Some(family) => {
+                let accounts = Accounts::new(family, ctx.state.members(q.family), &q.going);
+                let found = Found::Space(Box::new(accounts));
+                if self.begin_map(ctx, client, tag, q.family, q.first_element..u64::MAX, found) {
+                    return;
+                }
+                behind
+            }
         };
+        ctx.reply(client, Body::AdminReply(AdminReply { tag, result }));
+    }
+
+    /// False if the client has too many requests under way.
+    fn begin_map(
+        &mut self,
+        ctx: &mut Context,
+        client: ClientId,
+        tag: Tag,
+        family: FamilyId,
+        elements: std::ops::Range<u64>,
+        found: Found,
+    ) -> bool {
+        let count = self.client_requests.get_or_insert_with(client, || 0);
+        if *count >= CLIENT_REQUESTS_MAX {
+            return false;
+        }
+        *count += 1;
+        let gmap = ctx.state.families.get(&family).map(|f| f.gmap);
+        let slots = gmap.and_then(|gmap| ctx.state.slots.get(&gmap)).map_or(0, Vec::len) as u32;
+        let is_here = |slot: &u32| gmap.is_some_and(|gmap| self.serves(SlotId { gmap, slot: *slot }));
+        let not_here = (0..slots).filter(|slot| !is_here(slot)).collect();
+        let (waiting, complete_below, is_cut) = (BTreeSet::new(), elements.end, false);
+        let map = MapRequest { client, tag, found, waiting, family, complete_below, is_cut, not_here };
         let job = self.next_job;
         self.next_job += 1;
         self.maps.insert(job, map);
-        let scan = ctx.stores.scan(vdisk.family, m.first_element, m.end_element, LIST_ELEMENTS_MAX);
+        let scan = ctx.stores.scan(family, elements.start, elements.end, LIST_ELEMENTS_MAX);
         self.map_scans.insert(scan, job);
-        Ok(())
+        true
     }
 
     fn serves(&self, slot: SlotId) -> bool {
@@ -103,6 +140,7 @@ impl DataAccess {
         let Ok(elements) = elements else { return self.refuse_map(ctx, job) };
         if elements.len() >= LIST_ELEMENTS_MAX {
             map.complete_below = elements.last().expect("many").0.element + 1;
+            map.is_cut = true;
         }
         let Some(family) = ctx.state.families.get(&map.family) else {
             return self.answer_map_if_whole(ctx, job);
@@ -118,39 +156,76 @@ impl DataAccess {
             })
             .collect();
         map.waiting = wanted.iter().map(|k| k.element).collect();
+        let in_order = matches!(map.found, Found::Space(_));
         for key in wanted {
             match ctx.stores.load(key) {
+                Loaded::Failed => return self.refuse_map(ctx, job),
+                // They are loaded side by side, and looked at one after the other.
+                _ if in_order => {}
                 Loaded::Pending => self.wait_for_load(key, LoadWaiter::Map(job)),
                 Loaded::Ready => self.note_mapped(ctx, job, key),
+            }
+        }
+        self.advance_space(ctx, job);
+        self.answer_map_if_whole(ctx, job);
+    }
+
+    /// Looks at elements whose space is asked for, until the page is full: how many rows they have is known only then.
+    fn advance_space(&mut self, ctx: &mut Context, job: u64) {
+        while let Some(map) = self.maps.get_mut(&job) {
+            let (Found::Space(accounts), Some(first)) = (&mut map.found, map.waiting.first().copied()) else { return };
+            if accounts.is_full() {
+                map.waiting.clear();
+                (map.complete_below, map.is_cut) = (first, true);
+                return;
+            }
+            let key = ElementKey { family: map.family, element: first };
+            match ctx.stores.load(key) {
+                Loaded::Ready => {
+                    accounts.add(ctx.stores.rows(key));
+                    map.waiting.remove(&first);
+                }
+                Loaded::Pending => return self.wait_for_load(key, LoadWaiter::Map(job)),
                 Loaded::Failed => return self.refuse_map(ctx, job),
             }
         }
-        self.answer_map_if_whole(ctx, job);
     }
 
     fn refuse_map(&mut self, ctx: &mut Context, job: u64) {
         let Some(map) = self.maps.remove(&job) else { return };
         self.answered(map.client);
-        ctx.reply(map.client, Body::MapReply(MapReply { tag: map.tag, result: Err(Refusal::BadCopy) }));
+        let body = match map.found {
+            Found::Blocks { .. } => Body::MapReply(MapReply { tag: map.tag, result: Err(Refusal::BadCopy) }),
+            Found::Space(_) => {
+                Body::AdminReply(AdminReply { tag: map.tag, result: Err(AdminError::Unreadable(self.me)) })
+            }
+        };
+        ctx.reply(map.client, body);
     }
 
     fn note_mapped(&mut self, ctx: &mut Context, job: u64, key: ElementKey) {
         let Some(map) = self.maps.get_mut(&job) else { return };
         map.waiting.remove(&key.element);
-        // A block with an unfinished write counts as data, whatever it will be: a zero that a crash takes
-        // back must not have been told as a hole.
-        let present = match &map.than {
-            None => ctx.stores.mask(key, &map.view),
-            Some(than) => ctx.stores.differing(key, &map.view, than),
-        };
-        let mask = present | self.queues.get(&key).map_or(0, ElementQueue::held);
-        if mask != 0 {
-            map.elements.insert(key.element, mask);
+        if let Found::Blocks { view, than, elements } = &mut map.found {
+            // A block with an unfinished write counts as data, whatever it will be: a zero that a crash takes
+            // back must not have been told as a hole.
+            let present = match than {
+                None => ctx.stores.mask(key, view),
+                Some(than) => ctx.stores.differing(key, view, than),
+            };
+            let mask = present | self.queues.get(&key).map_or(0, ElementQueue::held);
+            if mask != 0 {
+                elements.insert(key.element, mask);
+            }
         }
     }
 
     pub(super) fn on_map_loaded(&mut self, ctx: &mut Context, job: u64, key: ElementKey) {
-        self.note_mapped(ctx, job, key);
+        if self.maps.get(&job).is_some_and(|m| matches!(m.found, Found::Blocks { .. })) {
+            self.note_mapped(ctx, job, key);
+        } else {
+            self.advance_space(ctx, job);
+        }
         self.answer_map_if_whole(ctx, job);
     }
 
@@ -160,11 +235,17 @@ impl DataAccess {
         }
         let map = self.maps.remove(&job).expect("just found");
         self.answered(map.client);
-        let part = MapPart {
-            elements: map.elements.into_iter().collect(),
-            complete_below: map.complete_below,
-            not_here: map.not_here,
+        let body = match map.found {
+            Found::Blocks { elements, .. } => {
+                let elements = elements.into_iter().collect();
+                let part = MapPart { elements, complete_below: map.complete_below, not_here: map.not_here };
+                Body::MapReply(MapReply { tag: map.tag, result: Ok(part) })
+            }
+            Found::Space(accounts) => {
+                let part = accounts.part(map.is_cut.then_some(map.complete_below), map.not_here);
+                Body::AdminReply(AdminReply { tag: map.tag, result: Ok(AdminResponse::Space(Box::new(part))) })
+            }
         };
-        ctx.reply(map.client, Body::MapReply(MapReply { tag: map.tag, result: Ok(part) }));
+        ctx.reply(map.client, body);
     }
 }

@@ -20,6 +20,7 @@
 //! Reads: the primary lets a read wait for unfinished writes of its blocks; a secondary refuses a read
 //! of an element that is newer than its watermark (`Refusal::Busy`), and the client asks the primary.
 
+mod counters;
 mod gates;
 mod map;
 mod queue;
@@ -29,6 +30,7 @@ mod replica;
 mod stream;
 mod sweep;
 mod verify;
+mod views;
 mod watermarks;
 mod window;
 
@@ -46,6 +48,7 @@ use crate::store::{
 };
 use crate::translator::vdir::Vdisk;
 use bytes::{Bytes, BytesMut};
+pub use counters::Counters;
 use queue::ElementQueue;
 use range::{ByteRange, block_mask, mask_range};
 pub(crate) use replica::{family_ended, graft};
@@ -54,6 +57,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use stdx::checksum::crc32c;
 use stdx::{FastMap, FastSet, Instant};
 pub(crate) use stream::{Incoming, Outgoing};
+use views::revision_of;
+#[cfg(test)]
+pub(crate) use views::view_of;
+pub(crate) use views::{keep_seen, seen_image};
 pub(crate) use window::Window;
 use window::{Room, room};
 
@@ -282,7 +289,7 @@ pub struct DataAccess {
     pub(crate) early_promises: BTreeMap<SlotId, (ServerId, Term)>,
     pub(crate) promised_due: BTreeMap<ServerId, Vec<(SlotId, Term, Version)>>,
     pub(crate) listings: BTreeMap<u64, crate::promise::Listing>,
-    pub(crate) fetches: BTreeMap<u64, crate::promise::FetchJob>,
+    pub(crate) fetches: BTreeMap<u64, crate::fetch::FetchJob>,
     pub(crate) next_job: u64,
     client_requests: FastMap<ClientId, usize>,
     gone_clients: FastSet<ClientId>,
@@ -297,35 +304,6 @@ pub struct DataAccess {
     reclaim: reclaim::Reclaim,
     /// Counters for status.
     pub counters: Counters,
-}
-
-/// What is counted for status; since the server started.
-#[derive(Debug, Default, Clone)]
-pub struct Counters {
-    /// Reads answered.
-    pub reads: u64,
-    /// Writes and zeroes acknowledged.
-    pub writes: u64,
-    /// Requests refused, whatever the reason.
-    pub refused: u64,
-    /// Messages of streams applied as replica.
-    pub replicated: u64,
-    /// Settlements finished.
-    pub settlements: u64,
-    /// Elements that a settlement had to change on some replica.
-    pub settled_elements: u64,
-    /// Blocks whose checksum did not match, or that could not be read.
-    pub bad_blocks: u64,
-    /// Of these, made good from another copy.
-    pub repaired_blocks: u64,
-    /// Slots in which a member came back with less than it had told to have on stable storage.
-    pub lost_by_others: u64,
-    /// Elements copied to members that were brought back.
-    pub recovered_elements: u64,
-    /// Blocks that travelled for that.
-    pub recovered_blocks: u64,
-    /// Rows dropped that nobody could see any more.
-    pub reclaimed_rows: u64,
 }
 
 impl DataAccess {
@@ -672,12 +650,15 @@ impl DataAccess {
         if ctx.liveness.lease(ctx.now).is_none() && !self.is_sabotaged(Sabotage::ReadWithoutLease) {
             return self.refuse(ctx, number, Refusal::NotReady);
         }
-        let op = self.operations.get_mut(&number).expect("a reading operation exists");
+        let op = &self.operations[&number];
         let Kind::Read { first_block, blocks } = op.kind else { unreachable!("only reads are captured") };
-        let view = view_of(ctx.state, op.access.vdisk);
-        if view.is_empty() {
+        // The session may have ended while the read waited, and the disk be what it never was for that session.
+        let is_over = !ctx.state.sessions.contains_key(&op.access.session);
+        let view = self.view_of(ctx.state, op.access.vdisk);
+        if view.is_empty() || is_over {
             return self.refuse(ctx, number, Refusal::SessionEnded);
         }
+        let op = self.operations.get_mut(&number).expect("a reading operation exists");
         match ctx.stores.load(op.element) {
             Loaded::Ready => {}
             Loaded::Pending => {
@@ -695,30 +676,11 @@ impl DataAccess {
         self.mark(ctx, slot, stands_on);
     }
 
-    /// Somebody reads what stands on the command at this index: the other replicas are told that they have all
-    /// that was written before, so that they can serve it too. Once a slot; a new term tells it by itself.
-    fn mark(&mut self, ctx: &mut Context, index: SlotIndex, stands_on: StateIndex) {
-        let slot = &mut self.slots[index];
-        let Some(acting) = slot.acting.as_mut() else { return };
-        if stands_on <= acting.marked.max(slot.term) {
-            return;
-        }
-        acting.marked = ctx.state.index;
-        for (receiver, outgoing) in &mut acting.streams {
-            let part = Part::Mark { state_index: ctx.state.index };
-            let m = outgoing.push(slot.id, slot.term, slot.watermark, part, Payload::default(), None);
-            if self.connected.contains(receiver) {
-                let message = Message { state_index: ctx.state.index, body: Body::Replicate(m) };
-                ctx.out.push_back(Output::Send { to: Peer::Server(*receiver), message });
-            }
-        }
-    }
-
     /// Reads the blocks that an unaligned write covers only in part.
     fn modify(&mut self, ctx: &mut Context, number: OpNumber) {
+        let view = self.view_of(ctx.state, self.operations[&number].access.vdisk);
         let op = self.operations.get_mut(&number).expect("a modifying operation exists");
         let (first, count) = mask_range(op.mask);
-        let view = view_of(ctx.state, op.access.vdisk);
         op.phase = Phase::Modifying;
         match ctx.stores.load(op.element) {
             Loaded::Ready => {
@@ -1535,40 +1497,4 @@ fn sums_of(change: &Change) -> Vec<BlockSum> {
         BlockData::Data { crc, .. } => BlockSum::Crc(*crc),
     };
     blocks.iter().map(sum).collect()
-}
-
-pub(crate) fn view_of(state: &State, vdisk: VdiskId) -> View {
-    match state.vdisks.get(&vdisk) {
-        Some(v) => {
-            // Of a disk always the newest row: this server may be behind, and others write a later epoch already.
-            let newest = if v.is_snapshot() { v.epoch } else { Epoch(u32::MAX) };
-            let ancestors = state.families.get(&v.family).map(|f| f.ancestors(v.lineage));
-            std::iter::once((v.lineage, newest)).chain(ancestors.into_iter().flatten()).collect()
-        }
-        None => View::new(),
-    }
-}
-
-/// The image of a loaded element without the rows that nobody can see any more (2.9): what replicas compare and copy,
-/// because each drops such rows when it comes to it.
-pub(crate) fn seen_image(ctx: &Context, element: ElementKey) -> ElementImage {
-    let mut image = ctx.stores.image(element);
-    keep_seen(ctx.state, element.family, &mut image);
-    image
-}
-
-/// Takes the rows out of an image that nobody can see any more.
-pub(crate) fn keep_seen(state: &State, family: FamilyId, image: &mut ElementImage) {
-    let Some(visible) = state.visible(family) else { return };
-    if image.rows.len() <= 1 && image.rows.iter().all(|r| visible.sees(r.lineage, r.epoch, None)) {
-        return;
-    }
-    let rows: SmallVec<[(LineageId, Epoch); 8]> = image.rows.iter().map(|r| (r.lineage, r.epoch)).collect();
-    let mut kept = visible.kept(rows.iter().copied());
-    image.rows.retain(|_| kept.next().unwrap_or(true));
-}
-
-fn revision_of(state: &State, vdisk: VdiskId) -> Revision {
-    let Some(v) = state.vdisks.get(&vdisk) else { return state.index };
-    v.revision.max(state.families.get(&v.family).map_or(0, |f| f.revision))
 }

@@ -1,5 +1,6 @@
 //! Commands: what the log consists of. Each names what it relies on and is a no-op when that changed.
 
+use super::arguments::split_name;
 use crate::ids::*;
 use crate::message::CommandId;
 use crate::translator::gmap::Scheme;
@@ -381,9 +382,7 @@ pub enum Outcome {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum CommandError {
     /// Name taken.
-    #[error(
-        "there is already a disk named '{0}'; choose another name, or delete it first with `petal disk delete {0}`"
-    )]
+    #[error("{}", name_taken(.0))]
     NameTaken(String),
     /// Not a name.
     #[error("'{name}' is not a name for a disk: {why}")]
@@ -418,7 +417,7 @@ pub enum CommandError {
     #[error("the disk {0} does not exist any more")]
     NoSuchDisk(VdiskId),
     /// Attached by somebody.
-    #[error("'{name}' is attached by {holder}; detach it there, or take it over with --take-over")]
+    #[error("'{name}' is attached by {holder}; {}", until_detached(name))]
     InUse {
         /// The disk.
         name: String,
@@ -547,4 +546,24 @@ pub enum CommandError {
     /// The proposer had declared the command finished: a late copy of it, which changes nothing.
     #[error("the command was executed before, and its result is forgotten")]
     Forgotten,
+}
+
+fn name_taken(name: &str) -> String {
+    let (what, command) = match split_name(name) {
+        (_, None) => ("a disk named", "disk"),
+        (_, Some(_)) => ("a snapshot", "snapshot"),
+    };
+    format!(
+        "there is already {what} '{name}'; choose another name, or delete it first with `petal {command} delete {name}`"
+    )
+}
+
+fn until_detached(name: &str) -> String {
+    match split_name(name) {
+        (_, None) => "detach it there, or take it over with --take-over".into(),
+        // Readers stand in nobody's way but a deletion's.
+        (_, Some(_)) => "detach it there, or, if that program is gone, end its session \
+             (`petal disk info NAME` shows it) with `petal detach --session ID`"
+            .replace("NAME", name),
+    }
 }

@@ -16,6 +16,8 @@ pub use arguments::split_name;
 pub use command::{Attachment, Command, CommandError, Entry, Genesis, GenesisServer, Outcome, SnapshotOf};
 pub use ring::RingDamaged;
 pub use room::{Accepted, GlobalOutput, GlobalState, Own};
+#[cfg(test)]
+pub(crate) use state::tests::Fixture;
 pub use state::{
     DiskState, Effects, Executed, Member, RingConfiguration, RingMember, ServerState, Session, SlotState, State,
     StateError,

@@ -37,7 +37,7 @@ impl State {
         let snapshots: Vec<VdiskId> = (0..of.len()).map(|n| VdiskId::made_by(self.index, n)).collect();
         for (id, one) in snapshots.iter().zip(of) {
             self.name_epoch(*id, one.vdisk, &one.name, made, protected);
-            self.close_epoch(one.vdisk, effects);
+            self.close_epoch(one.vdisk, of.len() > 1, effects);
         }
         Ok(Outcome::Disks(snapshots))
     }
@@ -81,7 +81,7 @@ impl State {
         if is_snapshot {
             self.look_anew(family);
         } else {
-            self.close_epoch(source, effects);
+            self.close_epoch(source, false, effects);
         }
         Ok(Outcome::Disk(id))
     }
@@ -136,6 +136,9 @@ impl State {
             }
             if disk.protected {
                 return Err(CommandError::Protected { name: disk.name.clone() });
+            }
+            if disk.is_snapshot() {
+                continue; // Nothing is a snapshot of it.
             }
             let stay: Vec<&Vdisk> = self.snapshots_of(disk).filter(|s| !going.contains(&s.id)).collect();
             if let Some(first) = stay.first() {
@@ -231,7 +234,24 @@ impl State {
         Ok(Outcome::Done)
     }
 
+    /// Disks of which writes of a new epoch may have to wait until everybody knows the epoch: several clients may
+    /// have them attached, or they were snapshotted together with others.
+    pub fn disks_with_gates(&self) -> impl Iterator<Item = VdiskId> + '_ {
+        let together: BTreeSet<StateIndex> =
+            self.vdisks.keys().filter(|id| id.ordinal() > 0).map(|id| id.index()).collect();
+        let has_gate = move |disk: &&Vdisk| {
+            let is_one_of_several = |s: &Vdisk| s.is_snapshot() && together.contains(&s.id.index());
+            self.is_shared(disk) || !together.is_empty() && self.snapshots_of(disk).any(is_one_of_several)
+        };
+        self.vdisks.values().filter(|disk| !disk.is_snapshot()).filter(has_gate).map(|disk| disk.id)
+    }
+
     // -------------------------------------------------------------------------------- helpers
+
+    /// True if several clients may have it attached, and write.
+    fn is_shared(&self, disk: &Vdisk) -> bool {
+        disk.sessions.iter().any(|s| self.sessions.get(s).is_some_and(|s| s.mode == Attachment::Shared))
+    }
 
     fn check_room_for(&self, more: usize) -> Result<(), CommandError> {
         if self.vdisks.len() + more > VDISKS_MAX {
@@ -271,15 +291,17 @@ impl State {
         self.add_vdisk(snapshot);
     }
 
-    /// The disk goes on in its next epoch. What was begun in this one must be over before anybody counts on it.
-    fn close_epoch(&mut self, id: VdiskId, effects: &mut Effects) {
+    /// The disk goes on in its next epoch, perhaps together with others. What was begun in this one must be over before
+    /// anybody counts on it.
+    fn close_epoch(&mut self, id: VdiskId, together: bool, effects: &mut Effects) {
         let index = self.index;
         let disk = self.vdisks.get_mut(&id).expect("the caller found it");
         disk.epoch = Epoch(disk.epoch.0 + 1);
         disk.revision = index;
-        let (family, sessions) = (disk.family, disk.sessions.clone());
-        if sessions.iter().any(|s| self.sessions.get(s).is_some_and(|s| s.mode == Attachment::Shared)) {
-            effects.new_epochs_shared.push(id);
+        let family = disk.family;
+        // What a client knows of one disk its messages for another one do not tell.
+        if together || self.is_shared(&self.vdisks[&id]) {
+            effects.new_epochs_gated.push(id);
         }
         self.look_anew(family);
         let concerned: BTreeSet<ServerId> =
@@ -356,11 +378,13 @@ mod tests {
         };
         let command = Command::Snapshot { of: of(&f, "s"), made: 0, protected: true };
         let Ok(Outcome::Disks(ids)) = f.run(command) else { panic!() };
+        assert_eq!(f.effects.new_epochs_gated, [a, b], "nobody has them attached, and yet");
         assert_eq!(ids.iter().map(|id| id.index()).collect::<Vec<_>>(), [f.state.index; 2]);
         assert_eq!(f.state.vdisk_named("b@s").map(|v| v.id), Some(ids[1]));
         f.run(Command::RenameDisk { vdisk: ids[1], name: "t".into() }).unwrap();
         let taken = Command::Snapshot { of: of(&f, "s"), made: 0, protected: false };
         assert_eq!(f.run(taken), Err(CommandError::NameTaken("a@s".into())));
+        assert_eq!(f.state.disks_with_gates().collect::<Vec<_>>(), [a, b], "also for who comes later");
         assert!(f.state.vdisk_named("b@s").is_none());
     }
 
@@ -451,6 +475,7 @@ mod tests {
         let disk = f.disk("db");
         f.attach(disk, Attachment::Shared, false).unwrap();
         take(&mut f, disk, "a").unwrap();
-        assert_eq!(f.effects.new_epochs_shared, [disk]);
+        assert_eq!(f.effects.new_epochs_gated, [disk]);
+        assert_eq!(f.state.disks_with_gates().collect::<Vec<_>>(), [disk]);
     }
 }

@@ -199,8 +199,9 @@ pub struct Effects {
     pub families_ended: Vec<FamilyId>,
     /// Families of which less can be seen than before: rows of their elements are to be dropped.
     pub families_narrowed: Vec<FamilyId>,
-    /// Disks that write a new epoch, and that several clients may have attached.
-    pub new_epochs_shared: Vec<VdiskId>,
+    /// Disks that write a new epoch, whose writes wait until everybody knows that: several clients may have them
+    /// attached, or several disks were snapshotted at one instant.
+    pub new_epochs_gated: Vec<VdiskId>,
     /// Sessions that ended.
     pub sessions_ended: Vec<SessionId>,
     /// Servers whose addresses or incarnation changed.

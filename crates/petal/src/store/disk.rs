@@ -15,6 +15,7 @@
 //! How it fails: an error of a write is tried once more, then the disk has failed: nothing more is
 //! acknowledged from it. Errors of reads are answers.
 
+mod cached;
 mod scan;
 
 use super::allocator::Allocator;
@@ -25,6 +26,7 @@ use super::*;
 use super::{keys, recovery};
 use crate::limits::{BATCH_DATA_MAX, BATCHES_IN_FLIGHT_MAX, CHANGES_PER_SLOT_MAX};
 use crate::sabotage::Sabotage;
+use cached::{Cached, Cleanness};
 use scan::ScanJob;
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -57,32 +59,6 @@ pub(super) enum DiskEvent {
     Read { read: ReadId, result: Result<ReadBlocks, ReadError> },
     Scanned { scan: ReadId, elements: Result<Vec<(ElementKey, Version)>, DiskError> },
     Identified,
-}
-
-/// How an entry in memory relates to the PMap store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Cleanness {
-    /// The same.
-    Clean,
-    /// Newer, and the next checkpoint has it.
-    Dirty,
-    /// The checkpoint on its way has it.
-    Saving,
-}
-
-#[derive(Debug)]
-pub(super) struct Cached {
-    pub entry: Entry,
-    clean: Cleanness,
-    /// Used since the clock hand last passed.
-    used: bool,
-    /// Stays until another disk has said what it knows of the element. Without this, many elements that
-    /// wait for two disks each push one another out for ever.
-    pinned: bool,
-    /// Rows in the PMap store that the entry no longer has.
-    stale_rows: SmallVec<[(LineageId, Epoch); 1]>,
-    /// Rows that the PMap store does not have as they are.
-    new_rows: SmallVec<[(LineageId, Epoch); 1]>,
 }
 
 /// Changes that wait for the next flush.
@@ -1295,27 +1271,6 @@ impl Disk {
     /// True if the journal has no room for what is staged.
     pub fn is_blocked(&self) -> bool {
         self.batches.len() < BATCHES_IN_FLIGHT_MAX && !(self.open.is_empty() && self.closed.is_empty())
-    }
-}
-
-impl Cached {
-    /// These are to be deleted from the PMap store.
-    fn note_stale(&mut self, rows: impl IntoIterator<Item = (LineageId, Epoch)>) {
-        for row in rows {
-            self.new_rows.retain(|r| *r != row);
-            if !self.stale_rows.contains(&row) {
-                self.stale_rows.push(row);
-            }
-        }
-    }
-    /// These are to be written to the PMap store. (One that was deleted before is written after that.)
-    fn note_new(&mut self, rows: impl IntoIterator<Item = (LineageId, Epoch)>) {
-        for row in rows {
-            self.stale_rows.retain(|r| *r != row);
-            if !self.new_rows.contains(&row) {
-                self.new_rows.push(row);
-            }
-        }
     }
 }
 

@@ -17,11 +17,13 @@ pub mod keys;
 pub mod layout;
 #[cfg(test)]
 mod model_tests;
+mod place;
 mod recovery;
 pub mod superblock;
 
 use crate::ids::*;
 use bytes::Bytes;
+pub use place::Place;
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -46,33 +48,6 @@ pub struct RowImage {
     pub epoch: Epoch,
     /// Its blocks.
     pub sums: [BlockSum; BLOCKS_PER_ELEMENT],
-}
-
-/// A block of an element, by the row that it belongs to: rows come and go, so their positions say nothing later.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
-pub struct Place {
-    /// The row.
-    pub lineage: LineageId,
-    /// The row.
-    pub epoch: Epoch,
-    /// The block, below 16.
-    pub block: u8,
-}
-
-impl ElementImage {
-    /// Places of blocks given as `(row, block)`, rows as positions in this image.
-    pub fn places(&self, blocks: &[(u16, u8)]) -> Vec<Place> {
-        let place = |(row, block): &(u16, u8)| {
-            let row = &self.rows[usize::from(*row)];
-            Place { lineage: row.lineage, epoch: row.epoch, block: *block }
-        };
-        blocks.iter().map(place).collect()
-    }
-    /// What the image says of a block.
-    pub fn sum(&self, place: Place) -> Option<BlockSum> {
-        let at = self.rows.binary_search_by_key(&(place.lineage, place.epoch), |r| (r.lineage, r.epoch)).ok()?;
-        self.rows[at].sums.get(usize::from(place.block)).copied()
-    }
 }
 
 /// An element without addresses and data: what travels between replicas.
@@ -634,6 +609,16 @@ impl Stores {
         self.entry(element).map_or_else(ElementImage::default, element::Entry::image)
     }
 
+    /// The addresses that each row of a loaded element refers to, for checkers.
+    pub fn addresses(&self, element: ElementKey) -> Vec<Vec<u64>> {
+        self.entry(element).map_or_else(Vec::new, |e| e.rows.iter().map(|r| r.used().collect()).collect())
+    }
+
+    /// Rows of a loaded element, ascending by (lineage, epoch).
+    pub fn rows(&self, element: ElementKey) -> &[element::Row] {
+        self.entry(element).map_or(&[], |e| &e.rows)
+    }
+
     /// Bit n is set if block n of the row seen by `view` is not zero. Loaded elements.
     pub fn mask(&self, element: ElementKey, view: &[(LineageId, Epoch)]) -> u16 {
         let row = self.entry(element).and_then(|e| e.row_in_view(view));
@@ -950,7 +935,7 @@ impl Stores {
     }
 
     /// Rows on all disks.
-    pub fn rows(&self) -> u64 {
+    pub fn rows_stored(&self) -> u64 {
         self.disks.iter().map(|d| d.rows).sum()
     }
 

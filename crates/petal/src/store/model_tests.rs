@@ -826,7 +826,11 @@ impl Walk {
         ensure!(expected == got, "{key:?} is {got:?} instead of {expected:?}");
         if self.failed.is_none() {
             let rows: u64 = self.logs.iter().flat_map(|l| l.now.elements.values()).map(|e| e.rows.len() as u64).sum();
-            ensure!(self.stores.rows() == rows, "{} rows are counted, and there are {rows}", self.stores.rows());
+            ensure!(
+                self.stores.rows_stored() == rows,
+                "{} rows are counted, and there are {rows}",
+                self.stores.rows_stored()
+            );
         }
         Ok(())
     }

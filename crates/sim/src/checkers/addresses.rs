@@ -4,9 +4,10 @@
 use crate::formatting;
 use crate::host::ServerHost;
 use crate::options::Options;
+use petal::global_state::State;
 use petal::ids::{BLOCK_SIZE, ElementKey, Incarnation};
-use petal::store::{BlockSum, ElementImage, Event, Loaded, OpenDisk, StoreConfig, Stores};
-use std::collections::BTreeMap;
+use petal::store::{ElementImage, Event, Loaded, OpenDisk, StoreConfig, Stores};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What a server's disks hold.
 #[derive(Default)]
@@ -20,8 +21,11 @@ pub struct Examined {
 /// Commands after which opening or reading is said not to end.
 const ROUNDS_MAX: usize = 100_000;
 
+/// Rows that nobody sees any more are dropped before everything is at rest, and their blocks are free.
+const RECLAIMS: bool = true;
+
 /// Opens and reads everything of a host that does not run.
-pub fn examine(machine: &mut ServerHost, options: &Options) -> Examined {
+pub fn examine(machine: &mut ServerHost, options: &Options, state: &State) -> Examined {
     let opened: Result<Vec<OpenDisk>, String> =
         (0..machine.disks.len()).map(|disk| formatting::open(machine, disk)).collect();
     let disks = match opened {
@@ -30,8 +34,8 @@ pub fn examine(machine: &mut ServerHost, options: &Options) -> Examined {
     };
     let life = disks.iter().map(|d| d.superblock.incarnation.0).max().unwrap_or(0);
     let config = StoreConfig { cache_elements: options.cache_elements, ..StoreConfig::default() };
-    let mut examiner =
-        Examiner { stores: Stores::open(disks, Incarnation(life + 1), config), machine, found: Examined::default() };
+    let stores = Stores::open(disks, Incarnation(life + 1), config);
+    let mut examiner = Examiner { stores, machine, state, blocks: 0, found: Examined::default() };
     if let Err(why) = examiner.examine() {
         examiner.found.complaints.push(why);
     }
@@ -41,6 +45,9 @@ pub fn examine(machine: &mut ServerHost, options: &Options) -> Examined {
 struct Examiner<'a> {
     stores: Stores,
     machine: &'a mut ServerHost,
+    state: &'a State,
+    /// Blocks that some row refers to, or, where rows are reclaimed, some row that is seen.
+    blocks: u64,
     found: Examined,
 }
 
@@ -74,6 +81,7 @@ impl Examiner<'_> {
         }
         let image = self.stores.image(key);
         let blocks = self.stores.stored(key);
+        self.count_blocks(key, &image);
         self.found.elements.insert(key, image);
         if blocks.is_empty() {
             return Ok(());
@@ -89,13 +97,24 @@ impl Examiner<'_> {
         Ok(())
     }
 
-    /// Without snapshots every block that is not zero has one address, and nothing else has any.
+    /// Rows of one element share the blocks that were not written between them.
+    fn count_blocks(&mut self, key: ElementKey, image: &ElementImage) {
+        let ids = image.rows.iter().map(|r| (r.lineage, r.epoch));
+        let seen: Vec<bool> = match self.state.visible(key.family) {
+            Some(visible) if RECLAIMS => visible.kept(ids).collect(),
+            None if RECLAIMS => vec![false; image.rows.len()],
+            _ => vec![true; image.rows.len()],
+        };
+        let rows = self.stores.addresses(key);
+        let used: BTreeSet<u64> =
+            rows.into_iter().zip(seen).filter(|(_, seen)| *seen).flat_map(|(row, _)| row).collect();
+        self.blocks += used.len() as u64;
+    }
+
+    /// Nothing else is in use.
     fn check_space(&mut self) {
-        let rows = self.found.elements.values().flat_map(|e| &e.rows);
-        let blocks = rows.flat_map(|r| &r.sums).filter(|s| **s != BlockSum::Zero).count() as u64;
-        let used: u64 = self.stores.status().iter().map(|d| d.used).sum();
-        if used != blocks * BLOCK_SIZE {
-            let needed = blocks * BLOCK_SIZE;
+        let (used, needed) = (self.stores.status().iter().map(|d| d.used).sum::<u64>(), self.blocks * BLOCK_SIZE);
+        if used != needed {
             self.found.complaints.push(format!("{used} bytes are in use, the elements have {needed}"));
         }
     }

@@ -22,6 +22,9 @@ use crate::content::{Value, ZEROS};
 use crate::history::History;
 use std::collections::{BTreeMap, BTreeSet};
 
+/// In the number of an operation: it is the snapshot of the epoch that the rest of it is.
+pub const SNAPSHOT: u64 = 1 << 63;
+
 /// One operation on one cell.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Operation {
@@ -90,26 +93,27 @@ pub fn check(history: &[Operation], initial: Value) -> Verdict {
     Verdict::Linearizable
 }
 
-/// Judges every cell of a history.
-pub fn complaints(history: &History) -> Vec<String> {
-    let mut complaints = Vec::new();
-    for ((vdisk, cell), operations) in history.cells() {
-        match check(operations, ZEROS) {
-            Verdict::Linearizable => {}
-            Verdict::TooHard => complaints.push(format!(
-                "linearizability of {vdisk} at {cell} could not be judged ({} operations): make the run less crowded",
-                operations.len()
-            )),
-            Verdict::Violation { at, possible } => complaints.push(format!(
-                "not linearizable: {vdisk}, cell at {cell}: {} ({}) cannot be explained; the cell could have held {}. {}",
-                in_words(&operations[at]),
-                history.origin(operations[at].id),
-                values_in_words(&possible),
-                around(operations, operations[at].returned)
-            )),
-        }
+/// A judgement in words, unless it is good; `place` is whose cell it is.
+pub fn complaint(
+    history: &History,
+    (place, cell): (&dyn std::fmt::Display, u64),
+    operations: &[Operation],
+    verdict: &Verdict,
+) -> Option<String> {
+    match verdict {
+        Verdict::Linearizable => None,
+        Verdict::TooHard => Some(format!(
+            "linearizability of {place} at {cell} could not be judged ({} operations): make the run less crowded",
+            operations.len()
+        )),
+        Verdict::Violation { at, possible } => Some(format!(
+            "not linearizable: {place}, cell at {cell}: {} ({}) cannot be explained; the cell could have held {}. {}",
+            in_words(&operations[*at]),
+            history.origin(operations[*at].id),
+            values_in_words(possible),
+            around(operations, operations[*at].returned)
+        )),
     }
-    complaints
 }
 
 fn values_in_words(values: &[Value]) -> String {
@@ -121,12 +125,17 @@ fn values_in_words(values: &[Value]) -> String {
     values.iter().map(word).collect::<Vec<_>>().join(" or ")
 }
 
-fn in_words(o: &Operation) -> String {
+/// An operation in words.
+pub fn in_words(o: &Operation) -> String {
     let until = if o.returned == u64::MAX { "?".into() } else { o.returned.to_string() };
     let doubt = if o.optional { " perhaps" } else { "" };
+    let what = match o.id & SNAPSHOT {
+        0 => format!("operation {}", o.id),
+        _ => format!("the snapshot of e{}", o.id & !SNAPSHOT),
+    };
     match o.action {
-        Action::Read(value) => format!("operation {} [{}..{until}] read {value}", o.id, o.invoked),
-        Action::Write(value) => format!("operation {} [{}..{until}]{doubt} wrote {value}", o.id, o.invoked),
+        Action::Read(value) => format!("{what} [{}..{until}] read {value}", o.invoked),
+        Action::Write(value) => format!("{what} [{}..{until}]{doubt} wrote {value}", o.invoked),
     }
 }
 
@@ -180,8 +189,8 @@ fn steps(history: &[Operation]) -> Vec<Step> {
     steps
 }
 
-/// A value that no read to come needs.
-const SPENT: Value = u64::MAX;
+/// A value that no read to come needs; as the first value of a cell: something that nobody knows.
+pub const SPENT: Value = u64::MAX;
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Configuration {

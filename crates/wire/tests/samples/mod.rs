@@ -5,6 +5,7 @@ use bytes::Bytes;
 use petal::global_state::{Command, Entry};
 use petal::ids::*;
 use petal::message::*;
+use petal::space::{SpacePart, SpaceQuestion};
 use petal::store::{BlockSum, ElementImage, Place, RowImage};
 
 fn version(term: u64, sequence: u64) -> Version {
@@ -85,7 +86,27 @@ pub fn samples() -> Vec<Message> {
             result: Ok(MapPart { elements: vec![(300, 0x00ff), (310, 1)], complete_below: 320, not_here: vec![9] }),
         }),
         Body::Admin(Admin { tag: 1, request: AdminRequest::Hints { name: "vol0".into() } }),
+        Body::Admin(Admin {
+            tag: 1,
+            request: AdminRequest::Space(SpaceQuestion {
+                at: 9,
+                family: FamilyId(5),
+                first_element: 300,
+                going: vec![VdiskId(3), VdiskId::made_by(7, 1)],
+            }),
+        }),
         Body::AdminReply(AdminReply { tag: 1, result: Err(AdminError::NoSuchDisk("vol0".into())) }),
+        Body::AdminReply(AdminReply {
+            tag: 1,
+            result: Ok(AdminResponse::Space(Box::new(SpacePart {
+                elements: 4,
+                used: 40,
+                back: 10,
+                members: vec![(VdiskId(3), 30, 10)],
+                next: Some(400),
+                not_here: vec![9],
+            }))),
+        }),
         replicate(
             Part::Write {
                 element: element(),

@@ -1,0 +1,43 @@
+//! `petal disk flatten`: a clone that needs nothing of its parents any more.
+//!
+//! Every element that holds data gets a row of the clone's own, which refers to the same blocks; then one command
+//! cuts the clone off. Nothing that anybody reads changes, and no data moves. It may be interrupted and repeated.
+
+use super::disk::find;
+use crate::connect::Connection;
+use crate::progress::Progress;
+use anyhow::{Result, bail, ensure};
+use petal::global_state::{Attachment, Command};
+
+/// Bytes that are asked for at one time.
+const STEP: u64 = 1 << 30;
+
+/// Does it.
+pub async fn flatten(connection: &Connection, name: &str) -> Result<()> {
+    let state = connection.state().await?;
+    let disk = find(&state, name)?;
+    ensure!(!disk.is_snapshot(), "'{name}' is a snapshot, and never changes; name a disk");
+    let family = &state.families[&disk.family];
+    if family.ancestors(disk.lineage).next().is_none() {
+        bail!("'{name}' is no clone, or needs nothing of its parents already");
+    }
+    let holder = format!("flatten:{}", std::process::id());
+    let attached = connection.attach(name, Attachment::ReadOnly, &holder, false).await?;
+    let mut progress = Progress::begin(format!("flatten {name}"), disk.size);
+    let mut result = Ok(());
+    let mut at = 0;
+    while at < disk.size && result.is_ok() {
+        let length = STEP.min(disk.size - at);
+        result = attached.inherit(at, length).await;
+        at += length;
+        progress.at(at);
+    }
+    progress.end();
+    if result.is_ok() {
+        connection.execute(Command::Flatten { vdisk: disk.id, lineage: disk.lineage }).await?;
+    }
+    attached.detach().await?;
+    result?;
+    println!("Disk {name} needs nothing of its parents any more.");
+    Ok(())
+}

@@ -1,0 +1,278 @@
+//! `petal import`: a stream of `petal export` becomes a disk, or the next state of one.
+//!
+//! ```text
+//!  the disk is noted as begun -> elements are written -> end mark -> snapshot of the stream's name -> noted as whole
+//! ```
+//!
+//! Nothing counts before the end mark: the snapshot appears then. An import that was interrupted is begun again with
+//! the same stream, which writes the same once more. An increment goes only onto the very state that it starts from.
+
+use super::diff::changed;
+use super::disk::{create, find};
+use crate::connect::{self, Connection, Disk};
+use crate::output;
+use crate::place::Place;
+use crate::progress::Progress;
+use anyhow::{Context, Result, bail, ensure};
+use petal::global_state::{Attachment, Command, SnapshotOf, State};
+use petal::ids::{BLOCK_SIZE, ClusterId, ELEMENT_SIZE, Epoch, FamilyId, LineageId};
+use petal::translator::vdir::{ForeignState, Imported, Vdisk};
+use petal_stream::{Fit, Header, Item, Kind, Point, Reader, StateId, Summary, Target};
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+/// Elements that are written side by side.
+const WRITES_MAX: usize = 32;
+
+/// `petal import`
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  petal import monday.petal vol0                 a new disk vol0, with a snapshot vol0@monday
+  petal import tuesday.petal vol0                the increment that follows
+  zstd -dc monday.petal.zst | petal import - vol0
+
+The same command again goes on with an import that was interrupted.")]
+pub struct Arguments {
+    /// The stream; `-` is standard input
+    file: PathBuf,
+    /// The disk: a new one for a full stream, the one that holds its parent for an increment
+    disk: String,
+    /// Copies of a new disk; as in the stream without it
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=3))]
+    copies: Option<u8>,
+    #[command(flatten)]
+    format: output::Format,
+}
+
+/// Does it.
+pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
+    let place = place.clone();
+    connect::block_on(async move {
+        let Arguments { file, disk: name, copies, format } = arguments;
+        let input: Box<dyn Read + Send> = if file == Path::new("-") {
+            Box::new(std::io::stdin())
+        } else {
+            Box::new(File::open(&file).with_context(|| format!("cannot read {}", file.display()))?)
+        };
+        let length = if file == Path::new("-") { 0 } else { file.metadata().map_or(0, |m| m.len()) };
+        let reader = Reader::open(input).with_context(|| format!("{}", file.display()))?;
+        let header = reader.header().clone();
+        let connection = Connection::open(&place).await?;
+        let Some(disk) = prepare(&connection, &name, &header, copies).await? else {
+            eprintln!("'{name}' holds this state already.");
+            return Ok(());
+        };
+        let written = write(&disk, reader, length, &name).await;
+        let summary = match written {
+            Ok(summary) => summary,
+            Err(error) => {
+                let _ = disk.detach().await;
+                return Err(error).with_context(|| {
+                    format!(
+                        "the import into '{name}' has not ended and shows nothing new; repeat it with a whole stream, or delete the disk"
+                    )
+                });
+            }
+        };
+        disk.flush().await?;
+        disk.detach().await?;
+        finish(&connection, &name, &header).await?;
+        if format.json {
+            return output::print_json(&serde_json::json!({
+                "disk": name, "snapshot": format!("{name}@{}", header.snapshot), "bytes": summary.bytes,
+                "hash": summary.hash.to_string(),
+            }));
+        }
+        println!("Imported {name}@{} ({}).", header.snapshot, output::size(summary.bytes));
+        Ok(())
+    })
+}
+
+fn foreign(state: StateId) -> ForeignState {
+    ForeignState {
+        cluster: ClusterId(state.cluster),
+        family: FamilyId(state.family),
+        lineage: LineageId(state.point.lineage),
+        epoch: Epoch(state.point.epoch),
+    }
+}
+
+fn target(imported: &Imported) -> Target {
+    let state = |s: ForeignState| StateId {
+        cluster: s.cluster.0,
+        family: s.family.0,
+        point: Point { lineage: s.lineage.0, epoch: s.epoch.0 },
+    };
+    Target { newest: imported.newest.map(state), begun: imported.begun.map(state) }
+}
+
+/// The disk to write to, attached; `None` if it holds the state already.
+async fn prepare(connection: &Connection, name: &str, header: &Header, copies: Option<u8>) -> Result<Option<Disk>> {
+    let state = connection.state().await?;
+    let holder = format!("import:{}", std::process::id());
+    let is_new = !state.vdisks.values().any(|d| d.name == name);
+    if is_new {
+        // Refused before anything is made.
+        header.fit(&Target::default())?;
+        create(connection, name, header.size, copies.unwrap_or(header.copies), Some(header.stripe_unit)).await?;
+    }
+    let state = connection.state().await?;
+    let present = find(&state, name)?;
+    ensure!(!present.is_snapshot(), "'{name}' is a snapshot, and never changes; name a disk");
+    let holds_nothing = present.imported == Imported::default();
+    if !is_new && holds_nothing {
+        bail!("there is a disk named '{name}' already that was not imported; choose another name");
+    }
+    let fit = header.fit(&target(&present.imported)).with_context(|| format!("'{name}' cannot take this stream"))?;
+    if fit == Fit::Present {
+        return Ok(None);
+    }
+    if present.sessions.is_empty() && fit == Fit::Begin && !is_new {
+        unchanged(connection, &state, present, header).await?;
+    }
+    let disk = connection.attach(name, Attachment::Exclusive, &holder, false).await?;
+    let begun = Imported { begun: Some(foreign(header.state())), ..present.imported };
+    connection.execute(Command::NoteImport { vdisk: present.id, imported: begun }).await?;
+    if header.size != present.size {
+        if header.size < present.size {
+            disk.zero(header.size, present.size - header.size).await?;
+        }
+        let (vdisk, session) = (present.id, disk.session());
+        connection.execute(Command::ResizeDisk { vdisk, size: header.size, session }).await?;
+        disk.refresh().await?;
+    }
+    Ok(Some(disk))
+}
+
+/// An increment is right only over exactly the state that it starts from.
+async fn unchanged(connection: &Connection, state: &State, disk: &Vdisk, header: &Header) -> Result<()> {
+    let Kind::Incremental { from_snapshot, .. } = &header.kind else { return Ok(()) };
+    let parent = state
+        .snapshots_of(disk)
+        .filter(|s| s.imported.begun.is_some_and(|b| Some(b) == disk.imported.newest))
+        .last()
+        .with_context(|| format!("'{}@{from_snapshot}' is gone, which the stream starts from", disk.name))?;
+    let reader = connection.attach(&disk.name, Attachment::ReadOnly, "import", false).await?;
+    let differs = changed(&reader, parent.id, disk.size.min(parent.size)).await;
+    reader.detach().await?;
+    ensure!(
+        differs?.is_empty() && disk.size == parent.size,
+        "'{0}' was changed since {1}, which the stream starts from; `petal rollback {0} --to {1}` brings that back",
+        disk.name,
+        parent.name
+    );
+    Ok(())
+}
+
+enum Piece {
+    Element { number: u64, data: u16, zero: u16, bytes: Vec<u8>, at: u64 },
+    End(Box<Summary>),
+}
+
+async fn write(disk: &Disk, mut reader: Reader<Box<dyn Read + Send>>, length: u64, name: &str) -> Result<Summary> {
+    let (sender, mut receiver) = mpsc::channel::<Piece>(64);
+    let reading = tokio::task::spawn_blocking(move || -> Result<()> {
+        loop {
+            let at = reader.offset();
+            let piece = match reader.next_item()? {
+                Item::Mark(_) => continue,
+                Item::End(summary) => Piece::End(Box::new(summary)),
+                Item::Element(e) => {
+                    Piece::Element { number: e.number, data: e.data, zero: e.zero, bytes: e.bytes.to_vec(), at }
+                }
+            };
+            let is_end = matches!(piece, Piece::End(_));
+            if sender.blocking_send(piece).is_err() || is_end {
+                return Ok(());
+            }
+        }
+    });
+    let mut progress = Progress::begin(format!("import {name}"), length);
+    let mut writes: JoinSet<Result<()>> = JoinSet::new();
+    let mut summary = None;
+    let mut failed = None;
+    while let Some(piece) = receiver.recv().await {
+        match piece {
+            Piece::End(end) => summary = Some(*end),
+            Piece::Element { number, data, zero, bytes, at } => {
+                progress.at(at);
+                if writes.len() >= WRITES_MAX {
+                    failed = writes.join_next().await.and_then(flat);
+                }
+                let disk = disk.clone();
+                writes.spawn_local(async move { element(&disk, number, data, zero, bytes).await });
+            }
+        }
+        if failed.is_some() {
+            break;
+        }
+    }
+    drop(receiver);
+    while let Some(done) = writes.join_next().await {
+        failed = failed.or(flat(done));
+    }
+    progress.end();
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    reading.await.context("the reading thread ended")??;
+    summary.context("the stream ended without its end mark")
+}
+
+fn flat(done: Result<Result<()>, tokio::task::JoinError>) -> Option<anyhow::Error> {
+    match done {
+        Ok(Ok(())) => None,
+        Ok(Err(error)) => Some(error),
+        Err(error) => Some(error.into()),
+    }
+}
+
+/// Writes one element's blocks, in runs.
+async fn element(disk: &Disk, number: u64, data: u16, zero: u16, bytes: Vec<u8>) -> Result<()> {
+    let (start, size) = (number * ELEMENT_SIZE, disk.size());
+    let bytes = bytes::Bytes::from(bytes);
+    let mut taken = 0;
+    for (mask, is_data) in [(data, true), (zero, false)] {
+        let mut block = 0;
+        while block < 16 {
+            let run = (mask >> block).trailing_ones();
+            if run == 0 {
+                block += 1;
+                continue;
+            }
+            let offset = start + u64::from(block) * BLOCK_SIZE;
+            // The last block of a disk may be a part of one.
+            let length = (u64::from(run) * BLOCK_SIZE).min(size.saturating_sub(offset));
+            if is_data {
+                disk.write(offset, bytes.slice(taken..taken + length as usize)).await?;
+                taken += run as usize * BLOCK_SIZE as usize;
+            } else if length > 0 {
+                disk.zero(offset, length).await?;
+            }
+            block += run;
+        }
+    }
+    Ok(())
+}
+
+/// The end mark has come: the state gets its name.
+async fn finish(connection: &Connection, name: &str, header: &Header) -> Result<()> {
+    let state = connection.state().await?;
+    let disk = find(&state, name)?;
+    let full = format!("{name}@{}", header.snapshot);
+    let state_here = Some(foreign(header.state()));
+    // Interrupted between the two commands, it is there already.
+    let is_there = state.vdisks.values().any(|d| d.name == full && d.imported.begun == state_here);
+    if !is_there {
+        let of = vec![SnapshotOf { vdisk: disk.id, epoch: disk.epoch, name: header.snapshot.clone() }];
+        let made = output::unix_seconds();
+        connection.execute(Command::Snapshot { of, made, protected: false }).await?;
+    }
+    let imported = Imported { newest: state_here, begun: None };
+    connection.execute(Command::NoteImport { vdisk: disk.id, imported }).await?;
+    Ok(())
+}

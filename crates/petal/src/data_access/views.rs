@@ -1,0 +1,69 @@
+//! What of an element's rows is seen: by a request (a view), by anybody (an image without the rest), and whether a
+//! replica has all of it (marks). 2.9; `translator/visible.rs` says what anybody can see.
+
+use super::*;
+
+impl DataAccess {
+    /// What a disk or snapshot shows; nothing if it is gone.
+    pub(super) fn view_of(&self, state: &State, vdisk: VdiskId) -> View {
+        let mut view = view_of(state, vdisk);
+        if self.is_sabotaged(Sabotage::DiskByOwnEpoch)
+            && let Some((newest, disk)) = view.first_mut().zip(state.vdisk(vdisk))
+        {
+            newest.1 = disk.epoch;
+        }
+        view
+    }
+
+    /// Somebody reads what stands on the command at this index: the other replicas are told that they have all
+    /// that was written before, so that they can serve it too. Once a slot; a new term tells it by itself.
+    pub(super) fn mark(&mut self, ctx: &mut Context, index: SlotIndex, stands_on: StateIndex) {
+        let slot = &mut self.slots[index];
+        let Some(acting) = slot.acting.as_mut() else { return };
+        if stands_on <= acting.marked.max(slot.term) {
+            return;
+        }
+        acting.marked = ctx.state.index;
+        for (receiver, outgoing) in &mut acting.streams {
+            let part = Part::Mark { state_index: ctx.state.index };
+            let m = outgoing.push(slot.id, slot.term, slot.watermark, part, Payload::default(), None);
+            if self.connected.contains(receiver) {
+                let message = Message { state_index: ctx.state.index, body: Body::Replicate(m) };
+                ctx.out.push_back(Output::Send { to: Peer::Server(*receiver), message });
+            }
+        }
+    }
+}
+
+/// The image of a loaded element without the rows that nobody can see any more (2.9): what replicas compare and copy,
+/// because each drops such rows when it comes to it.
+pub(crate) fn seen_image(ctx: &Context, element: ElementKey) -> ElementImage {
+    let mut image = ctx.stores.image(element);
+    keep_seen(ctx.state, element.family, &mut image);
+    image
+}
+
+/// Takes the rows out of an image that nobody can see any more.
+pub(crate) fn keep_seen(state: &State, family: FamilyId, image: &mut ElementImage) {
+    let Some(visible) = state.visible(family) else { return };
+    if image.rows.len() <= 1 && image.rows.iter().all(|r| visible.sees(r.lineage, r.epoch, None)) {
+        return;
+    }
+    let rows: SmallVec<[(LineageId, Epoch); 8]> = image.rows.iter().map(|r| (r.lineage, r.epoch)).collect();
+    let mut kept = visible.kept(rows.iter().copied());
+    image.rows.retain(|_| kept.next().unwrap_or(true));
+}
+
+/// What a disk or snapshot shows; nothing if it is gone.
+pub(crate) fn view_of(state: &State, vdisk: VdiskId) -> View {
+    let Some(v) = state.vdisks.get(&vdisk) else { return View::new() };
+    // Of a disk always the newest row: this server may be behind, and others write a later epoch already.
+    let newest = if v.is_snapshot() { v.epoch } else { Epoch(u32::MAX) };
+    let ancestors = state.families.get(&v.family).map(|f| f.ancestors(v.lineage));
+    std::iter::once((v.lineage, newest)).chain(ancestors.into_iter().flatten()).collect()
+}
+
+pub(super) fn revision_of(state: &State, vdisk: VdiskId) -> Revision {
+    let Some(v) = state.vdisks.get(&vdisk) else { return state.index };
+    v.revision.max(state.families.get(&v.family).map_or(0, |f| f.revision))
+}

@@ -1,0 +1,32 @@
+//! How a block of an element is named.
+
+use super::{BlockSum, ElementImage};
+use crate::ids::*;
+use serde::{Deserialize, Serialize};
+
+/// A block of an element, by the row that it belongs to: rows come and go, so their positions say nothing later.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub struct Place {
+    /// The row.
+    pub lineage: LineageId,
+    /// The row.
+    pub epoch: Epoch,
+    /// The block, below 16.
+    pub block: u8,
+}
+
+impl ElementImage {
+    /// Places of blocks given as `(row, block)`, rows as positions in this image.
+    pub fn places(&self, blocks: &[(u16, u8)]) -> Vec<Place> {
+        let place = |(row, block): &(u16, u8)| {
+            let row = &self.rows[usize::from(*row)];
+            Place { lineage: row.lineage, epoch: row.epoch, block: *block }
+        };
+        blocks.iter().map(place).collect()
+    }
+    /// What the image says of a block.
+    pub fn sum(&self, place: Place) -> Option<BlockSum> {
+        let at = self.rows.binary_search_by_key(&(place.lineage, place.epoch), |r| (r.lineage, r.epoch)).ok()?;
+        self.rows[at].sums.get(usize::from(place.block)).copied()
+    }
+}
