@@ -106,41 +106,6 @@ fn a_snapshot_during_recovery() {
     assert!(during >= 4, "in only {during} runs the recovery went on when the snapshot was made");
 }
 
-/// A snapshot needs no room. What is written after it does, and is refused; nothing that is there is harmed.
-#[test]
-fn a_snapshot_of_a_full_disk() {
-    for seed in 1..=6 {
-        let mut s = Scenario::new(seed, &Overrides { full: true, ..Overrides::default() });
-        let disk = s.create("vol", 1);
-        s.fill_hot(disk, BLOCKS);
-        assert!(s.attach(1, "vol", Attachment::Exclusive));
-        write_blocks(&mut s, disk);
-        assert_eq!(s.refused_for_space(), 0, "seed {seed}: two copies of {BLOCKS} blocks fit into 768");
-        let mut last = s.snapshot(disk).1;
-        let mut snapshots = 1;
-        while s.refused_for_space() < BLOCKS {
-            assert!(snapshots < 10, "seed {seed}: {snapshots} snapshots of {BLOCKS} blocks do not fit");
-            write_blocks(&mut s, disk);
-            last = s.snapshot(disk).1;
-            snapshots += 1;
-        }
-        s.execute(Command::DeleteDisks { vdisks: vec![last] }).expect("deleting needs no room");
-        good(seed, s);
-    }
-}
-
-const BLOCKS: u64 = 150;
-
-fn write_blocks(s: &mut Scenario, disk: VdiskId) {
-    for block in 0..BLOCKS {
-        s.begin_write_block(1, disk, block);
-        if block % 10 == 9 {
-            s.idle(1);
-        }
-    }
-    s.idle(1);
-}
-
 /// A server loses its disks: what it had of snapshots and clones comes back with the rest.
 #[test]
 fn copies_of_snapshots_are_rebuilt_too() {

@@ -51,15 +51,16 @@ use bytes::{Bytes, BytesMut};
 pub use counters::Counters;
 use queue::ElementQueue;
 use range::{ByteRange, block_mask, mask_range};
+use reclaim::has_unseen;
 pub(crate) use replica::{family_ended, graft};
 use smallvec::{SmallVec, smallvec};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use stdx::checksum::crc32c;
 use stdx::{FastMap, FastSet, Instant};
 pub(crate) use stream::{Incoming, Outgoing};
-use views::revision_of;
 #[cfg(test)]
 pub(crate) use views::view_of;
+use views::{check_writable, revision_of};
 pub(crate) use views::{keep_seen, seen_image};
 pub(crate) use window::Window;
 use window::{Room, room};
@@ -825,6 +826,9 @@ impl DataAccess {
             Err(StageError::NoSpace) => return self.refuse(ctx, number, Refusal::NoSpace),
             Err(_) => return self.refuse(ctx, number, Refusal::BadCopy),
         };
+        if !has_row && has_unseen(ctx.state, op.element, &ctx.stores.image(op.element)) {
+            self.reclaim.want_soon(op.element.family, ctx.now);
+        }
         acting.sequence += 1;
         slot.outstanding += 1;
         op.phase = Phase::Unfinished { sequence: version.sequence };
@@ -1456,13 +1460,6 @@ impl DataAccess {
             }
         }
     }
-}
-
-/// Step 1 of 2.6: may the session write? (The session and the disk are looked for by who locates the element.)
-fn check_writable(state: &State, access: &Access) -> Result<(), Refusal> {
-    let is_snapshot = state.vdisk(access.vdisk).is_some_and(Vdisk::is_snapshot);
-    let reads_only = state.session(access.session).is_some_and(|s| s.mode == Attachment::ReadOnly);
-    if is_snapshot || reads_only { Err(Refusal::ReadOnly) } else { Ok(()) }
 }
 
 enum Answer {

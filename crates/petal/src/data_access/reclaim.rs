@@ -59,6 +59,12 @@ impl Reclaim {
         self.pass.as_ref().is_some_and(|p| p.scan == Some(scan))
     }
 
+    /// A new row has taken the place of one that nobody sees any more: looked at soon, with others.
+    pub(super) fn want_soon(&mut self, family: FamilyId, now: Instant) {
+        self.left.insert(family);
+        self.again_at.get_or_insert(now + AGAIN);
+    }
+
     /// When something is due although nothing else happens.
     pub(super) fn next_timeout(&self) -> Option<Instant> {
         let pass = self.pass.as_ref().filter(|p| p.scan.is_none() && p.waiting.is_empty()).map(|p| p.at);

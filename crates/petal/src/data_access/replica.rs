@@ -75,6 +75,12 @@ impl DataAccess {
                 }
                 continue;
             };
+            let written = match &change {
+                Change::Write { element, lineage, epoch, .. } if !ctx.stores.has_row(*element, *lineage, *epoch) => {
+                    Some(*element)
+                }
+                _ => None,
+            };
             let ticket = match ctx.stores.stage(change) {
                 Ok(ticket) => ticket,
                 Err(error) => {
@@ -87,6 +93,11 @@ impl DataAccess {
                     return;
                 }
             };
+            if let Some(element) = written
+                && has_unseen(ctx.state, element, &ctx.stores.image(element))
+            {
+                self.reclaim.want_soon(element.family, ctx.now);
+            }
             self.counters.replicated += 1;
             self.windows.entry(from).or_default().staged += cost;
             let slot = &mut self.slots[index];

@@ -67,3 +67,10 @@ pub(super) fn revision_of(state: &State, vdisk: VdiskId) -> Revision {
     let Some(v) = state.vdisks.get(&vdisk) else { return state.index };
     v.revision.max(state.families.get(&v.family).map_or(0, |f| f.revision))
 }
+
+/// Step 1 of 2.6: may the session write? (The session and the disk are looked for by who locates the element.)
+pub(super) fn check_writable(state: &State, access: &Access) -> Result<(), Refusal> {
+    let is_snapshot = state.vdisk(access.vdisk).is_some_and(Vdisk::is_snapshot);
+    let reads_only = state.session(access.session).is_some_and(|s| s.mode == Attachment::ReadOnly);
+    if is_snapshot || reads_only { Err(Refusal::ReadOnly) } else { Ok(()) }
+}
