@@ -75,7 +75,6 @@ const SCENARIOS: &[Scenario] = &[
     ("a_snapshot_stays_as_it_was_while_its_disk_is_written_cloned_and_rolled_back", snapshots::stays_as_it_was),
     ("snapshots_are_deleted_in_any_order_and_give_back_what_was_told", snapshots::deleted_in_any_order),
     ("snapshots_are_listed_named_protected_and_refused_with_a_remedy", snapshots::commands),
-    ("thousands_of_snapshots_are_listed_and_deleted_at_once", snapshots::thousands),
     ("a_file_system_stands_still_for_a_snapshot_and_goes_on", snapshots::frozen_file_system),
     ("the_cluster_makes_snapshots_by_itself_and_none_twice", snapshots::made_by_the_cluster),
     ("scrub_finds_and_repairs_what_was_written_over", disk_faults::scrub_repairs),

@@ -275,39 +275,6 @@ pub fn commands(cluster: &Cluster) -> Result<()> {
     cluster.down()
 }
 
-pub fn thousands(cluster: &Cluster) -> Result<()> {
-    const DISKS: usize = 100;
-    const INSTANTS: usize = 20;
-    cluster.up(&["--size", "1GiB"])?;
-    let disks: Vec<String> = (0..DISKS).map(|n| format!("d{n}")).collect();
-    for disk in &disks {
-        read(cluster.petal().args(["disk", "create", disk, "1GiB"]))?;
-    }
-    let began = Instant::now();
-    for n in 0..INSTANTS {
-        read(cluster.petal().args(["snapshot", "create", "--name", &format!("s{n}")]).args(&disks))?;
-    }
-    println!("{INSTANTS} instants of {DISKS} disks: {} ms", began.elapsed().as_millis());
-    let timed = |what: &str, command: &mut std::process::Command| -> Result<String> {
-        let began = Instant::now();
-        let text = read(command)?;
-        println!("{what}: {} ms", began.elapsed().as_millis());
-        Ok(text)
-    };
-    let socket = cluster.nbd_uri("")?.split("socket=").nth(1).context("no socket in the URI")?.to_string();
-    let list = timed("listed over NBD", command("qemu-nbd").args(["--list", "--socket", &socket]))?;
-    ensure!(list.contains(&format!("exports available: {}", 1 + DISKS * (1 + INSTANTS))), "qemu-nbd lists {list}");
-    ensure!(list.contains("'d99@s19'"), "a snapshot is not listed");
-    let tree = timed("listed by petal", cluster.petal().args(["snapshot", "list"]))?;
-    ensure!(tree.lines().count() == 2 + DISKS * (1 + INSTANTS), "the tree has {} lines", tree.lines().count());
-    timed("status", cluster.petal().arg("status"))?;
-    let all: Vec<String> = disks.iter().flat_map(|d| (0..INSTANTS).map(move |n| format!("{d}@s{n}"))).collect();
-    timed("told what comes back", cluster.petal().args(["snapshot", "delete", "--dry-run"]).args(&all))?;
-    timed("all deleted", cluster.petal().args(["snapshot", "delete"]).args(&all))?;
-    ensure!(json(cluster, &["snapshot", "list"])?.as_array().map(Vec::len) == Some(1 + DISKS), "some are left");
-    cluster.down()
-}
-
 pub fn frozen_file_system(cluster: &Cluster) -> Result<()> {
     cluster.up(&["--size", "1GiB"])?;
     let attach = |disk: &str| -> Result<PathBuf> {
