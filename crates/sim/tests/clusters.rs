@@ -110,9 +110,9 @@ fn what_a_lying_disk_lost_is_put_back() {
     let interval = Some(Duration::from_millis(300));
     let ground = Overrides { servers: Some(4), faults: Some(faults), fault_interval: interval, ..Overrides::default() };
     let (mut lies, mut noticed) = (0, 0);
-    // One of these found that a disk that had lost all of a slot looked like one that never had anything. (Seed 33,
-    // with two lies within 1.1 s, ends with two requests that are never answered: not understood yet.)
-    for seed in 34..=41 {
+    // One of these found that a disk that had lost all of a slot looked like one that never had anything; seed 33, that
+    // nobody told a server behind a gate that they knew who was down, so that its writes waited for ever.
+    for seed in 33..=40 {
         let report = run_seed(seed, &ground, Keep::Hash);
         assert!(report.complaints.is_empty(), "seed {seed}: {:#?}", report.complaints);
         lies += report.counters.get(Kind::Lied);

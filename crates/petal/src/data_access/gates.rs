@@ -80,14 +80,12 @@ impl Gates {
         self.open()
     }
 
-    /// Indices that a server has still to settle: asked for again when its connection is new.
-    pub fn unsettled_at(&self, server: ServerId) -> Vec<StateIndex> {
-        self.closed.iter().filter(|(_, gate)| gate.waits.contains(&server)).map(|(index, _)| *index).collect()
-    }
-
-    /// True if a server is waited for to apply something: it may be asked.
-    pub fn is_closed(&self) -> bool {
-        !self.closed.is_empty()
+    /// Indices that a server is to be asked to settle, because it is waited for: again when its connection is new, and
+    /// when somebody is down, for those who are left may have nothing else to say to this server.
+    pub fn unsettled_at(&self, server: ServerId) -> BTreeSet<StateIndex> {
+        let settles = self.closed.iter().filter(|(_, gate)| gate.waits.contains(&server)).map(|(index, _)| *index);
+        let applies = self.closed.values().filter(|gate| gate.behind.1.contains(&server)).map(|gate| gate.behind.0);
+        settles.chain(applies).collect()
     }
 
     fn open(&mut self) -> bool {
@@ -116,7 +114,7 @@ mod tests {
         assert!(gates.admits(VdiskId(6), 25));
         assert!(!gates.on_settled(A, 20));
         assert!(!gates.on_settled(B, 21), "of another command");
-        assert_eq!(gates.unsettled_at(B), [20]);
+        assert_eq!(gates.unsettled_at(B), [20].into());
         assert!(gates.on_settled(B, 20));
         assert!(gates.admits(DISK, 25));
     }
@@ -128,6 +126,7 @@ mod tests {
         gates.on_settled(A, 20);
         gates.on_settled(B, 20);
         assert!(!gates.on_downs(30, &[C], &[A, B]));
+        assert_eq!(gates.unsettled_at(B), [30].into());
         assert!(!gates.on_applied(A, 30));
         assert!(!gates.on_applied(B, 29));
         assert!(gates.on_applied(B, 31));

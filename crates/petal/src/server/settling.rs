@@ -18,6 +18,11 @@ impl Server {
         if opened {
             self.with_data(|data, ctx| data.complete_what_waited(ctx));
         }
+        for server in left {
+            if self.data.gates.unsettled_at(server).contains(&index) {
+                self.ask_to_settle(server, index);
+            }
+        }
         if is_own_end && !std::mem::replace(&mut self.ended, true) {
             let why = format!("{me} was not heard from and is declared down; it starts again as a new life");
             self.out.push_back(Output::Restart(why));
