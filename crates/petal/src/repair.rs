@@ -408,6 +408,8 @@ impl DataAccess {
     fn end_repair(&mut self, ctx: &mut Context, element: ElementKey, is_good: bool) {
         let Some(repair) = self.repairs.elements.remove(&element) else { return };
         let (found, repaired) = repair.progress;
+        // What was written over, reclaimed or deleted meanwhile is not bad any more.
+        let repaired = if is_good { found } else { repaired };
         self.on_scrub_repaired(ctx.now, element, found, repaired);
         self.tell_waiters(ctx, repair.waiters, is_good);
     }
