@@ -122,7 +122,9 @@ impl Policies {
                 continue;
             }
             let disk = state.vdisk(id).expect("just found");
-            let command = self.due(state, disk, seconds).or_else(|| over(disk, snapshots));
+            // What an import has written a part of is no state to be kept.
+            let due = if disk.is_importing() { None } else { self.due(state, disk, seconds) };
+            let command = due.or_else(|| over(disk, snapshots));
             wanted.extend(command.map(|command| (id, command)));
         }
         wanted

@@ -1,11 +1,11 @@
 //! `petal import`: a stream of `petal export` becomes a disk, or the next state of one.
 //!
 //! ```text
-//!  the disk is noted as begun -> elements are written -> end mark -> snapshot of the stream's name -> noted as whole
+//!  the disk is noted as begun -> elements are written -> end mark -> snapshot of the stream's name, whole: in one
 //! ```
 //!
-//! Nothing counts before the end mark: the snapshot appears then. An import that was interrupted is begun again with
-//! the same stream, which writes the same once more. An increment goes only onto the very state that it starts from.
+//! Nothing counts before the end mark: the snapshot appears then, and until then nobody else writes the disk. An import that was
+//! interrupted is begun again with the same stream, which writes the same once more. An increment goes only onto the very state that it starts from.
 
 use super::diff::changed;
 use super::disk::{create, find};
@@ -14,7 +14,7 @@ use crate::output;
 use crate::place::Place;
 use crate::progress::Progress;
 use anyhow::{Context, Result, bail, ensure};
-use petal::global_state::{Attachment, Command, SnapshotOf, State};
+use petal::global_state::{Attachment, Command, State};
 use petal::ids::{BLOCK_SIZE, ClusterId, ELEMENT_SIZE, Epoch, FamilyId, LineageId};
 use petal::translator::vdir::{ForeignState, Imported, Vdisk};
 use petal_stream::{Fit, Header, Item, Kind, Point, Reader, StateId, Summary, Target};
@@ -35,7 +35,8 @@ Examples:
   petal import tuesday.petal vol0                the increment that follows
   zstd -dc monday.petal.zst | petal import - vol0
 
-The same command again goes on with an import that was interrupted.")]
+The same command again goes on with an import that was interrupted; with --take-over if that was killed.
+Until it has ended nobody else writes the disk.")]
 pub struct Arguments {
     /// The stream; `-` is standard input
     file: PathBuf,
@@ -44,6 +45,9 @@ pub struct Arguments {
     /// Copies of a new disk; as in the stream without it
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=3))]
     copies: Option<u8>,
+    /// End the session of who has the disk attached, such as an import that was killed
+    #[arg(long)]
+    take_over: bool,
     #[command(flatten)]
     format: output::Format,
 }
@@ -52,7 +56,7 @@ pub struct Arguments {
 pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
     let place = place.clone();
     connect::block_on(async move {
-        let Arguments { file, disk: name, copies, format } = arguments;
+        let Arguments { file, disk: name, copies, take_over, format } = arguments;
         let input: Box<dyn Read + Send> = if file == Path::new("-") {
             Box::new(std::io::stdin())
         } else {
@@ -62,7 +66,7 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
         let reader = Reader::open(input).with_context(|| format!("{}", file.display()))?;
         let header = reader.header().clone();
         let connection = Connection::open(&place).await?;
-        let Some(disk) = prepare(&connection, &name, &header, copies).await? else {
+        let Some(disk) = prepare(&connection, &name, &header, copies, take_over).await? else {
             eprintln!("'{name}' holds this state already.");
             return Ok(());
         };
@@ -78,9 +82,18 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
                 });
             }
         };
-        disk.flush().await?;
-        disk.detach().await?;
-        finish(&connection, &name, &header).await?;
+        // The session is ended behind the snapshot: what anybody else writes is not in it.
+        let finished = async {
+            disk.flush().await?;
+            let (vdisk, session) = (disk.id(), disk.session());
+            let made = output::unix_seconds();
+            let end = Command::EndImport { vdisk, session, name: header.snapshot.clone(), made };
+            connection.execute(end).await
+        };
+        let finished = finished.await;
+        let detached = disk.detach().await;
+        finished?;
+        detached?;
         if format.json {
             return output::print_json(&serde_json::json!({
                 "disk": name, "snapshot": format!("{name}@{}", header.snapshot), "bytes": summary.bytes,
@@ -111,7 +124,13 @@ fn target(imported: &Imported) -> Target {
 }
 
 /// The disk to write to, attached; `None` if it holds the state already.
-async fn prepare(connection: &Connection, name: &str, header: &Header, copies: Option<u8>) -> Result<Option<Disk>> {
+async fn prepare(
+    connection: &Connection,
+    name: &str,
+    header: &Header,
+    copies: Option<u8>,
+    take_over: bool,
+) -> Result<Option<Disk>> {
     let state = connection.state().await?;
     let holder = format!("import:{}", std::process::id());
     let is_new = !state.vdisks.values().any(|d| d.name == name);
@@ -131,36 +150,55 @@ async fn prepare(connection: &Connection, name: &str, header: &Header, copies: O
     if fit == Fit::Present {
         return Ok(None);
     }
-    if present.sessions.is_empty() && fit == Fit::Begin && !is_new {
-        unchanged(connection, &state, present, header).await?;
-    }
-    let disk = connection.attach(name, Attachment::Exclusive, &holder, false).await?;
-    let begun = Imported { begun: Some(foreign(header.state())), ..present.imported };
-    connection.execute(Command::NoteImport { vdisk: present.id, imported: begun }).await?;
-    if header.size != present.size {
-        if header.size < present.size {
-            disk.zero(header.size, present.size - header.size).await?;
+    let full = format!("{name}@{}", header.snapshot);
+    ensure!(
+        state.vdisk_named(&full).is_none(),
+        "there is a snapshot '{full}' already, and the stream's is to have that name; rename or delete it first"
+    );
+    let disk = connection.attach(name, Attachment::Import, &holder, take_over).await?;
+    let ready = async {
+        // Nobody else can write from here on.
+        if fit == Fit::Begin && !is_new {
+            unchanged(&disk, &connection.state().await?, present, header).await?;
         }
-        let (vdisk, session) = (present.id, disk.session());
-        connection.execute(Command::ResizeDisk { vdisk, size: header.size, session }).await?;
-        disk.refresh().await?;
+        begin(connection, &disk, present, header).await
+    };
+    if let Err(error) = ready.await {
+        let _ = disk.detach().await; // The other error says more.
+        return Err(error);
     }
     Ok(Some(disk))
 }
 
+/// Notes what is to come, and makes the disk as large as that.
+async fn begin(connection: &Connection, disk: &Disk, present: &Vdisk, header: &Header) -> Result<()> {
+    let (vdisk, session) = (present.id, disk.session());
+    connection
+        .execute(Command::BeginImport { vdisk, session, seen: present.imported, to: foreign(header.state()) })
+        .await?;
+    let size = disk.size();
+    if header.size != size {
+        if header.size < size {
+            disk.zero(header.size, size - header.size).await?;
+        }
+        connection.execute(Command::ResizeDisk { vdisk, size: header.size, session }).await?;
+        disk.refresh().await?;
+    }
+    Ok(())
+}
+
 /// An increment is right only over exactly the state that it starts from.
-async fn unchanged(connection: &Connection, state: &State, disk: &Vdisk, header: &Header) -> Result<()> {
+async fn unchanged(attached: &Disk, state: &State, disk: &Vdisk, header: &Header) -> Result<()> {
     let Kind::Incremental { from_snapshot, .. } = &header.kind else { return Ok(()) };
     let parent = state
         .snapshots_of(disk)
         .filter(|s| s.imported.begun.is_some_and(|b| Some(b) == disk.imported.newest))
         .last()
         .with_context(|| format!("'{}@{from_snapshot}' is gone, which the stream starts from", disk.name))?;
-    let reader = connection.attach(&disk.name, Attachment::ReadOnly, "import", false).await?;
-    let differs = changed(&reader, parent.id, disk.size.min(parent.size)).await;
-    reader.detach().await?;
+    let size = attached.size();
+    let differs = changed(attached, parent.id, size.min(parent.size)).await?;
     ensure!(
-        differs?.is_empty() && disk.size == parent.size,
+        differs.is_empty() && size == parent.size,
         "'{0}' was changed since {1}, which the stream starts from; `petal rollback {0} --to {1}` brings that back",
         disk.name,
         parent.name
@@ -256,23 +294,5 @@ async fn element(disk: &Disk, number: u64, data: u16, zero: u16, bytes: Vec<u8>)
             block += run;
         }
     }
-    Ok(())
-}
-
-/// The end mark has come: the state gets its name.
-async fn finish(connection: &Connection, name: &str, header: &Header) -> Result<()> {
-    let state = connection.state().await?;
-    let disk = find(&state, name)?;
-    let full = format!("{name}@{}", header.snapshot);
-    let state_here = Some(foreign(header.state()));
-    // Interrupted between the two commands, it is there already.
-    let is_there = state.vdisks.values().any(|d| d.name == full && d.imported.begun == state_here);
-    if !is_there {
-        let of = vec![SnapshotOf { vdisk: disk.id, epoch: disk.epoch, name: header.snapshot.clone() }];
-        let made = output::unix_seconds();
-        connection.execute(Command::Snapshot { of, made, protected: false }).await?;
-    }
-    let imported = Imported { newest: state_here, begun: None };
-    connection.execute(Command::NoteImport { vdisk: disk.id, imported }).await?;
     Ok(())
 }

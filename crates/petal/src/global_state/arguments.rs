@@ -12,10 +12,10 @@ const STRIPE_UNITS: std::ops::RangeInclusive<u64> = ELEMENT_SIZE..=1 << 30;
 
 /// Whether an attachment stands in the way of another.
 pub(super) fn conflict(wanted: Attachment, present: Attachment) -> bool {
-    use Attachment::{Exclusive, ReadOnly, Shared};
+    use Attachment::{Exclusive, Import, ReadOnly, Shared};
     match (wanted, present) {
         (ReadOnly, _) | (_, ReadOnly) | (Shared, Shared) => false,
-        (Exclusive, Exclusive | Shared) | (Shared, Exclusive) => true,
+        (Exclusive | Import, _) | (_, Exclusive | Import) => true,
     }
 }
 

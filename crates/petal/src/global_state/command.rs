@@ -4,7 +4,7 @@ use super::arguments::split_name;
 use crate::ids::*;
 use crate::message::CommandId;
 use crate::translator::gmap::Scheme;
-use crate::translator::vdir::{Imported, Policy};
+use crate::translator::vdir::{ForeignState, Imported, Policy};
 use serde::{Deserialize, Serialize};
 
 /// One entry of the log.
@@ -25,6 +25,8 @@ pub enum Attachment {
     Shared,
     /// Any number, no writes.
     ReadOnly,
+    /// One client, which imports: only so is a disk written whose import has not ended.
+    Import,
 }
 
 /// The cluster at state index 0: what `petal init` decided. The same on every ring member.
@@ -269,12 +271,27 @@ pub enum Command {
         /// Its lineage, as the caller saw it.
         lineage: LineageId,
     },
-    /// What is imported into a disk (`petal import`).
-    NoteImport {
+    /// What follows is written into a disk by an import, and is no state of it before its end (`petal import`).
+    BeginImport {
         /// The disk.
         vdisk: VdiskId,
-        /// From now on.
-        imported: Imported,
+        /// The import's.
+        session: SessionId,
+        /// What its caller saw of earlier ones.
+        seen: Imported,
+        /// Where it leads to.
+        to: ForeignState,
+    },
+    /// Everything was written: the state gets its name.
+    EndImport {
+        /// The disk.
+        vdisk: VdiskId,
+        /// The import's.
+        session: SessionId,
+        /// Of the snapshot, without the disk's.
+        name: String,
+        /// In seconds since 1970.
+        made: u64,
     },
 }
 
@@ -354,10 +371,8 @@ impl std::fmt::Display for Command {
                 "{vdisk} gets snapshots by itself: {} hourly, {} daily, {} weekly are kept",
                 policy.hourly, policy.daily, policy.weekly
             ),
-            Command::NoteImport { vdisk, imported: Imported { begun: Some(_), .. } } => {
-                write!(f, "an import into {vdisk} begins")
-            }
-            Command::NoteImport { vdisk, .. } => write!(f, "an import into {vdisk} is whole"),
+            Command::BeginImport { vdisk, .. } => write!(f, "an import into {vdisk} begins"),
+            Command::EndImport { vdisk, name, .. } => write!(f, "an import into {vdisk} is whole: snapshot '{name}'"),
             Command::Flatten { vdisk, .. } => write!(f, "{vdisk} needs nothing of its parents any more"),
         }
     }
@@ -546,6 +561,14 @@ pub enum CommandError {
     /// The proposer had declared the command finished: a late copy of it, which changes nothing.
     #[error("the command was executed before, and its result is forgotten")]
     Forgotten,
+    /// Half of it is what was, and half is what is to be.
+    #[error(
+        "an import into '{name}' has not ended; repeat it with the same stream (`petal import FILE {name}`), go back to an earlier snapshot with `petal rollback {name} --to SNAPSHOT`, or delete the disk"
+    )]
+    ImportUnfinished {
+        /// The disk.
+        name: String,
+    },
 }
 
 fn name_taken(name: &str) -> String {

@@ -9,10 +9,10 @@
 
 use super::arguments::{check_name, split_name};
 use super::command::{Attachment, CommandError, Outcome, SnapshotOf};
-use super::state::{Applied, Effects, FIRST_EPOCH, State};
+use super::state::{Applied, Effects, FIRST_EPOCH, Session, State};
 use crate::ids::*;
 use crate::limits::*;
-use crate::translator::vdir::{Imported, Lineage, Policy, Vdisk};
+use crate::translator::vdir::{ForeignState, Imported, Lineage, Policy, Vdisk};
 use std::collections::BTreeSet;
 
 impl State {
@@ -57,6 +57,7 @@ impl State {
         let is_snapshot = from.is_snapshot();
         if !is_snapshot {
             self.disk_in_epoch(source, epoch)?;
+            self.check_no_imports([source])?;
         }
         let (family, size) = (from.family, from.size);
         let parent = (from.lineage, from.epoch);
@@ -111,6 +112,9 @@ impl State {
             self.check_room_for(1)?;
         }
         let lineage = self.branch(family, parent, &name)?;
+        // What an import had written is no longer there: one that goes on must not count on it; and what is kept of it
+        // is not the state that it was to lead to.
+        self.vdisks.get_mut(&id).expect("found above").imported.begun = None;
         if let Some(keep) = keep {
             self.name_epoch(VdiskId::made_by(self.index, 0), id, keep, made, false);
         }
@@ -201,13 +205,52 @@ impl State {
         Ok(Outcome::Done)
     }
 
-    pub(super) fn note_import(&mut self, id: VdiskId, imported: Imported) -> Applied {
-        let disk = self.vdisks.get_mut(&id).ok_or(CommandError::NoSuchDisk(id))?;
-        if disk.is_snapshot() {
-            return Err(CommandError::IsSnapshot { name: disk.name.clone() });
+    pub(super) fn begin_import(
+        &mut self,
+        id: VdiskId,
+        session: SessionId,
+        seen: Imported,
+        to: ForeignState,
+    ) -> Applied {
+        self.check_importer(id, session)?;
+        let imported = &mut self.vdisks.get_mut(&id).expect("just checked").imported;
+        if *imported != seen {
+            return Err(CommandError::Overtaken);
         }
-        disk.imported = imported;
+        imported.begun = Some(to);
         Ok(Outcome::Done)
+    }
+
+    /// The snapshot, and that the import is over, in one: nothing comes in between. The snapshot keeps the mark of the
+    /// import, which says what state it is.
+    pub(super) fn end_import(
+        &mut self,
+        id: VdiskId,
+        session: SessionId,
+        name: &str,
+        made: u64,
+        effects: &mut Effects,
+    ) -> Applied {
+        self.check_importer(id, session)?;
+        let disk = &self.vdisks[&id];
+        let begun = disk.imported.begun.ok_or(CommandError::Overtaken)?;
+        let of = [SnapshotOf { vdisk: id, epoch: disk.epoch, name: name.into() }];
+        let made = self.snapshot(&of, made, false, effects)?;
+        self.vdisks.get_mut(&id).expect("just snapshotted").imported = Imported { newest: Some(begun), begun: None };
+        Ok(made)
+    }
+
+    /// What an import has written a part of is no state of a disk: nothing is made of these.
+    pub(super) fn check_no_imports(&self, disks: impl IntoIterator<Item = VdiskId>) -> Result<(), CommandError> {
+        match disks.into_iter().filter_map(|id| self.vdisks.get(&id)).find(|disk| disk.is_importing()) {
+            Some(disk) => Err(CommandError::ImportUnfinished { name: disk.name.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    fn check_importer(&self, id: VdiskId, session: SessionId) -> Result<(), CommandError> {
+        let is_own = |s: &Session| s.vdisk == id && s.mode == Attachment::Import;
+        self.sessions.get(&session).is_some_and(is_own).then_some(()).ok_or(CommandError::NoSuchSession(session))
     }
 
     /// Of everything that its parents have the clone has a row of its own by now (its caller has seen to that, with a
@@ -366,6 +409,94 @@ mod tests {
         take(&mut f, disk, "a").unwrap();
         let of = vec![SnapshotOf { vdisk: disk, epoch: Epoch(1), name: "b".into() }];
         assert_eq!(f.run(Command::Snapshot { of, made: 0, protected: false }), Err(CommandError::Overtaken));
+    }
+
+    /// A state of another cluster.
+    fn foreign(epoch: u32) -> ForeignState {
+        ForeignState { cluster: ClusterId(9), family: FamilyId(1), lineage: LineageId(1), epoch: Epoch(epoch) }
+    }
+
+    fn begin(f: &mut Fixture, vdisk: VdiskId, to: u32) -> SessionId {
+        let session = f.attach(vdisk, Attachment::Import, false).unwrap();
+        let seen = f.state.vdisk(vdisk).unwrap().imported;
+        f.run(Command::BeginImport { vdisk, session, seen, to: foreign(to) }).unwrap();
+        session
+    }
+
+    fn end(f: &mut Fixture, vdisk: VdiskId, session: SessionId, name: &str) -> Applied {
+        f.run(Command::EndImport { vdisk, session, name: name.into(), made: 7 })
+    }
+
+    #[test]
+    fn only_an_import_writes_where_one_has_not_ended() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let session = begin(&mut f, disk, 4);
+        let refused = || CommandError::ImportUnfinished { name: "db".into() };
+        for is_gone in [false, true] {
+            for mode in [Attachment::Exclusive, Attachment::Shared] {
+                assert_eq!(f.attach(disk, mode, true), Err(refused()), "not by a take-over either");
+            }
+            assert_eq!(take(&mut f, disk, "half"), Err(refused()));
+            assert_eq!(clone(&mut f, disk, "half"), Err(refused()));
+            let reader = f.attach(disk, Attachment::ReadOnly, false).unwrap();
+            f.run(Command::Detach { session: reader }).unwrap();
+            if !is_gone {
+                assert!(f.attach(disk, Attachment::Import, false).is_err(), "one at a time");
+                f.run(Command::Detach { session }).unwrap();
+            }
+        }
+        let session = begin(&mut f, disk, 4);
+        let Ok(Outcome::Disks(made)) = end(&mut f, disk, session, "monday") else { panic!() };
+        let (snapshot, db) = (f.state.vdisk(made[0]).unwrap(), f.state.vdisk(disk).unwrap());
+        assert_eq!((snapshot.name.as_str(), snapshot.imported.begun), ("db@monday", Some(foreign(4))));
+        assert_eq!(db.imported, Imported { newest: Some(foreign(4)), begun: None });
+        assert_eq!((snapshot.epoch, db.epoch), (Epoch(1), Epoch(2)));
+        assert!(f.effects.narrows && !f.effects.concerned.is_empty());
+        f.run(Command::Detach { session }).unwrap();
+        f.attach(disk, Attachment::Exclusive, false).unwrap();
+        take(&mut f, disk, "mine").unwrap();
+    }
+
+    #[test]
+    fn an_import_that_lost_its_session_neither_begins_nor_ends() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let lost = f.attach(disk, Attachment::Import, false).unwrap();
+        let other = f.attach(disk, Attachment::Exclusive, true).unwrap();
+        let seen = Imported::default();
+        let late = Command::BeginImport { vdisk: disk, session: lost, seen, to: foreign(4) };
+        assert_eq!(f.run(late.clone()), Err(CommandError::NoSuchSession(lost)));
+        f.run(Command::Detach { session: other }).unwrap();
+        assert_eq!(f.run(late), Err(CommandError::NoSuchSession(lost)), "what was written meanwhile would be in it");
+        let lost = begin(&mut f, disk, 4);
+        let own = f.attach(disk, Attachment::Import, true).unwrap();
+        assert_eq!(end(&mut f, disk, lost, "monday"), Err(CommandError::NoSuchSession(lost)));
+        end(&mut f, disk, own, "monday").unwrap();
+        assert_eq!(end(&mut f, disk, own, "tuesday"), Err(CommandError::Overtaken), "nothing was begun");
+        let reader = f.attach(disk, Attachment::ReadOnly, false).unwrap();
+        let seen = f.state.vdisk(disk).unwrap().imported;
+        let by_reader = Command::BeginImport { vdisk: disk, session: reader, seen, to: foreign(5) };
+        assert_eq!(f.run(by_reader), Err(CommandError::NoSuchSession(reader)));
+        let of_before = Command::BeginImport { vdisk: disk, session: own, seen: Imported::default(), to: foreign(5) };
+        assert_eq!(f.run(of_before), Err(CommandError::Overtaken), "another one has ended meanwhile");
+    }
+
+    #[test]
+    fn a_rollback_ends_an_import_and_what_it_keeps_is_not_the_state_that_was_to_come() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let session = begin(&mut f, disk, 4);
+        let Ok(Outcome::Disks(monday)) = end(&mut f, disk, session, "monday") else { panic!() };
+        let seen = f.state.vdisk(disk).unwrap().imported;
+        f.run(Command::BeginImport { vdisk: disk, session, seen, to: foreign(5) }).unwrap();
+        f.run(Command::Detach { session }).unwrap();
+        let (epoch, keep) = (f.state.vdisk(disk).unwrap().epoch, Some("half".into()));
+        f.run(Command::Rollback { vdisk: disk, epoch, to: monday[0], keep, made: 0 }).unwrap();
+        let half = f.state.vdisk_named("db@half").unwrap();
+        assert_eq!(half.imported.begun, None);
+        assert_eq!(f.state.vdisk(disk).unwrap().imported, Imported { newest: Some(foreign(4)), begun: None });
+        f.attach(disk, Attachment::Exclusive, false).unwrap();
     }
 
     #[test]

@@ -631,7 +631,10 @@ impl State {
                 Ok(Outcome::Done)
             }
             Command::DiskFailed { server, incarnation, why: _ } => self.goodbye(*server, *incarnation, effects),
-            Command::Snapshot { of, made, protected } => self.snapshot(of, *made, *protected, effects),
+            Command::Snapshot { of, made, protected } => {
+                self.check_no_imports(of.iter().map(|one| one.vdisk))?;
+                self.snapshot(of, *made, *protected, effects)
+            }
             Command::Clone { source, epoch, name, made } => self.clone_of(*source, *epoch, name, *made, effects),
             Command::Rollback { vdisk, epoch, to, keep, made } => {
                 self.rollback(*vdisk, *epoch, *to, keep.as_deref(), *made, effects)
@@ -640,7 +643,10 @@ impl State {
             Command::Protect { vdisk, protected } => self.protect(*vdisk, *protected),
             Command::SetPolicy { vdisk, policy } => self.set_policy(*vdisk, *policy),
             Command::Flatten { vdisk, lineage } => self.flatten(*vdisk, *lineage, effects),
-            Command::NoteImport { vdisk, imported } => self.note_import(*vdisk, *imported),
+            Command::BeginImport { vdisk, session, seen, to } => self.begin_import(*vdisk, *session, *seen, *to),
+            Command::EndImport { vdisk, session, name, made } => {
+                self.end_import(*vdisk, *session, name, *made, effects)
+            }
         }
     }
 
@@ -777,7 +783,8 @@ impl State {
             return Err(CommandError::IsSnapshot { name: disk.name.clone() });
         }
         let shrinks = size < disk.size;
-        let is_own = self.sessions.get(&session).is_some_and(|s| s.vdisk == id && s.mode == Attachment::Exclusive);
+        let alone = |mode| matches!(mode, Attachment::Exclusive | Attachment::Import);
+        let is_own = self.sessions.get(&session).is_some_and(|s| s.vdisk == id && alone(s.mode));
         if shrinks && !is_own {
             return Err(CommandError::NotExclusive { name: disk.name.clone() });
         }
@@ -793,7 +800,8 @@ impl State {
 
     // -------------------------------------------------------------------------------- sessions
 
-    /// Exclusive stands against exclusive and shared; read-only stands against nothing.
+    /// Exclusive stands against exclusive and shared; read-only stands against nothing. Where an import has not ended
+    /// only an import writes.
     fn attach(
         &mut self,
         id: VdiskId,
@@ -808,6 +816,9 @@ impl State {
         let disk = self.vdisks.get(&id).ok_or(CommandError::NoSuchDisk(id))?;
         if disk.is_snapshot() && mode != Attachment::ReadOnly {
             return Err(CommandError::IsSnapshot { name: disk.name.clone() });
+        }
+        if matches!(mode, Attachment::Exclusive | Attachment::Shared) {
+            self.check_no_imports([id])?;
         }
         let in_the_way = |s: &&SessionId| self.sessions.get(s).is_some_and(|s| conflict(mode, s.mode));
         let in_the_way: Vec<SessionId> = disk.sessions.iter().filter(in_the_way).copied().collect();

@@ -56,6 +56,11 @@ impl Vdisk {
     pub fn is_snapshot(&self) -> bool {
         self.snapshot_of.is_some()
     }
+
+    /// True for a disk into which an import was begun that has not ended.
+    pub fn is_importing(&self) -> bool {
+        !self.is_snapshot() && self.imported.begun.is_some()
+    }
 }
 
 /// How many snapshots of each kind the cluster keeps of a disk; it makes them by itself. Zero: none.
@@ -94,7 +99,7 @@ pub struct ForeignState {
 pub struct Imported {
     /// The newest state that was imported to its end.
     pub newest: Option<ForeignState>,
-    /// The state that an import was to lead to which has not ended.
+    /// The state that an import was to lead to which has not ended; of a snapshot, the state that it is.
     pub begun: Option<ForeignState>,
 }
 
