@@ -125,7 +125,7 @@ fn percent(part: usize, whole: usize) -> f64 {
 }
 
 /// Milliseconds at which fio's requests were completed, ascending.
-fn completions(log: &Path) -> Result<Vec<u64>> {
+pub fn completions(log: &Path) -> Result<Vec<u64>> {
     let text = std::fs::read_to_string(log).with_context(|| format!("fio wrote no {}", log.display()))?;
     let mut at: Vec<u64> = text.lines().filter_map(|line| line.split(',').next()?.trim().parse().ok()).collect();
     at.sort_unstable();
