@@ -826,8 +826,8 @@ impl DataAccess {
             Err(StageError::NoSpace) => return self.refuse(ctx, number, Refusal::NoSpace),
             Err(_) => return self.refuse(ctx, number, Refusal::BadCopy),
         };
-        if !has_row && has_unseen(ctx.state, op.element, &ctx.stores.image(op.element)) {
-            self.reclaim.want_soon(op.element.family, ctx.now);
+        if !has_row && has_unseen(ctx.state, op.element, ctx.stores.row_ids(op.element).into_iter()) {
+            self.reclaim.want_soon(op.element, ctx.now);
         }
         acting.sequence += 1;
         slot.outstanding += 1;
