@@ -7,7 +7,7 @@
 //! Nothing counts before the end mark: the snapshot appears then. An import that was interrupted is begun again with
 //! the same stream, which writes the same once more. An increment goes only onto the very state that it starts from.
 
-use super::diff::changed;
+use super::diff;
 use super::disk::{create, find};
 use crate::connect::{self, Connection, Disk};
 use crate::output;
@@ -131,10 +131,15 @@ async fn prepare(connection: &Connection, name: &str, header: &Header, copies: O
     if fit == Fit::Present {
         return Ok(None);
     }
-    if present.sessions.is_empty() && fit == Fit::Begin && !is_new {
-        unchanged(connection, &state, present, header).await?;
-    }
     let disk = connection.attach(name, Attachment::Exclusive, &holder, false).await?;
+    // Only now: until somebody else's session was over, he could still write.
+    if fit == Fit::Begin
+        && !is_new
+        && let Err(error) = unchanged(&disk, &state, present, header).await
+    {
+        disk.detach().await?;
+        return Err(error);
+    }
     let begun = Imported { begun: Some(foreign(header.state())), ..present.imported };
     connection.execute(Command::NoteImport { vdisk: present.id, imported: begun }).await?;
     if header.size != present.size {
@@ -149,18 +154,16 @@ async fn prepare(connection: &Connection, name: &str, header: &Header, copies: O
 }
 
 /// An increment is right only over exactly the state that it starts from.
-async fn unchanged(connection: &Connection, state: &State, disk: &Vdisk, header: &Header) -> Result<()> {
+async fn unchanged(attached: &Disk, state: &State, disk: &Vdisk, header: &Header) -> Result<()> {
     let Kind::Incremental { from_snapshot, .. } = &header.kind else { return Ok(()) };
     let parent = state
         .snapshots_of(disk)
         .filter(|s| s.imported.begun.is_some_and(|b| Some(b) == disk.imported.newest))
         .last()
         .with_context(|| format!("'{}@{from_snapshot}' is gone, which the stream starts from", disk.name))?;
-    let reader = connection.attach(&disk.name, Attachment::ReadOnly, "import", false).await?;
-    let differs = changed(&reader, parent.id, disk.size.min(parent.size)).await;
-    reader.detach().await?;
+    let size = attached.size();
     ensure!(
-        differs?.is_empty() && disk.size == parent.size,
+        diff::extents(attached, Some(parent.id), size.min(parent.size)).await?.is_empty() && size == parent.size,
         "'{0}' was changed since {1}, which the stream starts from; `petal rollback {0} --to {1}` brings that back",
         disk.name,
         parent.name

@@ -224,7 +224,7 @@ impl State {
         }
         let (family, own) = (disk.family, disk.lineage);
         let others = self.families[&family].lineages.values().any(|l| l.parent.is_some_and(|(p, _)| p == lineage));
-        if own != lineage || disk.epoch != FIRST_EPOCH || others {
+        if own != lineage || others {
             return Err(CommandError::Overtaken);
         }
         let lineages = &mut self.families.get_mut(&family).expect("a disk has a family").lineages;
@@ -440,6 +440,21 @@ mod tests {
         assert_eq!(kept, [true, false, true]);
         f.run(Command::Flatten { vdisk: copy.id, lineage: copy.lineage }).unwrap();
         assert_eq!(f.state.family(copy.family).unwrap().lineages.len(), 1);
+    }
+
+    #[test]
+    fn a_clone_is_flattened_when_its_snapshots_are_gone() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let copy = clone(&mut f, disk, "copy").unwrap();
+        let snapshot = take(&mut f, copy, "a").unwrap();
+        let lineage = f.state.vdisk(copy).unwrap().lineage;
+        let flatten = Command::Flatten { vdisk: copy, lineage };
+        assert!(matches!(f.run(flatten.clone()), Err(CommandError::HasSnapshots { count: 1, .. })));
+        f.run(Command::DeleteDisks { vdisks: vec![snapshot] }).unwrap();
+        f.run(flatten).unwrap();
+        let copy = f.state.vdisk(copy).unwrap();
+        assert_eq!(f.state.family(copy.family).unwrap().ancestors(copy.lineage).count(), 0);
     }
 
     #[test]
