@@ -60,18 +60,31 @@ pub fn run(arguments: Arguments) -> Result<()> {
     Ok(())
 }
 
-/// A cluster with one disk, all of which was written before.
-fn prepared(petal: &Path, name: &str, gib: u32) -> Result<Cluster> {
-    let cluster = Cluster::new(petal, name)?;
-    cluster.up(&["--disk-size", "16GiB", "--size", &format!("{gib}GiB")])?;
-    read(fio(&cluster)?.args(["--rw=write", "--bs=1m", "--iodepth=8", "--output-format=json"]))?;
+/// A cluster with one disk, all of which was written before. A second disk came and went, so that the servers' files
+/// have grown already: whoever keeps what was written needs new room, and growing a file costs as much as writing it.
+fn prepared(program: &Path, name: &str, gib: u32) -> Result<Cluster> {
+    let (cluster, size) = (Cluster::new(program, name)?, format!("{gib}GiB"));
+    cluster.up(&["--disk-size", "16GiB", "--size", &size])?;
+    petal(&cluster, &["disk", "create", "gone", &size])?;
+    for disk in ["gone", "vol0"] {
+        read(fio_on(&cluster, disk)?.args(["--rw=write", "--bs=1m", "--iodepth=8", "--output-format=json"]))?;
+    }
+    petal(&cluster, &["disk", "delete", "gone", "--yes"])?;
+    let stored = 2 * (u64::from(gib) << 30);
+    Cluster::wait_for("the second disk is gone", Duration::from_secs(60), || {
+        allocated(&cluster).is_ok_and(|now| now == stored)
+    })?;
     Ok(cluster)
 }
 
 fn fio(cluster: &Cluster) -> Result<Command> {
+    fio_on(cluster, "vol0")
+}
+
+fn fio_on(cluster: &Cluster, disk: &str) -> Result<Command> {
     let mut fio = command("fio");
     fio.args(["--name=job", "--ioengine=nbd", "--randrepeat=0", "--norandommap", "--thread"]);
-    fio.arg(format!("--uri={}", cluster.nbd_uri("vol0")?)).current_dir(cluster.folder());
+    fio.arg(format!("--uri={}", cluster.nbd_uri(disk)?)).current_dir(cluster.folder());
     Ok(fio)
 }
 
