@@ -31,7 +31,7 @@ fn index(n: u64) -> Message {
 
 fn write(number: u64, data: Vec<Bytes>) -> Message {
     let data = Payload(data);
-    let access = Access { tag: number, vdisk: VdiskId(1), session: SessionId(2), need: Need::default() };
+    let access = Access { tag: number, vdisk: VdiskId(1), session: SessionId(2), need: Need::default(), relay: None };
     let crcs = data.to_bytes().chunks(4096).map(stdx::checksum::crc32c).collect();
     Message {
         state_index: number,

@@ -630,6 +630,7 @@ impl Client {
         let link = self.links.entry(server).or_insert_with(|| Link::new(Vec::new()));
         if !link.dialed && !link.addresses.is_empty() {
             link.dialed = true;
+            link.away_since = Some(self.now);
             self.outputs.push_back(Output::Dial { server, addresses: link.addresses.clone() });
         }
     }
@@ -650,7 +651,8 @@ impl Client {
         if self.links.get(&server).is_some_and(|l| l.connected.is_some()) {
             self.on_disconnected(server);
         }
-        self.links.entry(server).or_insert_with(|| Link::new(Vec::new())).connected = Some(incarnation);
+        self.links.entry(server).or_insert_with(|| Link::new(Vec::new())).connected(incarnation);
+        self.wake_waiting_for(server);
         // Reads that wait for another copy may go here.
         self.route_again(|link| link.connected.is_none());
         self.fill_window(server);
@@ -659,7 +661,7 @@ impl Client {
 
     fn on_disconnected(&mut self, server: ServerId) {
         let Some(link) = self.links.get_mut(&server).filter(|l| l.connected.is_some()) else { return };
-        link.disconnected();
+        link.disconnected(self.now);
         self.take_back_operations(server);
         self.route_again(|link| link.connected.is_none());
         self.take_back_calls(server);
@@ -670,6 +672,7 @@ impl Client {
         self.state_index = self.state_index.max(message.state_index);
         if let Some(link) = self.links.get_mut(&from) {
             link.silent = false;
+            link.away_since = None;
         }
         match message.body {
             Body::ReadReply(reply) => self.on_read_reply(from, reply),

@@ -30,6 +30,9 @@ pub const BATCH_DATA_MAX: usize = 4 << 20;
 pub const SLOTS_PER_SERVER_MIN: u32 = 64;
 /// Slots of a GMap at most.
 pub const SLOTS_MAX: u32 = 1 << 16;
+/// Messages of clients that a server passes on to servers which those cannot reach, unanswered at one time: 64 MiB,
+/// a quarter of what may wait in a connection between servers.
+pub const RELAYS_MAX: usize = 1024;
 /// Servers of a cluster at most (ids are 16 bits; 1,000 are designed for).
 pub const SERVERS_MAX: usize = 1024;
 /// Virtual disks of a cluster at most.

@@ -139,6 +139,9 @@ pub struct Access {
     pub session: SessionId,
     /// What the sender knows.
     pub need: Need,
+    /// The server that is to answer, where that is not the one that gets the message: it passes the message on, for a
+    /// client that cannot reach the other (2.6).
+    pub relay: Option<ServerId>,
 }
 
 /// Read blocks of an element.

@@ -2,6 +2,7 @@
 
 mod leaving;
 mod policies;
+mod relays;
 mod settling;
 
 use crate::data_access::{Context, DataAccess};
@@ -17,6 +18,9 @@ use crate::sabotage::Sabotage;
 use crate::scrub::{Scrub, ScrubConfig};
 use crate::store::{Change, DiskCommand, DiskResult, Event, OpId, OpenDisk, StageError, StoreConfig, Stores, Ticket};
 use bytes::Bytes;
+use relays::Relays;
+pub(crate) use relays::carrier;
+use settling::settlers;
 use std::collections::{BTreeMap, VecDeque};
 use stdx::{Duration, FastMap, Instant, Machine};
 
@@ -197,6 +201,7 @@ pub struct Server {
     /// Commands of data access that are being decided, with its keys.
     own_commands: BTreeMap<(u64, u64), u64>,
     deferred: VecDeque<Deferred>,
+    relays: Relays,
     connected: BTreeMap<ServerId, Incarnation>,
     sabotage: Sabotage,
     /// Whether this server led the ring when it last looked.
@@ -250,6 +255,7 @@ impl Server {
             unstaged: VecDeque::new(),
             own_commands: BTreeMap::new(),
             deferred: VecDeque::new(),
+            relays: Relays::default(),
             connected: BTreeMap::new(),
             sabotage: config.sabotage,
             leads: false,
@@ -332,8 +338,7 @@ impl Server {
             Input::Connected { peer: Peer::Client(_), .. } => {}
             Input::Disconnected { peer: Peer::Server(server) } => self.on_disconnected(server),
             Input::Disconnected { peer: Peer::Client(client) } => {
-                self.deferred.retain(|d| d.from != Peer::Client(client));
-                self.with_data(|data, ctx| data.on_client_gone(ctx, client));
+                self.client_gone(client);
                 self.admin.on_client_gone(client);
             }
             Input::Refused { server } => self.on_refused(server),
@@ -362,6 +367,7 @@ impl Server {
         self.liveness.on_disconnected(server);
         self.data.on_disconnected(server);
         self.deferred.retain(|d| d.from != Peer::Server(server));
+        self.end_relays(server);
     }
 
     fn on_refused(&mut self, server: ServerId) {
@@ -397,7 +403,11 @@ impl Server {
             (Peer::Server(server), Body::Grant(m)) => self.liveness.on_grant(now, server, m),
             (_, Body::Index) => {}
             (Peer::Client(client), Body::Admin(admin)) => self.on_admin(client, admin),
-            (from, body) => self.on_data_message(from, body),
+            (from, body) => {
+                if let Some((from, body)) = self.pass_on(from, body) {
+                    self.on_data_message(from, body);
+                }
+            }
         }
     }
 
@@ -968,14 +978,6 @@ const STOP_DEADLINE: Duration = Duration::from_secs(2);
 const DEFERRED_MAX: usize = 65536;
 /// Of these, from clients: 64 KiB each at most.
 const DEFERRED_CLIENTS_MAX: usize = 512;
-
-/// Who must settle a command: every member of a slot, but nobody who is down, whose next life begins with a
-/// state that has it.
-fn settlers(state: &State) -> Vec<ServerId> {
-    let mut servers = state.servers_with_slots();
-    servers.retain(|s| state.servers.get(s).is_some_and(|s| !s.down));
-    servers
-}
 
 /// The state index that a message needs its receiver to have applied.
 fn need_of(body: &Body) -> StateIndex {

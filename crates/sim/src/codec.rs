@@ -72,7 +72,7 @@ mod tests {
     #[test]
     fn a_message_survives_the_wire_and_its_bulk_data_is_not_printed() {
         let data = Bytes::from(vec![7; 4096]);
-        let access = Access { tag: 1, vdisk: VdiskId(2), session: SessionId(3), need: Need::default() };
+        let access = Access { tag: 1, vdisk: VdiskId(2), session: SessionId(3), need: Need::default(), relay: None };
         let write = Write {
             access,
             number: 1,

@@ -74,6 +74,10 @@ kinds! {
     Isolate => "a server was cut off from servers until others acted in its place",
     /// A server was cut off when it was about to be taken out.
     Oust => "a server was cut off when it was about to be taken out",
+    /// A client was cut off from one server.
+    Estrange => "a client was cut off from a server that others reached",
+    /// A server passed a client's message on to a server which that could not reach.
+    Relayed => "a message was passed on for a client",
     /// A server was cut off, from one other node or from all, in one direction or both.
     Partition => "a server was partitioned from others",
     /// A server was stopped and went on later, as by SIGSTOP.

@@ -117,7 +117,8 @@ impl World {
             25 => self.stumble(),
             26 => self.lie(),
             27 => self.isolate(),
-            _ => self.oust(),
+            28 => self.oust(),
+            _ => self.estrange(),
         }
     }
 
@@ -376,10 +377,12 @@ impl World {
     /// back with all of them.
     pub(crate) fn on_lose(&mut self, host: usize, life: Incarnation, tries: u32) {
         let Some(id) = self.servers[host].id else { return };
-        // (A state from before that life says nothing about it.)
+        // (A state from before that life says nothing about it. Who is the whole ring may have declared itself down, for a
+        // disk that hangs; without its votes there is no cluster.)
         let needs = |s: &State| {
             let is_down = s.servers.get(&id).is_some_and(|x| x.down && x.incarnation == life);
-            !is_down || s.all_slots().any(|(_, slot)| slot.in_sync().any(|m| m == id))
+            let is_ring = s.ring.members.iter().all(|m| m.server == id);
+            !is_down || is_ring || s.all_slots().any(|(_, slot)| slot.in_sync().any(|m| m == id))
         };
         if self.newest_state().is_none_or(needs) {
             if tries == 60 {
@@ -570,12 +573,36 @@ impl World {
         self.sever_links(&links, Duration::from_millis(millis));
     }
 
+    /// Nothing gets through between a client and one server, for longer than two leases or less; everybody else reaches
+    /// both. One link at a time.
+    fn estrange(&mut self) {
+        let is_client = |node| matches!(node, Node::Client(number) if number > 0);
+        let running = self.running();
+        let all: Vec<_> = running.iter().flat_map(|host| self.links_with(*host, is_client)).collect();
+        if running.is_empty() || all.iter().any(|(link, _)| self.net.is_stalled(*link, self.now)) {
+            return;
+        }
+        let host = *self.chaos.pick(&running);
+        let links = self.links_with(host, is_client);
+        if !links.is_empty() {
+            self.counters.count(Kind::Estrange);
+            let link = *self.chaos.pick(&links);
+            let time = Duration::from_millis(self.chaos.between(500, 5000));
+            self.sever_links(&[link], time);
+        }
+    }
+
     /// Connections of a host with other servers.
     pub(crate) fn links(&self, host: usize) -> Vec<(ConnectionId, Side)> {
+        self.links_with(host, |node| matches!(node, Node::Server(_)))
+    }
+
+    /// Connections of a host with such nodes.
+    fn links_with(&self, host: usize, is_wanted: impl Fn(Node) -> bool) -> Vec<(ConnectionId, Side)> {
         let Some(at) = self.servers[host].end_point(host) else { return Vec::new() };
-        let is_between = |ends: [EndPoint; 2]| ends.iter().all(|e| matches!(e.node, Node::Server(_)));
+        let has = |ends: [EndPoint; 2]| ends.iter().any(|e| *e != at && is_wanted(e.node));
         let mut links = self.net.of(at);
-        links.retain(|(connection, _)| self.net.ends(*connection).is_some_and(is_between));
+        links.retain(|(connection, _)| self.net.ends(*connection).is_some_and(has));
         links
     }
 

@@ -174,6 +174,11 @@ impl SimNet {
         }
     }
 
+    /// True if nothing gets through in one of the directions.
+    pub fn is_stalled(&self, id: ConnectionId, now: Instant) -> bool {
+        self.connections.get(&id).is_some_and(|c| c.ends.iter().any(|e| e.stalled_until > now))
+    }
+
     /// Connections that are not broken.
     pub fn alive(&self) -> Vec<ConnectionId> {
         self.connections.iter().filter(|(_, c)| !c.broken).map(|(id, _)| *id).collect()

@@ -149,6 +149,8 @@ pub struct FaultWeights {
     /// Cut two servers off from each other, and one of them from all others at about the moment at which it is taken
     /// out of its slots for that.
     pub oust: u64,
+    /// Cut a client off from one server, which all others reach.
+    pub estrange: u64,
 }
 
 /// How likely each operation is, relative to the others.
@@ -298,6 +300,7 @@ impl Options {
         options.readers = last.chance(1, 4);
         options.faults.isolate = *last.pick(&[0, 1, 3]);
         options.faults.oust = *last.pick(&[0, 1, 2]);
+        options.faults.estrange = *last.pick(&[0, 1, 3]);
         if !overrides.crowded {
             let millis = *more.pick(&[None, Some(300), Some(1000), Some(5000)]);
             options.scrub_period = millis.map(Duration::from_millis);
@@ -444,6 +447,7 @@ impl FaultWeights {
         lie: 0,
         isolate: 0,
         oust: 0,
+        estrange: 0,
     };
 
     fn draw(prng: &mut Prng) -> FaultWeights {
@@ -478,11 +482,12 @@ impl FaultWeights {
             lie: 0,
             isolate: 0,
             oust: 0,
+            estrange: 0,
         }
     }
 
     /// The weights in the order of the fields.
-    pub fn list(&self) -> [u64; 29] {
+    pub fn list(&self) -> [u64; 30] {
         [
             self.crash_one,
             self.crash_several,
@@ -513,6 +518,7 @@ impl FaultWeights {
             self.lie,
             self.isolate,
             self.oust,
+            self.estrange,
         ]
     }
 }

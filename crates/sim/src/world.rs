@@ -317,6 +317,7 @@ impl World {
         let met = lives().find(|(h, _)| *h == host).map(|(_, l)| l.server.counters().clone()).unwrap_or_default();
         self.counters.add(Kind::BadMet, met.bad_blocks);
         self.counters.add(Kind::Repaired, met.repaired_blocks);
+        self.counters.add(Kind::Relayed, met.relayed);
         self.counters.add(Kind::LieNoticed, met.lost_by_others);
         let rounds = lives().find(|(h, _)| *h == host).and_then(|(_, l)| l.server.data().scrub_status().last);
         self.counters.add(Kind::Scrubbed, rounds.map_or(0, |r| r.number));

@@ -88,6 +88,32 @@ fn i_o_goes_on_within_two_leases_when_a_disk_hangs() {
     assert!(left >= 8, "only {left} servers whose disk hung went out of the way");
 }
 
+/// A client that cannot reach one of the servers has its messages passed on by another one: no operation takes longer than
+/// two lease times, though the link is cut for up to five seconds.
+#[test]
+fn i_o_goes_on_when_a_client_is_cut_off_from_one_server() {
+    let estrange = FaultWeights { estrange: 1, ..FaultWeights::NONE };
+    let interval = Some(Duration::from_millis(400));
+    let ground = Overrides {
+        servers: Some(3),
+        copies: Some(2),
+        no_shrink: true,
+        fault_interval: interval,
+        ..Overrides::default()
+    };
+    let ground = Overrides { faults: Some(estrange), operations: Some(3000), swift: true, ..ground };
+    let (mut relayed, mut longest) = (0, Duration::ZERO);
+    for seed in 1..=12 {
+        let report = run_seed(seed, &ground, Keep::Hash);
+        assert!(report.complaints.is_empty(), "seed {seed}: {:#?}", report.complaints);
+        assert!(report.longest <= LEASE * 2, "seed {seed}: an operation took {:?}", report.longest);
+        relayed += report.counters.get(Kind::Relayed);
+        longest = longest.max(report.longest);
+    }
+    println!("{relayed} messages were passed on; the longest operation took {longest:?}");
+    assert!(relayed > 100, "only {relayed} messages were passed on");
+}
+
 /// A server whose disk fails for good goes down and stays down; nobody loses anything.
 #[test]
 fn a_disk_that_fails_for_good_costs_nothing_but_its_copies() {

@@ -491,7 +491,7 @@ prop_compose! {
         let first = (4096 - offset as usize % 4096).min(all.len());
         let crcs = std::iter::once(&all[..first]).chain(all[first..].chunks(4096)).map(crc32c).collect();
         let need = Need { revision, term };
-        let access = Access { tag, vdisk: VdiskId(vdisk), session: SessionId(session), need };
+        let access = Access { tag, vdisk: VdiskId(vdisk), session: SessionId(session), need, relay: None };
         let body = Body::Write(Write { access, number, finished_below: number, element, offset, crcs, data });
         Message { state_index: term, body }
     }

@@ -72,6 +72,8 @@ const SCENARIOS: &[Scenario] = &[
     ("a_member_of_the_ring_that_hears_and_is_not_heard_is_passed_by", partitions::hears_and_is_not_heard),
     ("one_link_cut_between_two_servers_suspects_nobody", partitions::one_link_cut),
     ("a_firewall_between_the_leader_and_one_server_suspects_nobody", partitions::one_link_refused),
+    ("a_client_cut_off_from_one_server_has_its_messages_passed_on", partitions::client_cut_off),
+    ("a_client_refused_by_a_firewall_has_its_messages_passed_on", partitions::client_refused),
     ("postgres_lives_through_kill_9_of_two_servers_in_turn", postgres::lives_through_two_kills),
     (
         "snapshots_of_postgres_hold_what_was_acknowledged_and_nothing_later",

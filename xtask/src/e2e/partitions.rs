@@ -79,6 +79,20 @@ pub fn one_link_refused(cluster: &Cluster) -> Result<()> {
     })
 }
 
+pub fn client_cut_off(cluster: &Cluster) -> Result<()> {
+    goes_on(cluster, "the client cut off from s3, which all servers reach", |lab| {
+        lab.network.cut_off(CLIENT, &["s3"])?;
+        Ok(vec![])
+    })
+}
+
+pub fn client_refused(cluster: &Cluster) -> Result<()> {
+    goes_on(cluster, "a firewall refuses between the client and s3, which all servers reach", |lab| {
+        lab.network.refuse(CLIENT, "s3")?;
+        Ok(vec![])
+    })
+}
+
 /// A cluster of four machines, and a client's.
 struct Lab<'a> {
     cluster: &'a Cluster,

@@ -4,7 +4,7 @@
 use crate::ids::{Incarnation, ServerId};
 use crate::limits::CLIENT_WINDOW;
 use std::collections::VecDeque;
-use stdx::{Duration, Recent};
+use stdx::{Duration, Instant, Recent};
 
 /// One server, from the client's side.
 #[derive(Debug)]
@@ -21,9 +21,15 @@ pub(super) struct Link {
     pub queue: VecDeque<u32>,
     /// It has not answered for a while, although the connection is up.
     pub silent: bool,
+    /// Since when it cannot be reached, if that is so: no connection, or no answers.
+    pub away_since: Option<Instant>,
     /// How long it takes for a read.
     pub reads: Recent,
 }
+
+/// A server that cannot be reached for so long is spoken to by way of another one: it is there for all others, or it
+/// would be declared down in a moment.
+const RELAY_AFTER: Duration = Duration::from_millis(300);
 
 impl Link {
     pub fn new(addresses: Vec<String>) -> Link {
@@ -34,6 +40,7 @@ impl Link {
             in_flight: 0,
             queue: VecDeque::new(),
             silent: false,
+            away_since: None,
             reads: Recent::default(),
         }
     }
@@ -45,11 +52,20 @@ impl Link {
     pub fn outstanding(&self) -> usize {
         self.in_flight + self.queue.len()
     }
-    pub fn disconnected(&mut self) {
+    pub fn connected(&mut self, incarnation: Incarnation) {
+        self.connected = Some(incarnation);
+        self.away_since = None;
+    }
+    pub fn disconnected(&mut self, now: Instant) {
         self.connected = None;
         self.silent = false;
+        self.away_since = Some(now);
         self.in_flight = 0;
         self.reads = Recent::default();
+    }
+    /// It has been out of reach for long.
+    pub fn is_away(&self, now: Instant) -> bool {
+        self.away_since.is_some_and(|since| now.since(since) >= RELAY_AFTER)
     }
     fn latency(&self) -> Duration {
         self.reads.smoothed()

@@ -49,9 +49,18 @@ pub(super) enum State {
 /// A message that is on its way, or being worked on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Attempt {
+    /// Who is to answer.
     pub server: ServerId,
+    /// Who has got the message: the same, or a server that passes it on.
+    via: ServerId,
     at: Instant,
     tag: Tag,
+}
+
+impl Attempt {
+    fn is_relayed(&self) -> bool {
+        self.via != self.server
+    }
 }
 
 /// An operation.
@@ -122,9 +131,9 @@ impl Operation {
             Task::Map { map_changes, .. } => *map_changes == session.map_changes,
         }
     }
-    /// The servers that work on it.
+    /// The servers that have got it.
     pub fn sent_to(&self) -> impl Iterator<Item = ServerId> + use<> {
-        self.attempts().map(|attempt| attempt.server)
+        self.attempts().map(|attempt| attempt.via)
     }
     fn attempts(&self) -> impl Iterator<Item = Attempt> + use<> {
         let first = match self.state {
@@ -134,14 +143,14 @@ impl Operation {
         first.into_iter().chain(self.second)
     }
     /// An attempt has come to its end, whichever; the other one goes on, or it is ready to be sent again.
-    fn end_attempt(&mut self, server: ServerId) {
+    fn end_attempt(&mut self, attempt: Attempt) {
         match self.state {
-            State::Sent(first) if first.server == server => {
+            State::Sent(first) if first == attempt => {
                 self.state = self.second.take().map_or(State::Ready, State::Sent);
             }
             _ => {
                 let second = self.second.take();
-                assert!(second.is_some_and(|s| s.server == server), "the attempt at {server} was under way");
+                assert!(second == Some(attempt), "the attempt at {} was under way", attempt.server);
             }
         }
     }
@@ -196,7 +205,7 @@ impl Operations {
     fn answered(&self, tag: Tag, from: ServerId) -> Option<u32> {
         let index = (tag & ((1 << INDEX_BITS) - 1)) as u32;
         let operation = self.entries.get(index as usize)?.1.as_ref()?;
-        operation.attempts().any(|a| a.tag == tag && a.server == from).then_some(index)
+        operation.attempts().any(|a| a.tag == tag && a.via == from).then_some(index)
     }
     /// The operation of which this is the only attempt.
     fn unanswered(&self, tag: Tag) -> Option<u32> {
@@ -262,14 +271,30 @@ impl Client {
         let operation = self.operations.get_mut(index).expect("it is being routed");
         operation.target = Some(server);
         let link = self.links.entry(server).or_insert_with(|| Link::new(Vec::new()));
+        if link.is_away(self.now)
+            && let Some(via) = self.carrier(index, server)
+        {
+            return self.send_operation(index, server, via);
+        }
+        let operation = self.operations.get_mut(index).expect("it is being routed");
+        let link = self.links.get_mut(&server).expect("just made");
         if link.has_room() {
-            return self.send_operation(index, server);
+            return self.send_operation(index, server, server);
         }
         operation.state = State::Queued(server);
         link.queue.push_back(index);
         if !link.dialed {
             self.dial(server);
         }
+    }
+
+    /// Who may pass an operation on to a server that cannot be reached: somebody who answers, a replica of the slot
+    /// before others.
+    fn carrier(&mut self, index: u32, server: ServerId) -> Option<ServerId> {
+        let operation = self.operations.get_mut(index).expect("it is being routed");
+        let in_sync = &self.sessions[&operation.session].slot(operation.element()).in_sync;
+        let able = self.links.iter().filter(|(s, link)| **s != server && link.has_room() && !link.silent);
+        able.min_by_key(|(s, link)| (!in_sync.contains(s), link.outstanding())).map(|(s, _)| *s)
     }
 
     /// Sends what waits for a server's window.
@@ -279,15 +304,16 @@ impl Client {
             && let Some(index) = link.queue.pop_front()
         {
             if self.operations.get_mut(index).is_some_and(|o| o.state == State::Queued(server)) {
-                self.send_operation(index, server);
+                self.send_operation(index, server, server);
             }
         }
     }
 
-    fn send_operation(&mut self, index: u32, server: ServerId) {
+    fn send_operation(&mut self, index: u32, server: ServerId, via: ServerId) {
         let tag = self.operations.new_tag(index);
         let operation = self.operations.get_mut(index).expect("it is being sent");
-        operation.state = State::Sent(Attempt { server, at: self.now, tag });
+        let attempt = Attempt { server, via, at: self.now, tag };
+        operation.state = State::Sent(attempt);
         if matches!(operation.task, Task::Read { .. }) && !operation.primary_only {
             let in_sync = &self.sessions[&operation.session].slot(operation.element()).in_sync;
             if in_sync.len() > 1 {
@@ -296,7 +322,7 @@ impl Client {
                 self.hedges.read_sent(due, tag);
             }
         }
-        self.send_attempt(index, server, tag);
+        self.send_attempt(index, attempt);
     }
 
     /// Asks another copy, where a read has taken so long that most are answered by then.
@@ -317,7 +343,8 @@ impl Client {
     fn ask_second(&mut self, index: u32) {
         let operation = self.operations.get_mut(index).expect("it is not answered");
         let slot = self.sessions[&operation.session].slot(operation.element());
-        let asked: SmallVec<[ServerId; 2]> = operation.sent_to().chain(operation.bad.iter().copied()).collect();
+        let asked = operation.attempts().map(|attempt| attempt.server);
+        let asked: SmallVec<[ServerId; 2]> = asked.chain(operation.bad.iter().copied()).collect();
         let links = &self.links;
         let others = slot.in_sync.iter().filter(|s| !asked.contains(s)).filter_map(|s| Some((*s, links.get(s)?)));
         let first = operation.sent_to().next().and_then(|s| links.get(&s)).map(|l| l.reads.smoothed());
@@ -329,19 +356,21 @@ impl Client {
         }
         let tag = self.operations.new_tag(index);
         let operation = self.operations.get_mut(index).expect("it is not answered");
-        operation.second = Some(Attempt { server, at: self.now, tag });
-        self.send_attempt(index, server, tag);
+        let attempt = Attempt { server, via: server, at: self.now, tag };
+        operation.second = Some(attempt);
+        self.send_attempt(index, attempt);
     }
 
     /// The message of an attempt.
-    fn send_attempt(&mut self, index: u32, server: ServerId, tag: Tag) {
+    fn send_attempt(&mut self, index: u32, attempt: Attempt) {
         let operation = self.operations.get_mut(index).expect("it is being sent");
         let session = &self.sessions[&operation.session];
         let need = match operation.task {
             Task::Map { .. } => session.need_of_disk(),
             _ => session.need(operation.element()),
         };
-        let access = Access { tag, vdisk: session.vdisk, session: operation.session, need };
+        let relay = attempt.is_relayed().then_some(attempt.server);
+        let access = Access { tag: attempt.tag, vdisk: session.vdisk, session: operation.session, need, relay };
         let finished_below = session.numbers.finished_below();
         let body = match &operation.task {
             Task::Read { piece, .. } => {
@@ -369,22 +398,22 @@ impl Client {
                 Body::Map(Map { access, first_element: *first, end_element: *end, than: *than })
             }
         };
-        self.links.get_mut(&server).expect("it has room").in_flight += 1;
-        self.send(server, body);
+        self.links.get_mut(&attempt.via).expect("it has room").in_flight += 1;
+        self.send(attempt.via, body);
     }
 
     // --------------------------------------------------------------------------------------------
     // In.
 
-    /// The operation that an answer belongs to, and when it was sent; its place in the window is free. The
+    /// The operation and the attempt that an answer belongs to; its place in the window is free. The
     /// operation is ready again, or waits for its other attempt.
-    fn take_answer(&mut self, from: ServerId, tag: Tag) -> Option<(u32, Instant)> {
+    fn take_answer(&mut self, from: ServerId, tag: Tag) -> Option<(u32, Attempt)> {
         let index = self.operations.answered(tag, from)?;
         self.links.get_mut(&from).expect("it was sent there").in_flight -= 1;
         let operation = self.operations.get_mut(index)?;
         let attempt = operation.attempts().find(|a| a.tag == tag)?;
-        operation.end_attempt(from);
-        Some((index, attempt.at))
+        operation.end_attempt(attempt);
+        Some((index, attempt))
     }
 
     /// A client merges the need before it completes the request (2.4).
@@ -398,16 +427,18 @@ impl Client {
     }
 
     pub(super) fn on_read_reply(&mut self, from: ServerId, reply: ReadReply) {
-        let Some((index, sent_at)) = self.take_answer(from, reply.tag) else { return };
+        let Some((index, attempt)) = self.take_answer(from, reply.tag) else { return };
         self.merge_need(index, reply.need);
         let operation = self.operations.get_mut(index).expect("it was answered");
         let (request, task) = (operation.request, &operation.task);
         match (reply.result, task) {
             (Ok(sums), Task::Read { piece, part }) => match checked_read(*piece, &sums, &reply.data) {
                 Some(data) => {
-                    self.links.get_mut(&from).expect("it has answered").reads.add(self.now.since(sent_at));
+                    if !attempt.is_relayed() {
+                        self.links.get_mut(&from).expect("it has answered").reads.add(self.now.since(attempt.at));
+                    }
                     // Who was overtaken is not waited for; what it took so far is known.
-                    for other in operation.attempts() {
+                    for other in operation.attempts().filter(|a| !a.is_relayed()) {
                         let link = self.links.get_mut(&other.server).expect("it was sent there");
                         link.reads.at_least(self.now.since(other.at));
                     }
@@ -417,34 +448,42 @@ impl Client {
                     }
                     self.finish_operation(index, None);
                 }
-                None => self.on_refusal(index, from, Refusal::BadCopy),
+                None => self.on_refused(index, attempt, Refusal::BadCopy),
             },
-            (Err(refusal), _) => self.on_refusal(index, from, refusal),
+            (Err(refusal), _) => self.on_refused(index, attempt, refusal),
             // An answer to another question: no better than a refusal.
-            (Ok(_), _) => self.on_refusal(index, from, Refusal::NotReady),
+            (Ok(_), _) => self.on_refused(index, attempt, Refusal::NotReady),
         }
         self.fill_window(from);
     }
 
     pub(super) fn on_write_reply(&mut self, from: ServerId, reply: WriteReply) {
-        let Some((index, _)) = self.take_answer(from, reply.tag) else { return };
+        let Some((index, attempt)) = self.take_answer(from, reply.tag) else { return };
         self.merge_need(index, reply.need);
         let is_change = self.operations.get_mut(index).is_some_and(|o| o.number().is_some());
         match reply.result {
             Ok(()) if is_change => self.finish_operation(index, None),
-            Ok(()) => self.on_refusal(index, from, Refusal::NotReady),
-            Err(refusal) => self.on_refusal(index, from, refusal),
+            Ok(()) => self.on_refused(index, attempt, Refusal::NotReady),
+            Err(refusal) => self.on_refused(index, attempt, refusal),
         }
         self.fill_window(from);
     }
 
     pub(super) fn on_map_reply(&mut self, from: ServerId, reply: crate::message::MapReply) {
-        let Some((index, _)) = self.take_answer(from, reply.tag) else { return };
+        let Some((index, attempt)) = self.take_answer(from, reply.tag) else { return };
         match reply.result {
-            Ok(part) => self.on_map_part(index, from, part),
-            Err(refusal) => self.on_refusal(index, from, refusal),
+            Ok(part) => self.on_map_part(index, attempt.server, part),
+            Err(refusal) => self.on_refused(index, attempt, refusal),
         }
         self.fill_window(from);
+    }
+
+    fn on_refused(&mut self, index: u32, attempt: Attempt, refusal: Refusal) {
+        if attempt.is_relayed() && refusal == Refusal::NotReady {
+            // Who passes on cannot reach it, or it is not ready: not again at once.
+            self.links.get_mut(&attempt.server).expect("it is to be reached").away_since = Some(self.now);
+        }
+        self.on_refusal(index, attempt.server, refusal);
     }
 
     pub(super) fn on_refusal(&mut self, index: u32, from: ServerId, refusal: Refusal) {
@@ -584,12 +623,25 @@ impl Client {
     pub(super) fn take_back_operations(&mut self, server: ServerId) {
         for (index, entry) in self.operations.entries.iter_mut().enumerate() {
             if let Some(operation) = entry.1.as_mut()
-                && operation.sent_to().any(|s| s == server)
+                && let Some(attempt) = operation.attempts().find(|a| a.via == server)
             {
-                operation.end_attempt(server);
+                operation.end_attempt(attempt);
                 if operation.state == State::Ready {
                     self.ready.push_back(index as u32);
                 }
+            }
+        }
+    }
+
+    /// Waiting -> Ready for everything that this server was the right one for, when it can be reached again.
+    pub(super) fn wake_waiting_for(&mut self, server: ServerId) {
+        for (index, entry) in self.operations.entries.iter_mut().enumerate() {
+            if let Some(operation) = entry.1.as_mut()
+                && operation.state == State::Waiting
+                && operation.target == Some(server)
+            {
+                operation.state = State::Ready;
+                self.ready.push_back(index as u32);
             }
         }
     }
@@ -616,10 +668,10 @@ impl Client {
             {
                 // It asks a server that is not the right one any more. Should that one have done it all the
                 // same, the next finds the request's number in the element (I6).
-                let wrong = operation.sent_to().filter(|s| !operation.may_ask(*s, &self.sessions[&session]));
-                for server in wrong.collect::<SmallVec<[ServerId; 2]>>() {
-                    operation.end_attempt(server);
-                    self.links.get_mut(&server).expect("it was sent there").in_flight -= 1;
+                let wrong = operation.attempts().filter(|a| !operation.may_ask(a.server, &self.sessions[&session]));
+                for attempt in wrong.collect::<SmallVec<[Attempt; 2]>>() {
+                    operation.end_attempt(attempt);
+                    self.links.get_mut(&attempt.via).expect("it was sent there").in_flight -= 1;
                     if operation.state == State::Ready {
                         operation.state = State::Waiting;
                     }
@@ -640,9 +692,19 @@ impl Client {
         let mut waiting: BTreeSet<SessionId> = BTreeSet::new();
         let mut silent: BTreeSet<ServerId> = BTreeSet::new();
         let mut reads: Vec<u32> = Vec::new();
+        let mut unreached: Vec<u32> = Vec::new();
         for (index, operation) in self.operations.iter() {
             let is_late = |attempt: &Attempt| self.now.since(attempt.at) >= IMPATIENCE;
-            silent.extend(operation.attempts().filter(is_late).map(|attempt| attempt.server));
+            // Who passes on may be waiting itself.
+            let is_direct = |attempt: &Attempt| !attempt.is_relayed();
+            silent.extend(operation.attempts().filter(is_late).filter(is_direct).map(|attempt| attempt.server));
+            if operation.second.is_none()
+                && let State::Sent(only) = operation.state
+                && is_direct(&only)
+                && self.links.get(&only.server).is_some_and(|l| l.is_away(self.now))
+            {
+                unreached.push(index);
+            }
             match operation.state {
                 State::Sent(first) if is_late(&first) => {
                     waiting.insert(operation.session);
@@ -659,6 +721,7 @@ impl Client {
         for server in silent {
             let link = self.links.get_mut(&server).expect("something was sent there");
             if !std::mem::replace(&mut link.silent, true) {
+                link.away_since = Some(self.now);
                 self.take_back_calls(server);
             }
         }
@@ -669,16 +732,27 @@ impl Client {
             let answers = |s: &ServerId| links.get(s).is_some_and(|l| l.connected.is_some() && !l.silent);
             // Who was asked is silent, so it is another one.
             if slot.in_sync.iter().any(|s| !operation.bad.contains(s) && answers(s)) {
-                for server in operation.sent_to() {
-                    operation.end_attempt(server);
-                    self.links.get_mut(&server).expect("it was sent there").in_flight -= 1;
+                for attempt in operation.attempts() {
+                    operation.end_attempt(attempt);
+                    self.links.get_mut(&attempt.via).expect("it was sent there").in_flight -= 1;
                 }
                 operation.primary_only = false;
                 self.ready.push_back(index);
             }
         }
-        // What waits for the window of such a server may go elsewhere, and windows have room again.
-        self.route_again(|link| link.silent);
+        for index in unreached {
+            let operation = self.operations.get_mut(index).expect("just seen");
+            let State::Sent(attempt) = operation.state else { continue };
+            if self.carrier(index, attempt.server).is_some() {
+                let operation = self.operations.get_mut(index).expect("just seen");
+                operation.end_attempt(attempt);
+                self.links.get_mut(&attempt.via).expect("it was sent there").in_flight -= 1;
+                self.ready.push_back(index);
+            }
+        }
+        // What waits for such a server may go elsewhere, and windows have room again.
+        let now = self.now;
+        self.route_again(|link| link.silent || link.is_away(now));
         let servers: Vec<ServerId> = self.links.iter().filter(|(_, l)| l.silent).map(|(s, _)| *s).collect();
         for server in servers {
             self.fill_window(server);

@@ -7,6 +7,8 @@ pub struct Counters {
     pub reads: u64,
     /// Writes and zeroes acknowledged.
     pub writes: u64,
+    /// Messages passed on to servers for clients which cannot reach those.
+    pub relayed: u64,
     /// Requests refused, whatever the reason.
     pub refused: u64,
     /// Messages of streams applied as replica.

@@ -20,6 +20,7 @@
 //! Reads: the primary lets a read wait for unfinished writes of its blocks; a secondary refuses a read
 //! of an element that is newer than its watermark (`Refusal::Busy`), and the client asks the primary.
 
+mod answers;
 mod counters;
 mod gates;
 mod map;
@@ -42,11 +43,12 @@ use crate::message::*;
 use crate::promise::Acting;
 use crate::resync::{Share, WHOLE};
 use crate::sabotage::Sabotage;
-use crate::server::{ClientId, Output, Peer};
+use crate::server::{ClientId, Output, Peer, carrier};
 use crate::store::{
     BlockData, BlockSum, Change, ElementImage, Loaded, ReadBlocks, ReadError, ReadId, StageError, Stores, Ticket,
 };
 use crate::translator::vdir::Vdisk;
+pub(crate) use answers::Answer;
 use bytes::{Bytes, BytesMut};
 pub use counters::Counters;
 use queue::ElementQueue;
@@ -89,6 +91,10 @@ impl Context<'_> {
         self.send(Peer::Client(client), body);
     }
     pub(crate) fn send(&mut self, to: Peer, body: Body) {
+        let to = match to {
+            Peer::Client(client) => carrier(client).map_or(to, Peer::Server),
+            Peer::Server(_) => to,
+        };
         self.out.push_back(Output::Send { to, message: Message { state_index: self.state.index, body } });
     }
 }
@@ -382,29 +388,6 @@ impl DataAccess {
         if let Err(answer) = result {
             self.answer_refused(ctx, client, access, answer);
         }
-    }
-
-    /// A request that is not even looked at: the client comes again.
-    pub fn refuse_unseen(&mut self, ctx: &mut Context, client: ClientId, body: &Body) {
-        let (access, answer) = match body {
-            Body::Read(m) => (m.access, Answer::Read(Refusal::NotReady)),
-            Body::Write(m) => (m.access, Answer::Write(Refusal::NotReady)),
-            Body::Zero(m) => (m.access, Answer::Write(Refusal::NotReady)),
-            Body::Map(m) => (m.access, Answer::Map(Refusal::NotReady)),
-            _ => return,
-        };
-        self.answer_refused(ctx, client, access, answer);
-    }
-
-    fn answer_refused(&mut self, ctx: &mut Context, client: ClientId, access: Access, answer: Answer) {
-        self.counters.refused += 1;
-        let (tag, need) = (access.tag, access.need);
-        let body = match answer {
-            Answer::Read(r) => Body::ReadReply(ReadReply { tag, need, result: Err(r), data: Payload::default() }),
-            Answer::Write(r) => Body::WriteReply(WriteReply { tag, need, result: Err(r) }),
-            Answer::Map(r) => Body::MapReply(MapReply { tag, result: Err(r) }),
-        };
-        ctx.reply(client, body);
     }
 
     fn on_read(&mut self, ctx: &mut Context, client: ClientId, m: Read) -> Result<(), Refusal> {
@@ -1259,6 +1242,13 @@ impl DataAccess {
             }
             let element = op.element;
             self.queues.remove(&element);
+            // What it began is known when the slot is settled, and then it is judged anew: by a later index, so that it
+            // may wait behind a gate that this very settling is to open.
+            for settling in &mut self.settles {
+                if settling.operations.remove(&number) {
+                    settling.slots.insert(index);
+                }
+            }
         }
         let operations = &self.operations;
         self.starved.retain(|n| operations.get(n).is_some_and(|op| op.phase == Phase::Starved));
@@ -1460,12 +1450,6 @@ impl DataAccess {
             }
         }
     }
-}
-
-enum Answer {
-    Read(Refusal),
-    Write(Refusal),
-    Map(Refusal),
 }
 
 fn round_up(n: u64, unit: u64) -> u64 {

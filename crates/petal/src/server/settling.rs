@@ -63,3 +63,11 @@ impl Server {
         }
     }
 }
+
+/// Who must settle a command: every member of a slot, but nobody who is down, whose next life begins with a
+/// state that has it.
+pub(super) fn settlers(state: &State) -> Vec<ServerId> {
+    let mut servers = state.servers_with_slots();
+    servers.retain(|s| state.servers.get(s).is_some_and(|s| !s.down));
+    servers
+}

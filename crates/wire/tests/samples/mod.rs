@@ -25,7 +25,7 @@ fn need() -> Need {
 }
 
 fn access() -> Access {
-    Access { tag: 1, vdisk: VdiskId(2), session: SessionId(3), need: need() }
+    Access { tag: 1, vdisk: VdiskId(2), session: SessionId(3), need: need(), relay: None }
 }
 
 fn block(byte: u8) -> Bytes {
