@@ -13,7 +13,7 @@ mod state;
 
 pub use command::{Attachment, Command, CommandError, Entry, Genesis, GenesisServer, Outcome};
 pub use ring::RingDamaged;
-pub use room::{Accepted, GlobalOutput, GlobalState, Own};
+pub use room::{Accepted, GlobalOutput, GlobalState, Own, RecentEntry};
 pub use state::{
     DiskState, Effects, Executed, Member, RingConfiguration, RingMember, ServerState, Session, SlotState, State,
     StateError,
