@@ -78,9 +78,15 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
                 });
             }
         };
-        disk.flush().await?;
-        disk.detach().await?;
-        finish(&connection, &name, &header).await?;
+        // The session is ended behind the snapshot: what anybody else writes is not in it.
+        let finished = async {
+            disk.flush().await?;
+            finish(&connection, &name, &header).await
+        };
+        let finished = finished.await;
+        let detached = disk.detach().await;
+        finished?;
+        detached?;
         if format.json {
             return output::print_json(&serde_json::json!({
                 "disk": name, "snapshot": format!("{name}@{}", header.snapshot), "bytes": summary.bytes,
@@ -131,26 +137,40 @@ async fn prepare(connection: &Connection, name: &str, header: &Header, copies: O
     if fit == Fit::Present {
         return Ok(None);
     }
+    let full = format!("{name}@{}", header.snapshot);
+    ensure!(
+        state.vdisk_named(&full).is_none(),
+        "there is a snapshot '{full}' already, and the stream's is to have that name; rename or delete it first"
+    );
     let disk = connection.attach(name, Attachment::Exclusive, &holder, false).await?;
-    // Only now: until somebody else's session was over, he could still write.
-    if fit == Fit::Begin
-        && !is_new
-        && let Err(error) = unchanged(&disk, &state, present, header).await
-    {
-        disk.detach().await?;
+    let ready = async {
+        // Nobody else can write from here on.
+        if fit == Fit::Begin && !is_new {
+            unchanged(&disk, &connection.state().await?, present, header).await?;
+        }
+        begin(connection, &disk, present, header).await
+    };
+    if let Err(error) = ready.await {
+        let _ = disk.detach().await; // The other error says more.
         return Err(error);
     }
+    Ok(Some(disk))
+}
+
+/// Notes what is to come, and makes the disk as large as that.
+async fn begin(connection: &Connection, disk: &Disk, present: &Vdisk, header: &Header) -> Result<()> {
     let begun = Imported { begun: Some(foreign(header.state())), ..present.imported };
     connection.execute(Command::NoteImport { vdisk: present.id, imported: begun }).await?;
-    if header.size != present.size {
-        if header.size < present.size {
-            disk.zero(header.size, present.size - header.size).await?;
+    let size = disk.size();
+    if header.size != size {
+        if header.size < size {
+            disk.zero(header.size, size - header.size).await?;
         }
         let (vdisk, session) = (present.id, disk.session());
         connection.execute(Command::ResizeDisk { vdisk, size: header.size, session }).await?;
         disk.refresh().await?;
     }
-    Ok(Some(disk))
+    Ok(())
 }
 
 /// An increment is right only over exactly the state that it starts from.
@@ -162,8 +182,9 @@ async fn unchanged(attached: &Disk, state: &State, disk: &Vdisk, header: &Header
         .last()
         .with_context(|| format!("'{}@{from_snapshot}' is gone, which the stream starts from", disk.name))?;
     let size = attached.size();
+    let differs = diff::extents(attached, Some(parent.id), size.min(parent.size)).await?;
     ensure!(
-        diff::extents(attached, Some(parent.id), size.min(parent.size)).await?.is_empty() && size == parent.size,
+        differs.is_empty() && size == parent.size,
         "'{0}' was changed since {1}, which the stream starts from; `petal rollback {0} --to {1}` brings that back",
         disk.name,
         parent.name
@@ -264,18 +285,16 @@ async fn element(disk: &Disk, number: u64, data: u16, zero: u16, bytes: Vec<u8>)
 
 /// The end mark has come: the state gets its name.
 async fn finish(connection: &Connection, name: &str, header: &Header) -> Result<()> {
-    let state = connection.state().await?;
-    let disk = find(&state, name)?;
-    let full = format!("{name}@{}", header.snapshot);
+    let vdisk = find(&connection.state().await?, name)?.id;
     let state_here = Some(foreign(header.state()));
-    // Interrupted between the two commands, it is there already.
-    let is_there = state.vdisks.values().any(|d| d.name == full && d.imported.begun == state_here);
-    if !is_there {
+    let made = output::unix_seconds();
+    let snapshot = |state: &State| {
+        let disk = find(state, name)?;
         let of = vec![SnapshotOf { vdisk: disk.id, epoch: disk.epoch, name: header.snapshot.clone() }];
-        let made = output::unix_seconds();
-        connection.execute(Command::Snapshot { of, made, protected: false }).await?;
-    }
+        Ok(Command::Snapshot { of, made, protected: false })
+    };
+    connection.execute_on_present(snapshot).await?;
     let imported = Imported { newest: state_here, begun: None };
-    connection.execute(Command::NoteImport { vdisk: disk.id, imported }).await?;
+    connection.execute(Command::NoteImport { vdisk, imported }).await?;
     Ok(())
 }
