@@ -185,6 +185,7 @@ impl DataAccess {
                 Some(Change::Replace { element, slot, image, data, twins, again: false, watermark })
             }
             Part::SettlementDone => {
+                slot.settled_at = ctx.state.index;
                 slot.watermark = slot.watermark.max(Version { term: m.term, sequence: 0 });
                 let (slot, watermark) = (slot.id, slot.watermark);
                 self.on_slot_settled_or_not(ctx, index);
