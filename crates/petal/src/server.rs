@@ -352,6 +352,7 @@ impl Server {
     }
 
     fn on_connected(&mut self, server: ServerId, incarnation: Incarnation) {
+        self.end_relays(server); // A connection that this one replaces answers nothing any more.
         self.connected.insert(server, incarnation);
         let now = self.now;
         self.global().on_connected(now, server);
