@@ -16,7 +16,7 @@ use crate::progress::Progress;
 use anyhow::{Context, Result, bail, ensure};
 use petal::global_state::{Attachment, Command, SnapshotOf, State};
 use petal::ids::{BLOCK_SIZE, ClusterId, ELEMENT_SIZE, Epoch, FamilyId, LineageId};
-use petal::translator::vdir::{ForeignState, Imported, Vdisk};
+use petal::translator::vdir::{ForeignState, IMPORTER, Imported, Vdisk};
 use petal_stream::{Fit, Header, Item, Kind, Point, Reader, StateId, Summary, Target};
 use std::fs::File;
 use std::io::Read;
@@ -119,7 +119,7 @@ fn target(imported: &Imported) -> Target {
 /// The disk to write to, attached; `None` if it holds the state already.
 async fn prepare(connection: &Connection, name: &str, header: &Header, copies: Option<u8>) -> Result<Option<Disk>> {
     let state = connection.state().await?;
-    let holder = format!("import:{}", std::process::id());
+    let holder = format!("{IMPORTER}{}", std::process::id());
     let is_new = !state.vdisks.values().any(|d| d.name == name);
     if is_new {
         // Refused before anything is made.

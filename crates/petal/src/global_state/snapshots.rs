@@ -497,6 +497,23 @@ mod tests {
     }
 
     #[test]
+    fn who_may_write_voids_an_import_that_was_begun() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let (cluster, family, lineage) = (ClusterId(7), FamilyId(1), LineageId(1));
+        let begun = Some(crate::translator::vdir::ForeignState { cluster, family, lineage, epoch: Epoch(2) });
+        let begun_after = |f: &mut Fixture, mode, holder: &str| {
+            f.run(Command::NoteImport { vdisk: disk, imported: Imported { newest: None, begun } }).unwrap();
+            f.run(Command::Attach { vdisk: disk, mode, holder: holder.into(), take_over: true }).unwrap();
+            f.state.vdisk(disk).unwrap().imported.begun
+        };
+        assert_eq!(begun_after(&mut f, Attachment::Exclusive, "import:77"), begun);
+        assert_eq!(begun_after(&mut f, Attachment::ReadOnly, "nbd@here"), begun);
+        assert_eq!(begun_after(&mut f, Attachment::Exclusive, "nbd@here"), None);
+        assert_eq!(begun_after(&mut f, Attachment::Shared, "nbd@here"), None);
+    }
+
+    #[test]
     fn a_rollback_voids_an_import_that_was_begun() {
         let mut f = Fixture::up(3);
         let disk = f.disk("db");

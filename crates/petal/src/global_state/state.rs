@@ -31,7 +31,7 @@ use crate::limits::*;
 use crate::message::{CommandId, Hints, ServerHint, SlotHint};
 use crate::placement::{self, Candidate, PlanError};
 use crate::translator::gmap::{Gmap, Scheme, slot_of_element};
-use crate::translator::vdir::{Family, Imported, Lineage, Policy, Vdisk};
+use crate::translator::vdir::{Family, IMPORTER, Imported, Lineage, Policy, Vdisk};
 use crate::translator::visible::Visible;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -831,6 +831,9 @@ impl State {
         let disk = self.vdisks.get_mut(&id).expect("found above");
         disk.sessions.retain(|s| !in_the_way.contains(s));
         disk.sessions.push(session);
+        if mode != Attachment::ReadOnly && !holder.starts_with(IMPORTER) {
+            disk.imported.begun = None; // An import that goes on would not know what was written meanwhile.
+        }
         // A server that does not know the session yet must catch up before it refuses its messages.
         disk.revision = self.index;
         if !in_the_way.is_empty() {

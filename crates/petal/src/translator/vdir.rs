@@ -89,6 +89,9 @@ pub struct ForeignState {
     pub epoch: Epoch,
 }
 
+/// How the holder of an import's session begins.
+pub const IMPORTER: &str = "import:";
+
 /// What was imported into a disk: increments must follow each other.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Imported {
