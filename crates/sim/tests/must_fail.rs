@@ -163,7 +163,7 @@ fn reads_without_a_lease() {
 #[test]
 fn serving_at_once_when_a_member_was_taken_out() {
     let ground = reading(FaultWeights { oust: 1, ..FaultWeights::NONE });
-    must_be_caught_within(Sabotage::TakeOutWithoutWait, 105..138, ground);
+    must_be_caught_within(Sabotage::TakeOutWithoutWait, 165..230, ground);
 }
 
 /// A server was stopped, and others act in its place when it goes on.
