@@ -1,6 +1,7 @@
-//! What failures cost (the paper's 4.1 and table 2): throughput through an outage of one server and its return, and
-//! degraded over normal throughput with every server limited to a part of a core, so that the servers are the limit
-//! although all of them share one machine. Prints tables; docs/performance.md is written by hand from them.
+//! What failures cost (the paper's 4.1 and table 2): throughput through an outage of one server and its return; the
+//! rebuild of a lost disk; and degraded over normal throughput with every server limited to a part of a core, so that
+//! the servers are the limit although all of them share one machine. Prints tables; docs/performance.md is written by
+//! hand from them.
 
 use crate::cluster::{self, Cluster, kill9};
 use crate::packages;
@@ -23,9 +24,23 @@ pub struct Arguments {
     /// Per cent of one core that each server may use in table 2
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(5..=100))]
     cpu: u64,
-    /// Only one of `outage`, `table2`
+    /// GiB that are written before a server loses its disk; with four servers and two copies half of it is that server's
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=8))]
+    rebuild: u64,
+    /// Only one of them
     #[arg(long)]
-    only: Option<String>,
+    only: Option<Part>,
+}
+
+/// A part of it.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// Throughput through an outage and the return
+    Outage,
+    /// A lost disk, nothing else going on
+    Rebuild,
+    /// Degraded over normal throughput
+    Table2,
 }
 
 /// The server that fails.
@@ -35,27 +50,32 @@ const VICTIM: &str = "s4";
 pub fn run(arguments: Arguments) -> Result<()> {
     packages::install_missing()?;
     let petal = cluster::build_petal()?;
-    let wanted = |what: &str| arguments.only.as_ref().is_none_or(|only| only == what);
-    if wanted("outage") {
+    let wanted = |part: Part| arguments.only.is_none_or(|only| only == part);
+    if wanted(Part::Outage) {
         outage(&petal, arguments.outage)?;
     }
-    if wanted("table2") {
+    if wanted(Part::Rebuild) {
+        rebuild(&petal, arguments.rebuild)?;
+    }
+    if wanted(Part::Table2) {
         table2(&petal, &arguments)?;
     }
     Ok(())
 }
 
-/// A cluster whose disk was written before: 1 GiB.
-fn prepared(petal: &Path, name: &str) -> Result<Cluster> {
+/// A cluster whose disk was written before: so many GiB.
+fn prepared(petal: &Path, name: &str, size: u64) -> Result<Cluster> {
     let cluster = Cluster::new(petal, name)?;
     cluster.up(&["--disk-size", "8GiB"])?;
-    read(fio(&cluster)?.args(["--rw=write", "--bs=1m", "--iodepth=8"]))?;
+    read(fio(&cluster, size)?.args(["--rw=write", "--bs=1m", "--iodepth=8"]))?;
     Ok(cluster)
 }
 
-fn fio(cluster: &Cluster) -> Result<Command> {
+/// fio on the first so many GiB of the disk.
+fn fio(cluster: &Cluster, size: u64) -> Result<Command> {
     let mut fio = command("fio");
-    fio.args(["--name=job", "--ioengine=nbd", "--size=1g", "--randrepeat=0", "--norandommap", "--thread"]);
+    fio.args(["--name=job", "--ioengine=nbd", "--randrepeat=0", "--norandommap", "--thread"]);
+    fio.arg(format!("--size={size}g"));
     fio.arg("--output-format=json").arg(format!("--uri={}", cluster.nbd_uri("vol0")?)).current_dir(cluster.folder());
     Ok(fio)
 }
@@ -66,6 +86,13 @@ fn kill(cluster: &Cluster) -> Result<()> {
     kill9(victim.and_then(|s| s["pid"].as_u64()).context("it does not run")? as u32)
 }
 
+fn declared_down(cluster: &Cluster) -> Result<()> {
+    Cluster::wait_for("it is declared down", Duration::from_secs(15), || {
+        let status = cluster.status().unwrap_or_default();
+        status["servers"].as_array().into_iter().flatten().any(|s| s["id"] == VICTIM && s["down"] == true)
+    })
+}
+
 fn is_full(cluster: &Cluster) -> bool {
     cluster.status().is_ok_and(|s| s["redundancy"]["full"] == true)
 }
@@ -73,8 +100,8 @@ fn is_full(cluster: &Cluster) -> bool {
 // ------------------------------------------------------------------------------------------------
 
 fn outage(petal: &Path, seconds: u64) -> Result<()> {
-    let cluster = prepared(petal, "outage")?;
-    let mut load = fio(&cluster)?;
+    let cluster = prepared(petal, "outage", 1)?;
+    let mut load = fio(&cluster, 1)?;
     load.args(["--rw=randwrite", "--bs=4k", "--iodepth=4", "--time_based", "--output=/dev/null"]);
     load.args(["--write_lat_log=done", &format!("--runtime={}", 3 * seconds)]);
     let begun = Instant::now();
@@ -84,40 +111,58 @@ fn outage(petal: &Path, seconds: u64) -> Result<()> {
     kill(&cluster)?;
     let killed = begun.elapsed();
     at(2 * seconds);
-    cluster.up(&[])?;
     let returned = begun.elapsed();
+    cluster.up(&[])?;
     Cluster::wait_for("everything is redundant again", Duration::from_secs(120), || is_full(&cluster))?;
     let full = begun.elapsed();
     ensure!(load.wait()?.success(), "fio failed");
-    let done = completions(&cluster.folder().join("done_clat.1.log"))?;
-    let per_second = |from: Duration, to: Duration| -> Vec<usize> {
-        let (from, to) = (from.as_millis() as u64, to.as_millis() as u64);
-        let windows = (from..to).step_by(1000).take_while(|start| start + 1000 <= to);
-        windows.map(|start| done.iter().filter(|at| (start..start + 1000).contains(*at)).count()).collect()
-    };
-    let median = |mut counts: Vec<usize>| {
-        counts.sort_unstable();
-        counts.get(counts.len() / 2).copied().unwrap_or(0)
-    };
-    let normal = median(per_second(Duration::from_secs(2), killed));
-    let gap = done.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0);
+    let done = Completions::read(&cluster.folder().join("done_clat.1.log"))?;
+    let end = Duration::from_secs(3 * seconds - 1);
+    let normal = done.median_second(Duration::from_secs(2), killed);
     // What the failure itself costs is the gap; the load is whole again behind it.
-    let away = per_second(killed + Duration::from_secs(3), returned);
-    let back = per_second(returned, Duration::from_secs(3 * seconds));
-    let lowest = |counts: &[usize]| counts.iter().min().copied().unwrap_or(0);
+    let away = done.lowest_second(killed + Duration::from_secs(3), returned);
+    let back = done.lowest_second(returned, end);
     println!("4 KiB random writes, depth 4, kill -9 of {VICTIM} for {seconds} s:");
     println!("| normal IOPS | longest gap | lowest second while it is away | from its return on | full again after |");
     println!("|---:|---:|---:|---:|---:|");
     println!(
-        "| {normal} | {:.2} s | {} ({:.0} %) | {} ({:.0} %) | {:.2} s |",
-        gap as f64 / 1000.0,
-        lowest(&away),
-        percent(lowest(&away), normal),
-        lowest(&back),
-        percent(lowest(&back), normal),
+        "| {normal} | {:.2} s | {away} ({:.0} %) | {back} ({:.0} %) | {:.2} s |",
+        done.longest_gap().as_secs_f64(),
+        percent(away, normal),
+        percent(back, normal),
         (full - returned).as_secs_f64()
     );
+    let quarter = Duration::from_millis(250);
+    let quarters = (0..20).map(|n| (4 * done.count(returned + quarter * n, quarter)).to_string());
+    println!("quarters of a second from the return on, as IOPS: {}", quarters.collect::<Vec<_>>().join(" "));
     cluster.down()
+}
+
+/// A server loses its disk, and nothing else goes on.
+fn rebuild(petal: &Path, size: u64) -> Result<()> {
+    let cluster = prepared(petal, "rebuild", size)?;
+    kill(&cluster)?;
+    declared_down(&cluster)?;
+    std::fs::remove_file(cluster.data().join(VICTIM).join("disk1"))?;
+    read(cluster.petal().args(["rejoin", VICTIM]))?;
+    let before = recovered_blocks(&cluster)?;
+    let begun = Instant::now();
+    cluster.up(&[])?;
+    Cluster::wait_for("everything is redundant again", Duration::from_secs(300), || is_full(&cluster))?;
+    let took = begun.elapsed().as_secs_f64();
+    let bytes = (recovered_blocks(&cluster)? - before) * 4096;
+    println!(
+        "a server whose disk was lost has its {:.2} GiB again after {took:.1} s ({:.0} MB/s), nothing else going on",
+        bytes as f64 / f64::from(1 << 30),
+        bytes as f64 / 1e6 / took
+    );
+    cluster.down()
+}
+
+fn recovered_blocks(cluster: &Cluster) -> Result<u64> {
+    let status = cluster.status()?;
+    let servers = status["servers"].as_array().context("the status has no servers")?;
+    Ok(servers.iter().filter_map(|s| s["counters"]["recovered_blocks"].as_u64()).sum())
 }
 
 fn percent(part: usize, whole: usize) -> f64 {
@@ -125,12 +170,47 @@ fn percent(part: usize, whole: usize) -> f64 {
 }
 
 /// Milliseconds at which fio's requests were completed, ascending.
-fn completions(log: &Path) -> Result<Vec<u64>> {
-    let text = std::fs::read_to_string(log).with_context(|| format!("fio wrote no {}", log.display()))?;
-    let mut at: Vec<u64> = text.lines().filter_map(|line| line.split(',').next()?.trim().parse().ok()).collect();
-    at.sort_unstable();
-    ensure!(!at.is_empty(), "{} is empty", log.display());
-    Ok(at)
+pub fn completions(log: &Path) -> Result<Vec<u64>> {
+    Ok(Completions::read(log)?.0)
+}
+
+/// When fio's requests were completed: milliseconds, ascending.
+struct Completions(Vec<u64>);
+
+impl Completions {
+    fn read(log: &Path) -> Result<Completions> {
+        let text = std::fs::read_to_string(log).with_context(|| format!("fio wrote no {}", log.display()))?;
+        let mut at: Vec<u64> = text.lines().filter_map(|line| line.split(',').next()?.trim().parse().ok()).collect();
+        at.sort_unstable();
+        ensure!(!at.is_empty(), "{} is empty", log.display());
+        Ok(Completions(at))
+    }
+
+    fn count(&self, from: Duration, length: Duration) -> usize {
+        let below = |end: Duration| self.0.partition_point(|at| u128::from(*at) < end.as_millis());
+        below(from + length) - below(from)
+    }
+
+    /// Every second that lies between, whenever it begins.
+    fn seconds(&self, from: Duration, to: Duration) -> Vec<usize> {
+        let (step, second) = (Duration::from_millis(50), Duration::from_secs(1));
+        let starts = (0..).map(|n| from + step * n).take_while(|start| *start + second <= to);
+        starts.map(|start| self.count(start, second)).collect()
+    }
+
+    fn lowest_second(&self, from: Duration, to: Duration) -> usize {
+        self.seconds(from, to).into_iter().min().unwrap_or(0)
+    }
+
+    fn median_second(&self, from: Duration, to: Duration) -> usize {
+        let mut counts = self.seconds(from, to);
+        counts.sort_unstable();
+        counts.get(counts.len() / 2).copied().unwrap_or(0)
+    }
+
+    fn longest_gap(&self) -> Duration {
+        Duration::from_millis(self.0.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0))
+    }
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -138,16 +218,13 @@ fn completions(log: &Path) -> Result<Vec<u64>> {
 fn table2(petal: &Path, arguments: &Arguments) -> Result<()> {
     let jobs: Vec<(&str, &str)> =
         ["randread", "randwrite"].into_iter().flat_map(|rw| ["512", "8k", "64k"].map(|bs| (rw, bs))).collect();
-    let cluster = prepared(petal, "table2")?;
+    let cluster = prepared(petal, "table2", 1)?;
     let limits = Limits::new(&cluster, arguments.cpu)?;
     let measure =
         || -> Result<Vec<f64>> { jobs.iter().map(|(rw, bs)| iops(&cluster, rw, bs, arguments.seconds)).collect() };
     let normal = measure()?;
     kill(&cluster)?;
-    Cluster::wait_for("it is declared down", Duration::from_secs(15), || {
-        let status = cluster.status().unwrap_or_default();
-        status["servers"].as_array().into_iter().flatten().any(|s| s["id"] == VICTIM && s["down"] == true)
-    })?;
+    declared_down(&cluster)?;
     let degraded = measure()?;
     println!("4 servers, each with {} % of a core ({}), depth 32; degraded: one is down", arguments.cpu, limits.how);
     println!("| job | normal IOPS | degraded IOPS | degraded / normal |\n|---|---:|---:|---:|");
@@ -158,7 +235,7 @@ fn table2(petal: &Path, arguments: &Arguments) -> Result<()> {
 }
 
 fn iops(cluster: &Cluster, rw: &str, bs: &str, seconds: u64) -> Result<f64> {
-    let mut fio = fio(cluster)?;
+    let mut fio = fio(cluster, 1)?;
     fio.args([format!("--rw={rw}"), format!("--bs={bs}"), format!("--runtime={seconds}")]);
     let text = read(fio.args(["--iodepth=32", "--time_based", "--ramp_time=1"]))?;
     let json: Value = serde_json::from_str(&text[text.find('{').unwrap_or(0)..])?;

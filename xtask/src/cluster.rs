@@ -30,6 +30,11 @@ impl Cluster {
         Ok(Cluster { petal: petal.into(), folder, keep: false })
     }
 
+    /// Another cluster of the same program, in a folder of its own.
+    pub fn another(&self, name: &str) -> Result<Cluster> {
+        Cluster::new(&self.petal, name)
+    }
+
     /// Keeps the folder, for a person to look at.
     pub fn keep(&mut self) {
         self.keep = true;

@@ -3,6 +3,7 @@
 
 mod bench;
 mod bench_failures;
+mod bench_snapshots;
 mod cluster;
 mod e2e;
 mod network;
@@ -33,6 +34,8 @@ enum Task {
     Bench(bench::Arguments),
     /// What failures cost: throughput through an outage, and degraded over normal throughput
     BenchFailures(bench_failures::Arguments),
+    /// What snapshots cost: making one under load, having a thousand, deleting them
+    BenchSnapshots(bench_snapshots::Arguments),
     /// Scenarios with real processes
     E2e(e2e::Arguments),
 }
@@ -44,6 +47,7 @@ fn main() {
         Task::Sim(arguments) => sim::run(arguments),
         Task::Bench(arguments) => bench::run(arguments),
         Task::BenchFailures(arguments) => bench_failures::run(arguments),
+        Task::BenchSnapshots(arguments) => bench_snapshots::run(arguments),
         Task::E2e(arguments) => e2e::run(arguments),
     };
     if let Err(error) = result {

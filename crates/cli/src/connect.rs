@@ -160,7 +160,12 @@ impl Connection {
 
     /// The last commands that a server has applied.
     pub async fn log(&self, server: Option<ServerId>) -> Result<Vec<LogLine>> {
-        match self.call(server, AdminRequest::Log, CALL_DEADLINE).await? {
+        self.log_within(server, CALL_DEADLINE).await
+    }
+
+    /// The same, if it answers in time.
+    pub async fn log_within(&self, server: Option<ServerId>, limit: Duration) -> Result<Vec<LogLine>> {
+        match self.call(server, AdminRequest::Log, limit).await? {
             AdminResponse::Log(lines) => Ok(lines),
             other => bail!("{} answered {other:?} to a question for its log", self.place),
         }

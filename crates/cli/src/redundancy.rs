@@ -31,6 +31,10 @@ pub struct Missing {
     pub since: StateIndex,
     /// It cannot be asked: down, or away.
     pub away: bool,
+    /// State index of the command from which on it is brought back: it started, or was taken out while it ran.
+    pub begun: StateIndex,
+    /// Slots that it was brought back in since then.
+    pub back: u64,
 }
 
 /// The answer.
@@ -56,6 +60,13 @@ impl Redundancy {
         for (id, slot) in state.all_slots() {
             let copies = state.gmaps.get(&id.gmap).map_or(slot.tuple.len(), |g| g.scheme.copies());
             all.count(id, slot, copies, &is_away);
+        }
+        for (server, missing) in &mut all.missing {
+            let begun = state.servers.get(server).map_or(0, |s| s.up).max(missing.since);
+            // Whoever is brought back begins a new term; a start itself renews those that it was in sync in.
+            let is_back = |slot: &&SlotState| slot.term > begun && slot.in_sync().any(|s| s == *server);
+            missing.begun = begun;
+            missing.back = state.all_slots().map(|(_, slot)| slot).filter(is_back).count() as u64;
         }
         all
     }
@@ -168,7 +179,7 @@ impl Redundancy {
             json!({"copies": copies, "slots": c.slots, "degraded": c.degraded, "unavailable": c.unavailable})
         });
         let missing = self.missing.iter().map(
-            |(server, m)| json!({"server": server.to_string(), "slots": m.slots, "since": m.since, "away": m.away}),
+            |(server, m)| json!({"server": server.to_string(), "slots": m.slots, "since": m.since, "away": m.away, "back": m.back}),
         );
         json!({
             "full": self.is_full(),
@@ -181,7 +192,8 @@ impl Redundancy {
     }
 }
 
-fn slots(count: u64) -> String {
+/// So many slots, in words.
+pub fn slots(count: u64) -> String {
     if count == 1 { "1 slot".into() } else { format!("{count} slots") }
 }
 

@@ -37,6 +37,8 @@ pub const RELAYS_MAX: usize = 1024;
 pub const SERVERS_MAX: usize = 1024;
 /// Virtual disks of a cluster at most.
 pub const VDISKS_MAX: usize = 100_000;
+/// Disks and snapshots of one family: an element can have a row for each, and messages count rows in 16 bits.
+pub const FAMILY_MEMBERS_MAX: usize = 1 << 15;
 /// Lineages that one may inherit from, one behind the other: a first write to an element of a clone tells them
 /// all, 8 bytes each.
 pub const ANCESTORS_MAX: usize = 1024;

@@ -406,8 +406,11 @@ pub struct LogLine {
     pub index: StateIndex,
     /// What it does, in words.
     pub text: String,
-    /// Why it was a no-op, if it was and that is still known.
+    /// Why it was a no-op, if it was.
     pub refused: Option<String>,
+    /// How long ago the server that tells this applied it, in milliseconds: one that was away learnt it later than
+    /// others. Nothing of what was decided before it started.
+    pub age_millis: Option<u64>,
 }
 
 /// Why a management call failed.

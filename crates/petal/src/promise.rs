@@ -843,6 +843,7 @@ impl DataAccess {
             return;
         }
         acting.phase = Phase::Serving;
+        slot.settled_at = ctx.state.index;
         slot.watermark = slot.watermark.max(Version { term: slot.term, sequence: 0 });
         self.counters.settlements += 1;
         for (server, outgoing) in &mut acting.streams {
@@ -952,7 +953,7 @@ fn differences(lists: &Lists, in_sync: &[ServerId], me: ServerId, sabotage: Sabo
 pub(crate) fn lacking(image: &ElementImage, present: Option<&ElementImage>) -> Vec<(u16, u8)> {
     let mut blocks = Vec::new();
     for (r, row) in image.rows.iter().enumerate() {
-        let same = present.and_then(|p| p.rows.iter().find(|o| (o.lineage, o.epoch) == (row.lineage, row.epoch)));
+        let same = present.and_then(|p| p.row(row.lineage, row.epoch));
         for (b, sum) in row.sums.iter().enumerate() {
             if *sum != BlockSum::Zero && same.is_none_or(|s| s.sums[b] != *sum) {
                 blocks.push((r as u16, b as u8));

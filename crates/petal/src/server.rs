@@ -9,7 +9,9 @@ use crate::data_access::{Context, DataAccess};
 use crate::desk::Desk;
 use crate::disk_times::DiskTimes;
 use crate::disk_watch::DiskWatch;
-use crate::global_state::{Command, CommandError, Effects, Entry, Genesis, GlobalOutput, GlobalState, Own, State};
+use crate::global_state::{
+    Command, CommandError, Effects, Genesis, GlobalOutput, GlobalState, Own, RecentEntry, State,
+};
 use crate::ids::*;
 use crate::liveness::{Liveness, LivenessOutput};
 use crate::message::*;
@@ -350,6 +352,7 @@ impl Server {
     }
 
     fn on_connected(&mut self, server: ServerId, incarnation: Incarnation) {
+        self.end_relays(server); // A connection that this one replaces answers nothing any more.
         self.connected.insert(server, incarnation);
         let now = self.now;
         self.global().on_connected(now, server);
@@ -530,14 +533,11 @@ impl Server {
 
     fn log(&self) -> Vec<LogLine> {
         let Some(global) = &self.global else { return Vec::new() };
-        let refusal = |id: CommandId| match global.state().result(&id) {
-            Some((_, Err(error))) => Some(error.to_string()),
-            _ => None,
-        };
-        let line = |(index, entry): (StateIndex, &Entry)| LogLine {
+        let line = |(index, recent): (StateIndex, &RecentEntry)| LogLine {
             index,
-            text: entry.command.to_string(),
-            refused: refusal(entry.id),
+            text: recent.entry.command.to_string(),
+            refused: recent.refused.as_ref().map(ToString::to_string),
+            age_millis: recent.applied.map(|at| u64::try_from(self.now.since(at).as_millis()).unwrap_or(u64::MAX)),
         };
         global.recent().map(line).collect()
     }

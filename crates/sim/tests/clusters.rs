@@ -62,28 +62,28 @@ fn servers_that_lost_their_disks_are_made_anew() {
     }
 }
 
+/// Runs clusters of three with such faults, in which no operation may take longer than two lease times. How often `kind`
+/// happened, and how long the longest operation took.
+fn nobody_waits_for_long(faults: FaultWeights, interval: Duration, kind: Kind) -> (u64, Duration) {
+    let ground = Overrides { servers: Some(3), copies: Some(2), no_shrink: true, swift: true, ..Overrides::default() };
+    let ground = Overrides { faults: Some(faults), fault_interval: Some(interval), operations: Some(3000), ..ground };
+    let (mut happened, mut longest) = (0, Duration::ZERO);
+    for seed in 1..=12 {
+        let report = run_seed(seed, &ground, Keep::Hash);
+        assert!(report.complaints.is_empty(), "seed {seed}: {:#?}", report.complaints);
+        assert!(report.longest <= LEASE * 2, "seed {seed}: an operation took {:?}", report.longest);
+        happened += report.counters.get(kind);
+        longest = longest.max(report.longest);
+    }
+    (happened, longest)
+}
+
 /// The server of a disk that answers nothing goes out of the way, and comes back: no client waits for longer than two
 /// lease times, whichever server it was. (Where the network and the disks are fast: there is little time to spare.)
 #[test]
 fn i_o_goes_on_within_two_leases_when_a_disk_hangs() {
     let hang = FaultWeights { hang: 1, ..FaultWeights::NONE };
-    let interval = Some(Duration::from_millis(200));
-    let ground = Overrides {
-        servers: Some(3),
-        copies: Some(2),
-        no_shrink: true,
-        fault_interval: interval,
-        ..Overrides::default()
-    };
-    let ground = Overrides { faults: Some(hang), operations: Some(3000), swift: true, ..ground };
-    let (mut left, mut longest) = (0, Duration::ZERO);
-    for seed in 1..=12 {
-        let report = run_seed(seed, &ground, Keep::Hash);
-        assert!(report.complaints.is_empty(), "seed {seed}: {:#?}", report.complaints);
-        assert!(report.longest <= LEASE * 2, "seed {seed}: an operation took {:?}", report.longest);
-        left += report.counters.get(Kind::LeftHung);
-        longest = longest.max(report.longest);
-    }
+    let (left, longest) = nobody_waits_for_long(hang, Duration::from_millis(200), Kind::LeftHung);
     println!("{left} servers went out of the way; the longest operation took {longest:?}");
     assert!(left >= 8, "only {left} servers whose disk hung went out of the way");
 }
@@ -93,23 +93,7 @@ fn i_o_goes_on_within_two_leases_when_a_disk_hangs() {
 #[test]
 fn i_o_goes_on_when_a_client_is_cut_off_from_one_server() {
     let estrange = FaultWeights { estrange: 1, ..FaultWeights::NONE };
-    let interval = Some(Duration::from_millis(400));
-    let ground = Overrides {
-        servers: Some(3),
-        copies: Some(2),
-        no_shrink: true,
-        fault_interval: interval,
-        ..Overrides::default()
-    };
-    let ground = Overrides { faults: Some(estrange), operations: Some(3000), swift: true, ..ground };
-    let (mut relayed, mut longest) = (0, Duration::ZERO);
-    for seed in 1..=12 {
-        let report = run_seed(seed, &ground, Keep::Hash);
-        assert!(report.complaints.is_empty(), "seed {seed}: {:#?}", report.complaints);
-        assert!(report.longest <= LEASE * 2, "seed {seed}: an operation took {:?}", report.longest);
-        relayed += report.counters.get(Kind::Relayed);
-        longest = longest.max(report.longest);
-    }
+    let (relayed, longest) = nobody_waits_for_long(estrange, Duration::from_millis(400), Kind::Relayed);
     println!("{relayed} messages were passed on; the longest operation took {longest:?}");
     assert!(relayed > 100, "only {relayed} messages were passed on");
 }

@@ -1,6 +1,7 @@
 //! Scenarios with real processes (design 5): each makes a cluster of its own, judges it with programs
 //! that we did not write, and leaves nothing behind.
 
+mod backup;
 mod bad_input;
 mod chaos;
 mod disk_faults;
@@ -74,11 +75,18 @@ const SCENARIOS: &[Scenario] = &[
     ("a_client_cut_off_from_one_server_has_its_messages_passed_on", partitions::client_cut_off),
     ("a_client_refused_by_a_firewall_has_its_messages_passed_on", partitions::client_refused),
     ("postgres_lives_through_kill_9_of_two_servers_in_turn", postgres::lives_through_two_kills),
+    (
+        "snapshots_of_postgres_hold_what_was_acknowledged_and_nothing_later",
+        postgres::snapshots_hold_what_was_acknowledged,
+    ),
     ("a_snapshot_stays_as_it_was_while_its_disk_is_written_cloned_and_rolled_back", snapshots::stays_as_it_was),
     ("snapshots_are_deleted_in_any_order_and_give_back_what_was_told", snapshots::deleted_in_any_order),
     ("snapshots_are_listed_named_protected_and_refused_with_a_remedy", snapshots::commands),
     ("a_file_system_stands_still_for_a_snapshot_and_goes_on", snapshots::frozen_file_system),
     ("the_cluster_makes_snapshots_by_itself_and_none_twice", snapshots::made_by_the_cluster),
+    ("ten_increments_in_another_cluster_are_the_source_bit_for_bit", backup::chain),
+    ("a_backup_that_cannot_be_taken_in_is_refused_and_nothing_is_half_made", backup::refused),
+    ("a_clone_that_is_flattened_needs_nothing_of_its_parents", backup::flattened),
     ("scrub_finds_and_repairs_what_was_written_over", disk_faults::scrub_repairs),
     ("damaged_and_foreign_disks_are_refused_by_name", bad_input::damaged_disks),
     ("a_disk_restored_from_a_backup_is_refused_whoever_it_belongs_to", old_disks::restored_from_a_backup),

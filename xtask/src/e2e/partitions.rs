@@ -137,7 +137,17 @@ impl<'a> Lab<'a> {
             })
         })?;
         lab.ask(&["disk", "create", "judged", "1GiB"])?;
+        // Who learns last may be the one that is asked next.
+        Cluster::wait_for("every server knows the disk", Duration::from_secs(10), || {
+            let knows = |s: &&str| lab.ask(&["--cluster", &lab.address_of(s), "disk", "info", "judged"]).is_ok();
+            SERVERS.iter().all(knows)
+        })?;
         Ok(lab)
+    }
+
+    fn address_of(&self, server: &str) -> String {
+        let at = SERVERS.iter().position(|s| *s == server).expect("one of the servers");
+        self.addresses.split(',').nth(at).expect("each has an address").to_string()
     }
 
     /// The program, told where the servers are.

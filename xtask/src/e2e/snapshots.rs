@@ -9,20 +9,20 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-fn json(cluster: &Cluster, arguments: &[&str]) -> Result<Value> {
+pub(super) fn json(cluster: &Cluster, arguments: &[&str]) -> Result<Value> {
     let text = read(cluster.petal().args(arguments).arg("--json"))?;
     serde_json::from_str(&text).with_context(|| format!("{arguments:?} printed no JSON: {text}"))
 }
 
 /// An image of an export in a file.
-fn image(cluster: &Cluster, disk: &str, file: &str) -> Result<PathBuf> {
+pub(super) fn image(cluster: &Cluster, disk: &str, file: &str) -> Result<PathBuf> {
     let path = cluster.folder().join(file);
     let name = path.display().to_string();
     read(command("nbdcopy").args([&cluster.nbd_uri(disk)?, &name]))?;
     Ok(path)
 }
 
-fn same(a: &Path, b: &Path) -> Result<()> {
+pub(super) fn same(a: &Path, b: &Path) -> Result<()> {
     read(command("cmp").args([a, b])).map(|_| ())
 }
 

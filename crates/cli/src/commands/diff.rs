@@ -42,7 +42,7 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
         );
         let holder = format!("diff:{}", std::process::id());
         let disk = connection.attach(&to, Attachment::ReadOnly, &holder, false).await?;
-        let found = changed(&disk, older.id, disk.size()).await;
+        let found = extents(&disk, Some(older.id), disk.size()).await;
         disk.detach().await?;
         let found = found?;
         let bytes: u64 = found.iter().map(|(_, length)| length).sum();
@@ -59,29 +59,17 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
     })
 }
 
-/// `(offset, length)` of everything in which a disk differs from another member of its family; ascending, apart.
-pub async fn changed(disk: &Disk, than: VdiskId, size: u64) -> Result<Vec<(u64, u64)>> {
+/// `(offset, length)` of everything that a disk stores, or in which it differs from another member of its family;
+/// ascending, apart.
+pub async fn extents(disk: &Disk, than: Option<VdiskId>, size: u64) -> Result<Vec<(u64, u64)>> {
     let mut found: Vec<(u64, u64)> = Vec::new();
     let mut at = 0;
     while at < size {
-        for extent in disk.changes(than, at, size - at).await? {
-            match found.last_mut() {
-                _ if !extent.allocated => {}
-                Some((offset, length)) if *offset + *length == at => *length += extent.length,
-                _ => found.push((at, extent.length)),
-            }
-            at += extent.length;
-        }
-    }
-    Ok(found)
-}
-
-/// The same for everything that is stored.
-pub async fn stored(disk: &Disk, size: u64) -> Result<Vec<(u64, u64)>> {
-    let mut found: Vec<(u64, u64)> = Vec::new();
-    let mut at = 0;
-    while at < size {
-        for extent in disk.extents(at, size - at).await? {
+        let next = match than {
+            Some(than) => disk.changes(than, at, size - at).await?,
+            None => disk.extents(at, size - at).await?,
+        };
+        for extent in next {
             match found.last_mut() {
                 _ if !extent.allocated => {}
                 Some((offset, length)) if *offset + *length == at => *length += extent.length,

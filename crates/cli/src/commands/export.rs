@@ -6,7 +6,7 @@
 //!
 //! A file that holds the beginning of the very same stream is continued behind its last good check mark.
 
-use super::diff::{changed, stored};
+use super::diff;
 use super::disk::find;
 use crate::connect::{self, Connection, Disk};
 use crate::output;
@@ -142,10 +142,7 @@ async fn export(
     arguments: &Arguments,
     is_stdout: bool,
 ) -> Result<Option<Summary>> {
-    let extents = match from {
-        None => stored(disk, snapshot.size).await?,
-        Some(from) => changed(disk, from.id, snapshot.size).await?,
-    };
+    let extents = diff::extents(disk, from.map(|from| from.id), snapshot.size).await?;
     let (mut output, after) = match open(&header, arguments, is_stdout)? {
         Opened::Ready(output, after) => (output, after),
         Opened::Whole(summary) => {

@@ -8,6 +8,7 @@ use crate::connect::Connection;
 use crate::progress::Progress;
 use anyhow::{Result, bail, ensure};
 use petal::global_state::{Attachment, Command};
+use petal::translator::vdir::Lineage;
 
 /// Bytes that are asked for at one time.
 const STEP: u64 = 1 << 30;
@@ -20,6 +21,20 @@ pub async fn flatten(connection: &Connection, name: &str) -> Result<()> {
     let family = &state.families[&disk.family];
     if family.ancestors(disk.lineage).next().is_none() {
         bail!("'{name}' is no clone, or needs nothing of its parents already");
+    }
+    // Said before all the work; the command itself looks again.
+    if let Some(first) = state.members(disk.family).find(|m| m.is_snapshot() && m.lineage == disk.lineage) {
+        bail!(
+            "'{name}' has snapshots ('{}'), which need what it inherits; delete them first: `petal snapshot delete {}`",
+            first.name,
+            first.name
+        );
+    }
+    let branched = |l: &Lineage| l.parent.is_some_and(|(parent, _)| parent == disk.lineage);
+    if family.lineages.values().any(branched) {
+        bail!(
+            "clones of '{name}' need what it inherits; flatten or delete them first: `petal snapshot list` shows them"
+        );
     }
     let holder = format!("flatten:{}", std::process::id());
     let attached = connection.attach(name, Attachment::ReadOnly, &holder, false).await?;

@@ -4,10 +4,11 @@
 //!  the disk is noted as begun -> elements are written -> end mark -> snapshot of the stream's name, whole: in one
 //! ```
 //!
-//! Nothing counts before the end mark: the snapshot appears then, and until then nobody else writes the disk. An import that was
-//! interrupted is begun again with the same stream, which writes the same once more. An increment goes only onto the very state that it starts from.
+//! Nothing counts before the end mark: the snapshot appears then, and until then nobody else writes the disk. An import
+//! that was interrupted is begun again with the same stream, which writes the same once more. An increment goes only
+//! onto the very state that it starts from.
 
-use super::diff::changed;
+use super::diff;
 use super::disk::{create, find};
 use crate::connect::{self, Connection, Disk};
 use crate::output;
@@ -196,7 +197,7 @@ async fn unchanged(attached: &Disk, state: &State, disk: &Vdisk, header: &Header
         .last()
         .with_context(|| format!("'{}@{from_snapshot}' is gone, which the stream starts from", disk.name))?;
     let size = attached.size();
-    let differs = changed(attached, parent.id, size.min(parent.size)).await?;
+    let differs = diff::extents(attached, Some(parent.id), size.min(parent.size)).await?;
     ensure!(
         differs.is_empty() && size == parent.size,
         "'{0}' was changed since {1}, which the stream starts from; `petal rollback {0} --to {1}` brings that back",

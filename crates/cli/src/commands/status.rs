@@ -6,11 +6,11 @@ use crate::connect::{self, Connection};
 use crate::output;
 use crate::place::Place;
 use crate::processes::ProcessFile;
-use crate::redundancy::{Missing, Redundancy};
+use crate::redundancy::{self, Missing, Redundancy};
 use crate::supervisor;
 use anyhow::Result;
 use petal::global_state::State;
-use petal::ids::ServerId;
+use petal::ids::{ServerId, StateIndex};
 use petal::message::{LogLine, ScrubOrder, ScrubStatus, ServerStatus};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -54,8 +54,14 @@ struct Report {
     state: State,
     servers: Vec<ServerReport>,
     redundancy: Redundancy,
+    ages: Ages,
     nbd: Value,
 }
+
+/// How long ago commands were applied, in seconds, as far as the servers' logs reach. The cluster has no clock: each
+/// server tells since when it knows a command, and the one that was there told the longest.
+#[derive(Debug, Default)]
+struct Ages(BTreeMap<StateIndex, u64>);
 
 struct ServerReport {
     id: ServerId,
@@ -103,8 +109,14 @@ async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report>
     while let Some(answer) = asked.join_next().await {
         statuses.extend(answer);
     }
-    let is_any_down = state.servers.values().any(|s| s.down);
-    let log = if is_any_down { connection.log(None).await.unwrap_or_default() } else { Vec::new() };
+    let away: BTreeSet<ServerId> = statuses.iter().filter(|(_, s)| s.is_none()).map(|(id, _)| *id).collect();
+    let redundancy = Redundancy::of(&state, &away);
+    let is_somebody_missed = state.servers.values().any(|s| s.down || s.suspect.is_some());
+    let logs = match !redundancy.is_full() || is_somebody_missed {
+        true => logs(&connection, statuses.keys().copied().filter(|id| !away.contains(id))).await,
+        false => Vec::new(),
+    };
+    let log = logs.iter().max_by_key(|log| log.last().map(|line| line.index)).map_or(&[][..], Vec::as_slice);
     let leader = statuses.values().flatten().map(|(s, _)| s).max_by_key(|s| s.state_index).and_then(|s| s.ring_leader);
     let server = |(id, known): (&ServerId, &petal::global_state::ServerState)| {
         let (status, scrub) = statuses.get_mut(id).and_then(Option::take).unzip();
@@ -116,7 +128,7 @@ async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report>
             state: state_word(folder.is_some(), pid, status.as_ref(), known),
             suspected_since: known.suspect,
             down: known.down,
-            why_down: if known.down { why_down(&log, *id) } else { None },
+            why_down: if known.down { why_down(log, *id) } else { None },
             ring: state.ring.members.iter().any(|m| m.server == *id),
             witness: known.incarnation.0 > 0 && known.weight == 0,
             leads: leader == Some(*id),
@@ -125,9 +137,51 @@ async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report>
         }
     };
     let servers: Vec<ServerReport> = state.servers.iter().map(server).collect();
-    let away: BTreeSet<ServerId> = servers.iter().filter(|s| s.status.is_none()).map(|s| s.id).collect();
-    let redundancy = Redundancy::of(&state, &away).with_progress(servers.iter().filter_map(|s| s.status.as_ref()));
-    Ok(Report { redundancy, servers, nbd: nbd(folder), state })
+    let redundancy = redundancy.with_progress(servers.iter().filter_map(|s| s.status.as_ref()));
+    Ok(Report { redundancy, servers, ages: Ages::of(&logs), nbd: nbd(folder), state })
+}
+
+/// What those servers have applied lately.
+async fn logs(connection: &Connection, servers: impl Iterator<Item = ServerId>) -> Vec<Vec<LogLine>> {
+    let mut asked = tokio::task::JoinSet::new();
+    for id in servers {
+        let connection = connection.clone();
+        asked.spawn_local(async move { connection.log_within(Some(id), ANSWER_LIMIT).await });
+    }
+    let mut logs = Vec::new();
+    while let Some(answer) = asked.join_next().await {
+        logs.extend(answer.ok().and_then(Result::ok));
+    }
+    logs
+}
+
+impl Ages {
+    fn of(logs: &[Vec<LogLine>]) -> Ages {
+        let mut ages = BTreeMap::new();
+        for (index, millis) in logs.iter().flatten().filter_map(|line| Some((line.index, line.age_millis?))) {
+            let age = ages.entry(index).or_default();
+            *age = millis.max(*age);
+        }
+        Ages(ages.into_iter().map(|(index, millis)| (index, millis / 1000)).collect())
+    }
+
+    /// "for 3 min 2 s (state index 17)", or only since which index.
+    fn since(&self, index: StateIndex) -> String {
+        match self.0.get(&index) {
+            Some(age) => format!("for {} (state index {index})", output::duration(*age)),
+            None => format!("since state index {index}"),
+        }
+    }
+
+    /// How a server gets on that is being brought back, and how long it will take if it goes on like this.
+    fn progress(&self, missing: &Missing) -> String {
+        let Missing { slots, begun, back, .. } = *missing;
+        let left = match self.0.get(&begun) {
+            Some(age) if back > 0 => format!(", about {} left", output::duration((age * slots).div_ceil(back))),
+            _ => String::new(),
+        };
+        format!("{back} of {} back{left}", redundancy::slots(back + slots))
+    }
 }
 
 /// What a server that is down said of its disk when it went, if the log reaches back so far.
@@ -195,11 +249,14 @@ impl Report {
     fn why(&self, server: ServerId, missing: &Missing) -> String {
         let server = self.servers.iter().find(|s| s.id == server);
         match server.map(|s| (s.state, s.down)) {
-            Some((_, true)) if missing.since > 0 => format!("it is down since state index {}", missing.since),
+            Some((_, true)) if missing.since > 0 => format!("it has been down {}", self.ages.since(missing.since)),
             Some((_, true)) => "it is down".into(),
             Some((state, false)) if missing.away => format!("it is {state}, and not declared down yet"),
-            _ if missing.since > 0 => format!("it was taken out at state index {} and is catching up", missing.since),
-            _ => "it is catching up".into(),
+            _ if missing.since > 0 => {
+                let (since, progress) = (self.ages.since(missing.since), self.ages.progress(missing));
+                format!("it has been out {since} and is catching up: {progress}")
+            }
+            _ => format!("it is catching up: {}", self.ages.progress(missing)),
         }
     }
 
@@ -208,7 +265,7 @@ impl Report {
         let State { name, index, .. } = &self.state;
         println!("Cluster {name}: {up} of {} servers are up, state index {index}.", self.servers.len());
         for server in self.servers.iter().filter(|s| s.state != "up") {
-            println!("  {}", server.sentence());
+            println!("  {}", server.sentence(&self.ages));
         }
         if !self.has_majority() {
             let members = self.servers.iter().filter(|s| s.ring);
@@ -269,7 +326,7 @@ impl ServerReport {
         }
     }
 
-    fn sentence(&self) -> String {
+    fn sentence(&self, ages: &Ages) -> String {
         let id = self.id;
         match (self.state, self.suspected_since) {
             ("down", _) if self.down => {
@@ -277,9 +334,8 @@ impl ServerReport {
                 format!("{id} is down{why}: others act in its place where they have the data.")
             }
             ("suspected", Some(since)) => {
-                format!(
-                    "{id} is suspected since state index {since}: it is about to be declared down, or to be heard again."
-                )
+                let since = ages.since(since);
+                format!("{id} has been suspected {since}: it is about to be declared down, or to be heard again.")
             }
             ("starting", _) => format!("{id} is starting: it has not settled all of its slots yet."),
             (state, _) => format!("{id} is {state}: I/O that needs it waits until it is back or declared down."),
@@ -406,6 +462,20 @@ mod tests {
     }
 
     #[test]
+    fn times_are_those_of_the_server_that_was_there() {
+        let line = |index, age| LogLine { index, text: String::new(), refused: None, age_millis: age };
+        let ages =
+            Ages::of(&[vec![line(7, Some(1500)), line(8, Some(1000))], vec![line(6, None), line(7, Some(185_000))]]);
+        assert_eq!(ages.since(7), "for 3 min 5 s (state index 7)");
+        assert_eq!(ages.since(8), "for 1 s (state index 8)");
+        assert_eq!(ages.since(6), "since state index 6");
+        let missing = Missing { slots: 96, begun: 7, back: 32, ..Missing::default() };
+        assert_eq!(ages.progress(&missing), "32 of 128 slots back, about 9 min 15 s left");
+        assert_eq!(ages.progress(&Missing { back: 0, ..missing.clone() }), "0 of 96 slots back");
+        assert_eq!(ages.progress(&Missing { begun: 6, ..missing }), "32 of 128 slots back");
+    }
+
+    #[test]
     fn a_server_is_down_for_what_it_said_of_its_disk_when_it_went_last() {
         let failed = |server| Command::DiskFailed {
             server: ServerId(server),
@@ -418,7 +488,7 @@ mod tests {
             addresses: Vec::new(),
             disks: Vec::new(),
         };
-        let line = |command: Command| LogLine { index: 1, text: command.to_string(), refused: None };
+        let line = |command: Command| LogLine { index: 1, text: command.to_string(), refused: None, age_millis: None };
         let mut log = vec![line(failed(1)), line(failed(2))];
         assert_eq!(why_down(&log, ServerId(1)).as_deref(), Some("disk 1 hangs"));
         assert_eq!(why_down(&log, ServerId(3)), None);

@@ -225,6 +225,9 @@ fn format_opened(path: &Path, format: &Format<'_>) -> Result<(), OpenError> {
     disk.sync_all().map_err(|source| failed(path, "write", source))
 }
 
+/// Mode of new files: what disks hold is for nobody else to read.
+const OWNER_ONLY: u32 = 0o600;
+
 impl DiskFile {
     fn open(path: &Path, create: bool, direct: DirectIo) -> Result<DiskFile, OpenError> {
         let action = if create { "create" } else { "open" };
@@ -244,6 +247,7 @@ impl DiskFile {
                 .write(true)
                 .create(create && !device)
                 .truncate(false)
+                .mode(OWNER_ONLY)
                 .custom_flags(flags | exclusive)
                 .open(path)
         };

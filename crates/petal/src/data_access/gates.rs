@@ -6,12 +6,14 @@
 //! cause. So would a client of two disks: what it knows of one is no need of its messages for the other. While a gate is
 //! closed writes go on, to every replica's disk; only their completion waits.
 //!
+//! What a settlement finds may be such writes, and it makes them equal to complete ones: so a slot that was settled
+//! while a gate was closed shows nothing of the gate's disks, and takes nothing for done, before that opens.
+//!
 //! Every server has its own gates, whoever asked for the snapshot, because any may come to act. A server that is down
 //! is not waited for; but then everyone left must have applied the command that says so, and refuses what the server
 //! had sent.
 
-use crate::ids::{ServerId, StateIndex, VdiskId};
-use std::collections::{BTreeMap, BTreeSet};
+use super::*;
 
 /// The gates of a server.
 #[derive(Debug, Default)]
@@ -92,6 +94,35 @@ impl Gates {
         let before = self.closed.len();
         self.closed.retain(|_, gate| !gate.is_open());
         self.closed.len() < before
+    }
+}
+
+impl DataAccess {
+    /// True unless a gate is closed for it.
+    pub(super) fn may_complete(&self, disk: VdiskId, at: StateIndex) -> bool {
+        self.gates.admits(disk, at) || self.sabotage == Sabotage::NoGates
+    }
+
+    /// There is a lease again, or a gate has opened: what became stable meanwhile is complete now.
+    pub fn complete_what_waited(&mut self, ctx: &mut Context) {
+        if ctx.liveness.lease(ctx.now).is_none() {
+            return;
+        }
+        for index in 0..self.slots.len() {
+            let Some(acting) = self.slots[index].acting.as_ref() else { continue };
+            let is_stable = |u: &crate::promise::Unfinished| u.waits.is_empty() && self.may_complete(u.disk, u.at);
+            let stable = acting.unfinished.iter().filter(|(_, u)| is_stable(u)).map(|(sequence, _)| *sequence);
+            for sequence in stable.collect::<Vec<_>>() {
+                self.complete_write(ctx, index, sequence);
+            }
+        }
+        let is_parked = |(_, op): &(&OpNumber, &Operation)| op.phase == Phase::Parked;
+        let parked: BTreeSet<SlotIndex> = self.operations.iter().filter(is_parked).map(|(_, op)| op.slot).collect();
+        for index in parked {
+            if self.slots[index].acting.as_ref().is_some_and(|a| a.is_serving()) {
+                self.unpark_operations(ctx, index);
+            }
+        }
     }
 }
 

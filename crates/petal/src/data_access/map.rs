@@ -21,7 +21,7 @@ pub(super) struct MapRequest {
 /// What was asked, and has been found.
 enum Found {
     /// The blocks that a view shows, or that differ from another one.
-    Blocks { view: View, than: Option<View>, elements: BTreeMap<u64, u16> },
+    Blocks { view: View, than: Option<(VdiskId, View)>, elements: BTreeMap<u64, u16> },
     /// Whose space it is.
     Space(Box<Accounts>),
 }
@@ -43,7 +43,7 @@ impl DataAccess {
             None => None,
             Some(than) => {
                 let other = ctx.state.vdisk(than).filter(|other| other.family == family);
-                Some(self.view_of(ctx.state, other.ok_or(Refusal::Malformed)?.id))
+                Some((than, self.view_of(ctx.state, other.ok_or(Refusal::Malformed)?.id)))
             }
         };
         let found = Found::Blocks { view: self.view_of(ctx.state, m.access.vdisk), than, elements: BTreeMap::new() };
@@ -211,7 +211,7 @@ impl DataAccess {
             // back must not have been told as a hole.
             let present = match than {
                 None => ctx.stores.mask(key, view),
-                Some(than) => ctx.stores.differing(key, view, than),
+                Some((_, than)) => ctx.stores.differing(key, view, than),
             };
             let mask = present | self.queues.get(&key).map_or(0, ElementQueue::held);
             if mask != 0 {
@@ -236,6 +236,10 @@ impl DataAccess {
         let map = self.maps.remove(&job).expect("just found");
         self.answered(map.client);
         let body = match map.found {
+            // Some of its rows may have been dropped before they were compared.
+            Found::Blocks { than: Some((than, _)), .. } if ctx.state.vdisk(than).is_none() => {
+                Body::MapReply(MapReply { tag: map.tag, result: Err(Refusal::Malformed) })
+            }
             Found::Blocks { elements, .. } => {
                 let elements = elements.into_iter().collect();
                 let part = MapPart { elements, complete_below: map.complete_below, not_here: map.not_here };

@@ -112,6 +112,8 @@ pub(crate) struct Slot {
     pub promised: Term,
     /// Every write up to here is complete.
     pub watermark: Version,
+    /// State index at which the term was settled here.
+    pub settled_at: StateIndex,
     /// Nobody asks for changes up to here any more. Below: what others told to have on stable storage.
     pub lowest_durable: Version,
     pub told_durable: BTreeMap<ServerId, Version>,
@@ -546,16 +548,20 @@ impl DataAccess {
     fn admit(&mut self, ctx: &mut Context, number: OpNumber) {
         let slot = self.operations[&number].slot;
         let (slot, may_read) = (&self.slots[slot], self.may_read(&self.slots[slot]));
+        let is_gated = !self.may_complete(self.operations[&number].access.vdisk, slot.settled_at);
         let op = self.operations.get_mut(&number).expect("admitted operations exist");
         let writes = matches!(op.kind, Kind::Write(_));
         let acts = slot.primary == Some(self.me);
-        if acts && !slot.acting.as_ref().is_some_and(|a| a.is_serving()) {
+        if acts && (is_gated || !slot.acting.as_ref().is_some_and(|a| a.is_serving())) {
             // Promise and settlement come first; a client that waits for them here is served at once after.
             op.phase = Phase::Parked;
             return;
         }
         if !acts && (writes || !may_read) {
             return self.refuse(ctx, number, Refusal::StaleMap);
+        }
+        if is_gated {
+            return self.refuse(ctx, number, Refusal::Busy);
         }
         match ctx.stores.load(op.element) {
             Loaded::Ready => self.on_operation_loaded(ctx, number),
@@ -809,8 +815,8 @@ impl DataAccess {
             Err(StageError::NoSpace) => return self.refuse(ctx, number, Refusal::NoSpace),
             Err(_) => return self.refuse(ctx, number, Refusal::BadCopy),
         };
-        if !has_row && has_unseen(ctx.state, op.element, &ctx.stores.image(op.element)) {
-            self.reclaim.want_soon(op.element.family, ctx.now);
+        if !has_row && has_unseen(ctx.state, op.element, ctx.stores.row_ids(op.element).into_iter()) {
+            self.reclaim.want_soon(op.element, ctx.now);
         }
         acting.sequence += 1;
         slot.outstanding += 1;
@@ -882,26 +888,6 @@ impl DataAccess {
         let (is_stable, disk, by) = (unfinished.waits.is_empty(), unfinished.disk, unfinished.at);
         if is_stable && self.may_complete(disk, by) && ctx.liveness.lease(ctx.now).is_some() {
             self.complete_write(ctx, index, sequence);
-        }
-    }
-
-    /// True unless a gate is closed for it.
-    fn may_complete(&self, disk: VdiskId, at: StateIndex) -> bool {
-        self.gates.admits(disk, at) || self.sabotage == Sabotage::NoGates
-    }
-
-    /// There is a lease again, or a gate has opened: what became stable meanwhile is complete now.
-    pub fn complete_what_waited(&mut self, ctx: &mut Context) {
-        if ctx.liveness.lease(ctx.now).is_none() {
-            return;
-        }
-        for index in 0..self.slots.len() {
-            let Some(acting) = self.slots[index].acting.as_ref() else { continue };
-            let is_stable = |u: &crate::promise::Unfinished| u.waits.is_empty() && self.may_complete(u.disk, u.at);
-            let stable = acting.unfinished.iter().filter(|(_, u)| is_stable(u)).map(|(sequence, _)| *sequence);
-            for sequence in stable.collect::<Vec<_>>() {
-                self.complete_write(ctx, index, sequence);
-            }
         }
     }
 
@@ -1219,6 +1205,7 @@ impl DataAccess {
             watermark_due: false,
             promise_due: None,
             caught_up: None,
+            settled_at: 0,
         });
         self.by_id.insert(id, self.slots.len() - 1);
         self.slots.len() - 1

@@ -10,6 +10,9 @@
 //! (`seen_image`), and what was dropped here never comes back by a copy that counts. A replica that is not in sync, or
 //! whose slot is not settled, leaves its rows alone: its primary may be asking for just these.
 //!
+//! A write that puts a new row over one that nobody sees any more names its element, so that only this one is looked at
+//! again, and not the family.
+//!
 //! Nothing must be remembered across a restart: the next life looks again. It gives way to clients: a small step every
 //! `PACE` while they work, one after the other while nobody does.
 
@@ -22,29 +25,32 @@ const STEP: usize = 64;
 const PACE: Duration = Duration::from_millis(10);
 /// What could not be dropped is looked at again after so long.
 const AGAIN: Duration = Duration::from_secs(1);
+/// Elements that are remembered one by one, 16 bytes each. Of what is more the whole family is looked through.
+const LEFT_MAX: usize = 65536;
 
 /// Where it is.
 #[derive(Debug, Default)]
 pub struct Reclaim {
     /// Families to look through.
     wanted: BTreeSet<FamilyId>,
-    /// Those again, of which something was left.
-    left: BTreeSet<FamilyId>,
+    /// Elements to look at by themselves.
+    due: BTreeSet<ElementKey>,
+    /// Those for which it is too early: something could not be dropped, or may have company soon.
+    left: BTreeSet<ElementKey>,
+    /// Families with more of these than are remembered.
+    left_families: BTreeSet<FamilyId>,
     again_at: Option<Instant>,
     pass: Option<Pass>,
 }
 
-/// A look through a family.
+/// A look through a family, or at some elements.
 #[derive(Debug)]
 struct Pass {
-    family: FamilyId,
-    /// The next element.
-    next: u64,
+    /// Where to go on in a family; `None` at its end, and for elements by themselves.
+    next: Option<(FamilyId, u64)>,
     scan: Option<ReadId>,
     /// Elements whose entries are being loaded.
     waiting: BTreeSet<ElementKey>,
-    /// The family has no more elements.
-    is_last: bool,
     /// Not before.
     at: Instant,
 }
@@ -59,9 +65,13 @@ impl Reclaim {
         self.pass.as_ref().is_some_and(|p| p.scan == Some(scan))
     }
 
-    /// A new row has taken the place of one that nobody sees any more: looked at soon, with others.
-    pub(super) fn want_soon(&mut self, family: FamilyId, now: Instant) {
-        self.left.insert(family);
+    /// Something of an element cannot be seen any more, or could not be dropped yet: looked at soon, with others.
+    pub(super) fn want_soon(&mut self, element: ElementKey, now: Instant) {
+        if self.left.len() < LEFT_MAX {
+            self.left.insert(element);
+        } else {
+            self.left_families.insert(element.family);
+        }
         self.again_at.get_or_insert(now + AGAIN);
     }
 
@@ -71,9 +81,22 @@ impl Reclaim {
         pass.or(self.again_at)
     }
 
-    /// Families that are not looked through yet.
+    /// Families, and elements by themselves, that are not looked at yet.
     pub fn left(&self) -> usize {
-        self.wanted.union(&self.left).count() + usize::from(self.pass.is_some())
+        let families = self.wanted.union(&self.left_families).count();
+        families + self.due.len() + self.left.len() + usize::from(self.pass.is_some())
+    }
+
+    /// Begins with the next family, or some elements; returns those.
+    fn begin(&mut self, now: Instant) -> Vec<ElementKey> {
+        let mut elements = Vec::new();
+        let next = self.wanted.pop_first().map(|family| (family, 0));
+        if next.is_none() {
+            elements.extend(std::iter::from_fn(|| self.due.pop_first()).take(STEP));
+        }
+        let waiting = elements.iter().copied().collect();
+        self.pass = (next.is_some() || !elements.is_empty()).then_some(Pass { next, scan: None, waiting, at: now });
+        elements
     }
 }
 
@@ -93,25 +116,25 @@ impl DataAccess {
         let reclaim = &mut self.reclaim;
         if reclaim.again_at.is_some_and(|at| at <= ctx.now) {
             reclaim.again_at = None;
-            reclaim.wanted.append(&mut reclaim.left);
+            reclaim.wanted.append(&mut reclaim.left_families);
+            reclaim.due.append(&mut reclaim.left);
         }
         if reclaim.pass.is_none() {
-            let Some(family) = reclaim.wanted.pop_first() else { return };
-            if ctx.state.family(family).is_none() {
-                return; // It ended meanwhile: the sweep drops all of it.
-            }
-            let (waiting, at) = (BTreeSet::new(), ctx.now);
-            reclaim.pass = Some(Pass { family, next: 0, scan: None, waiting, is_last: false, at });
+            let elements = reclaim.begin(ctx.now);
+            self.look_at_all(ctx, elements);
         }
-        let pass = reclaim.pass.as_mut().expect("there is one now");
+        let Some(pass) = self.reclaim.pass.as_mut() else { return };
         if pass.scan.is_some() || !pass.waiting.is_empty() || pass.at > ctx.now {
             return;
         }
-        if pass.is_last {
-            reclaim.pass = None;
-            return;
+        // A family that has ended meanwhile is dropped whole, by the sweep.
+        match pass.next.take().filter(|(family, _)| ctx.state.family(*family).is_some()) {
+            Some((family, next)) => {
+                pass.next = Some((family, next));
+                pass.scan = Some(ctx.stores.scan(family, next, u64::MAX, STEP));
+            }
+            None => self.reclaim.pass = None,
         }
-        pass.scan = Some(ctx.stores.scan(pass.family, pass.next, u64::MAX, STEP));
     }
 
     pub(super) fn on_reclaim_scanned(
@@ -119,20 +142,26 @@ impl DataAccess {
         ctx: &mut Context,
         elements: Result<Vec<(ElementKey, Version)>, crate::store::DiskError>,
     ) {
-        let is_busy = self.operations() > 0;
         let Some(pass) = &mut self.reclaim.pass else { return };
         pass.scan = None;
         let Ok(elements) = elements else {
             self.reclaim.pass = None; // The disk's failure is told apart.
             return;
         };
-        pass.is_last = elements.len() < STEP;
-        pass.next = elements.last().map_or(pass.next, |(key, _)| key.element.saturating_add(1));
-        if is_busy {
+        let last = elements.last().filter(|_| elements.len() == STEP);
+        pass.next = last.map(|(key, _)| (key.family, key.element.saturating_add(1)));
+        let elements: Vec<ElementKey> = elements.into_iter().map(|(key, _)| key).collect();
+        pass.waiting = elements.iter().copied().collect();
+        self.look_at_all(ctx, elements);
+    }
+
+    fn look_at_all(&mut self, ctx: &mut Context, elements: Vec<ElementKey>) {
+        if self.operations() > 0
+            && let Some(pass) = &mut self.reclaim.pass
+        {
             pass.at = ctx.now + PACE;
         }
-        pass.waiting = elements.iter().map(|(key, _)| *key).collect();
-        for (key, _) in elements {
+        for key in elements {
             match ctx.stores.load(key) {
                 Loaded::Pending => self.wait_for_load(key, LoadWaiter::Reclaim),
                 _ => self.reclaim_element(ctx, key),
@@ -151,8 +180,7 @@ impl DataAccess {
         if unseen.is_empty() || self.drop_rows(ctx, key, unseen) {
             return;
         }
-        self.reclaim.left.insert(key.family);
-        self.reclaim.again_at.get_or_insert(ctx.now + AGAIN);
+        self.reclaim.want_soon(key, ctx.now);
     }
 
     /// False if it cannot be done at present.
@@ -175,8 +203,11 @@ impl DataAccess {
     }
 }
 
-/// True if something of an image cannot be seen by this server's state: who sent it was behind.
-pub(super) fn has_unseen(state: &State, element: ElementKey, image: &ElementImage) -> bool {
-    let rows = image.rows.iter().map(|r| (r.lineage, r.epoch));
+/// True if some of an element's rows cannot be seen by this server's state. Where they were sent, the sender was behind.
+pub(super) fn has_unseen(
+    state: &State,
+    element: ElementKey,
+    rows: impl Iterator<Item = (LineageId, Epoch)> + Clone,
+) -> bool {
     state.visible(element.family).is_some_and(|visible| !visible.kept(rows).all(|is_kept| is_kept))
 }

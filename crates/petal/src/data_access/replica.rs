@@ -94,9 +94,9 @@ impl DataAccess {
                 }
             };
             if let Some(element) = written
-                && has_unseen(ctx.state, element, &ctx.stores.image(element))
+                && has_unseen(ctx.state, element, ctx.stores.row_ids(element).into_iter())
             {
-                self.reclaim.want_soon(element.family, ctx.now);
+                self.reclaim.want_soon(element, ctx.now);
             }
             self.counters.replicated += 1;
             self.windows.entry(from).or_default().staged += cost;
@@ -179,12 +179,13 @@ impl DataAccess {
                 }
                 let data = places.into_iter().zip(blocks).map(|((row, block), bytes)| (row, block, bytes)).collect();
                 let (slot, watermark) = (slot.id, slot.watermark);
-                if has_unseen(ctx.state, element, &image) {
+                if has_unseen(ctx.state, element, image.rows.iter().map(|r| (r.lineage, r.epoch))) {
                     self.reclaim.want(element.family);
                 }
                 Some(Change::Replace { element, slot, image, data, twins, again: false, watermark })
             }
             Part::SettlementDone => {
+                slot.settled_at = ctx.state.index;
                 slot.watermark = slot.watermark.max(Version { term: m.term, sequence: 0 });
                 let (slot, watermark) = (slot.id, slot.watermark);
                 self.on_slot_settled_or_not(ctx, index);

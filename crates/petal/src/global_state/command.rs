@@ -321,7 +321,7 @@ impl std::fmt::Display for Command {
             Command::Noop => write!(f, "nothing"),
             Command::AddServer { addresses, .. } => write!(f, "a server is added, at {}", addresses.join(", ")),
             Command::ServerUp { server, incarnation, disks, .. } => {
-                write!(f, "{server} is up ({} disks, incarnation {incarnation})", disks.len())
+                write!(f, "{server} is up ({}, incarnation {incarnation})", counted(disks.len(), "disk"))
             }
             Command::CreateDisk { name, size, scheme, .. } => {
                 write!(f, "disk {name:?} of {} is created, copies: {}", stdx::units::Size(*size), scheme.copies())
@@ -338,15 +338,18 @@ impl std::fmt::Display for Command {
             Command::Suspect { server, .. } => write!(f, "{server} is suspected: it gets no lease"),
             Command::ServerDown { server, .. } => write!(f, "{server} is declared down"),
             Command::Reinstate { server, .. } => write!(f, "{server} is heard again, and goes on"),
-            Command::InSync { server, slots, .. } => write!(f, "{server} is in sync again in {} slots", slots.len()),
+            Command::InSync { server, slots, .. } => {
+                write!(f, "{server} is in sync again in {}", counted(slots.len(), "slot"))
+            }
             Command::TakeOut { server, slots } => {
-                write!(f, "{server} does not answer others, and is taken out of {} slots", slots.len())
+                write!(f, "{server} does not answer others, and is taken out of {}", counted(slots.len(), "slot"))
             }
             Command::Goodbye { server, .. } => write!(f, "{server} stops as planned, and hands over"),
             Command::ReplaceDisks { server, disks, votes_lost, accept_data_loss, .. } => {
                 let ring = if *votes_lost { "; the ring begins a new configuration" } else { "" };
                 let loss = if *accept_data_loss { "; data loss is accepted" } else { "" };
-                write!(f, "{server} gets other disks ({}), and its copies count for nothing{ring}{loss}", disks.len())
+                let disks = counted(disks.len(), "other disk");
+                write!(f, "{server} gets {disks}, and its copies count for nothing{ring}{loss}")
             }
             Command::DiskFailed { server, why, .. } => write!(f, "{server} goes down by itself: {why}"),
             Command::Snapshot { of, protected, .. } => {
@@ -376,6 +379,11 @@ impl std::fmt::Display for Command {
             Command::Flatten { vdisk, .. } => write!(f, "{vdisk} needs nothing of its parents any more"),
         }
     }
+}
+
+/// "1 slot", "2 slots".
+fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
 /// What a command did.

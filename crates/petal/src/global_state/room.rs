@@ -32,7 +32,7 @@
 //! when a majority of the ring holds it durably. Paper 2 (global state module).
 
 use super::ring::{Decided, Forgotten, Ring, RingDamaged, Votes};
-use super::{Command, Effects, Entry, Genesis, State};
+use super::{Command, CommandError, Effects, Entry, Genesis, State};
 use crate::ids::*;
 use crate::limits::{ENTRIES_PER_MESSAGE_MAX, LOG_KEEP, PROPOSALS_MAX, RETRY_MAX, RETRY_MIN};
 use crate::message::{self, Body, CommandId};
@@ -136,6 +136,16 @@ pub struct Own {
     pub votes_from: u32,
 }
 
+/// An entry that was applied here not long ago.
+pub struct RecentEntry {
+    /// It.
+    pub entry: Entry,
+    /// Why it was a no-op, if it was. (The state forgets what its proposer need not know any more.)
+    pub refused: Option<CommandError>,
+    /// When that was; nothing if it was found at the start.
+    pub applied: Option<Instant>,
+}
+
 /// The global-state room of one server.
 pub struct GlobalState {
     me: ServerId,
@@ -149,8 +159,8 @@ pub struct GlobalState {
     ring: Option<Ring>,
     /// The ring's configuration that `ring` is of, or that this server is no member of.
     configuration: u32,
-    /// The last entries applied, for learners: those up to `state.index`.
-    recent: VecDeque<Entry>,
+    /// The last entries applied, for learners and people: those up to `state.index`.
+    recent: VecDeque<RecentEntry>,
     /// Connected servers, with the index that each told last.
     peers: BTreeMap<ServerId, StateIndex>,
     dialled: BTreeMap<ServerId, Vec<String>>,
@@ -174,6 +184,8 @@ pub struct GlobalState {
     behind_since: Option<Instant>,
     announce_at: Instant,
     now: Instant,
+    /// What is applied was decided before the start.
+    is_opening: bool,
     /// Something came in since the outputs were put together.
     dirty: bool,
     sabotage: Sabotage,
@@ -223,6 +235,7 @@ impl GlobalState {
             behind_since: None,
             announce_at: Instant::ZERO,
             now: Instant::ZERO,
+            is_opening: true,
             dirty: true,
             sabotage: Sabotage::None,
             outputs: VecDeque::new(),
@@ -232,6 +245,7 @@ impl GlobalState {
         room.outputs.clear();
         room.dialled.clear();
         room.dial();
+        room.is_opening = false;
         Ok(room)
     }
 
@@ -302,7 +316,7 @@ impl GlobalState {
     }
 
     /// The last entries applied, oldest first, with their indexes: at most [`LOG_KEEP`].
-    pub fn recent(&self) -> impl Iterator<Item = (StateIndex, &Entry)> {
+    pub fn recent(&self) -> impl Iterator<Item = (StateIndex, &RecentEntry)> {
         (self.state.index + 1 - self.recent.len() as u64..).zip(&self.recent)
     }
 
@@ -583,7 +597,7 @@ impl GlobalState {
     }
 
     fn apply(&mut self, entry: Entry) {
-        let (_, effects) = self.state.apply(&entry);
+        let (result, effects) = self.state.apply(&entry);
         let id = entry.id;
         // With this one every older command of the proposer that it called finished is done, too.
         let state = &self.state;
@@ -592,7 +606,11 @@ impl GlobalState {
         let done: Vec<(u64, u64)> = self.proposals.range(of_proposer).filter_map(is_done).collect();
         done.iter().for_each(|key| drop(self.proposals.remove(key)));
         self.appended.remove(&(id.proposer, id.number));
-        self.recent.push_back(entry);
+        self.recent.push_back(RecentEntry {
+            entry,
+            refused: result.err(),
+            applied: (!self.is_opening).then_some(self.now),
+        });
         if self.recent.len() > LOG_KEEP {
             self.recent.pop_front();
         }
@@ -696,7 +714,7 @@ impl GlobalState {
     fn entries_after(&self, index: StateIndex) -> Option<Vec<Entry>> {
         let missing = usize::try_from(self.state.index.checked_sub(index)?).ok()?;
         let first = self.recent.len().checked_sub(missing)?;
-        Some(self.recent.iter().skip(first).take(ENTRIES_PER_MESSAGE_MAX).cloned().collect())
+        Some(self.recent.iter().skip(first).take(ENTRIES_PER_MESSAGE_MAX).map(|r| r.entry.clone()).collect())
     }
 
     fn behind(&self) -> bool {

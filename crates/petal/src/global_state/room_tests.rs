@@ -719,6 +719,57 @@ fn a_ring_member_that_lost_its_votes_is_a_member_of_the_next_configuration() {
     assert_eq!(cluster.room(4).state().ring.id, 5);
 }
 
+/// The state after server 1 of a ring of three lost its votes and was given these disks, one after the other.
+fn made_anew_with(given: &[u128]) -> State {
+    let mut state = State::genesis(&genesis(3));
+    let server = ServerId(1);
+    let mut run = |command: Command| {
+        let number = state.index + 1;
+        state.apply(&Entry { id: CommandId { proposer: 5, number, finished_below: number }, command }).0.unwrap();
+    };
+    let mut present = 1;
+    for (life, disk) in (1..).zip(given) {
+        let incarnation = Incarnation(life);
+        let disks = vec![(DiskId(present), Incarnation(life - 1), 1 << 30)];
+        run(Command::ServerUp { server, incarnation, addresses: vec![], disks });
+        run(Command::Goodbye { server, incarnation });
+        let disks = vec![DiskId(*disk)];
+        run(Command::ReplaceDisks { server, incarnation, disks, votes_lost: true, accept_data_loss: true });
+        present = *disk;
+    }
+    state
+}
+
+#[test]
+fn who_runs_on_other_disks_than_the_state_names_votes_in_no_configuration_that_begins() {
+    // Whoever starts the old disk of server 1 has the votes that it gave in the first configuration, and only those.
+    let open = |disk: u128, votes_from| {
+        let own = Own { disks: BTreeSet::from([DiskId(disk)]), votes_from, ..own(1) };
+        GlobalState::open(own, &genesis(3), 9, Vec::new()).expect("nothing is damaged")
+    };
+    let mut old = open(1, 0);
+    assert!(old.is_member());
+    old.jump(made_anew_with(&[2]));
+    assert!(!old.is_member(), "the new disk has perhaps voted in the second");
+    old.jump(made_anew_with(&[2, 3]));
+    assert!(!old.is_member(), "nor in the third");
+    // The state comes to name its disk again: what others voted in its place is lost by command.
+    old.jump(made_anew_with(&[2, 3, 1]));
+    assert!(old.is_member());
+
+    let mut new = open(2, 2);
+    assert!(!new.is_member(), "the first configuration was voted in by the old one");
+    new.jump(made_anew_with(&[2]));
+    assert!(new.is_member());
+    new.jump(made_anew_with(&[2, 3]));
+    assert!(!new.is_member(), "now another one has its place");
+
+    // Its disk is named already, but it may vote from a later configuration on only.
+    let mut later = open(2, 3);
+    later.jump(made_anew_with(&[2]));
+    assert!(!later.is_member());
+}
+
 #[test]
 fn in_any_storm_with_members_made_anew_all_servers_agree() {
     let seeds = std::env::var("ROOM_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(12);

@@ -31,6 +31,7 @@ impl State {
         self.check_room_for(of.len())?;
         for one in of {
             let disk = self.disk_in_epoch(one.vdisk, one.epoch)?;
+            self.check_room_in(disk.family, of.len())?;
             check_name(&one.name)?;
             self.check_free(&format!("{}@{}", disk.name, one.name))?;
         }
@@ -39,6 +40,8 @@ impl State {
             self.name_epoch(*id, one.vdisk, &one.name, made, protected);
             self.close_epoch(one.vdisk, of.len() > 1, effects);
         }
+        let families: BTreeSet<FamilyId> = disks.iter().map(|id| self.vdisks[id].family).collect();
+        families.into_iter().for_each(|family| self.look_anew(family));
         Ok(Outcome::Disks(snapshots))
     }
 
@@ -60,6 +63,7 @@ impl State {
             self.check_no_imports([source])?;
         }
         let (family, size) = (from.family, from.size);
+        self.check_room_in(family, 1)?;
         let parent = (from.lineage, from.epoch);
         let lineage = self.branch(family, parent, name)?;
         let id = VdiskId::made_by(self.index, 0);
@@ -79,11 +83,10 @@ impl State {
             revision: self.index,
             sessions: Vec::new(),
         });
-        if is_snapshot {
-            self.look_anew(family);
-        } else {
+        if !is_snapshot {
             self.close_epoch(source, false, effects);
         }
+        self.look_anew(family);
         Ok(Outcome::Disk(id))
     }
 
@@ -110,6 +113,7 @@ impl State {
             check_name(keep)?;
             self.check_free(&format!("{name}@{keep}"))?;
             self.check_room_for(1)?;
+            self.check_room_in(family, 1)?;
         }
         let lineage = self.branch(family, parent, &name)?;
         // What an import had written is no longer there: one that goes on must not count on it; and what is kept of it
@@ -130,6 +134,7 @@ impl State {
 
     pub(super) fn delete_disks(&mut self, ids: &[VdiskId], effects: &mut Effects) -> Applied {
         let going: BTreeSet<VdiskId> = ids.iter().copied().collect();
+        let mut families = BTreeSet::new();
         if going.is_empty() || ids.len() > VDISKS_MAX {
             return Err(CommandError::Malformed("nothing is named that could be deleted".into()));
         }
@@ -141,25 +146,24 @@ impl State {
             if disk.protected {
                 return Err(CommandError::Protected { name: disk.name.clone() });
             }
-            if disk.is_snapshot() {
-                continue; // Nothing is a snapshot of it.
-            }
-            let stay: Vec<&Vdisk> = self.snapshots_of(disk).filter(|s| !going.contains(&s.id)).collect();
-            if let Some(first) = stay.first() {
-                let (name, first) = (disk.name.clone(), first.name.clone());
-                return Err(CommandError::HasSnapshots { name, count: stay.len(), first });
-            }
+            families.insert(disk.family);
         }
-        let mut families = BTreeSet::new();
+        let stays = |member: &&Vdisk| !going.contains(&member.id);
+        let without = |s: &Vdisk| s.snapshot_of.and_then(|of| self.vdisks.get(&of)).filter(|of| going.contains(&of.id));
+        let left_alone = families.iter().flat_map(|f| self.members(*f)).filter(stays);
+        let left_alone = left_alone.filter_map(|s| Some((s, without(s)?))).next();
+        if let Some((first, disk)) = left_alone {
+            let count = self.snapshots_of(disk).filter(stays).count();
+            return Err(CommandError::HasSnapshots { name: disk.name.clone(), count, first: first.name.clone() });
+        }
         let mut concerned = BTreeSet::new();
         for id in &going {
             let disk = self.vdisks.remove(id).expect("checked above");
-            concerned.extend(self.servers_of_family(disk.family));
-            families.insert(disk.family);
             self.derived.names.remove(&disk.name);
             self.derived.members.entry(disk.family).or_default().remove(id);
         }
         for family in families {
+            concerned.extend(self.servers_of_family(family));
             if self.derived.members.get(&family).is_some_and(BTreeSet::is_empty) {
                 self.derived.members.remove(&family);
                 self.families.remove(&family);
@@ -267,7 +271,7 @@ impl State {
         }
         let (family, own) = (disk.family, disk.lineage);
         let others = self.families[&family].lineages.values().any(|l| l.parent.is_some_and(|(p, _)| p == lineage));
-        if own != lineage || disk.epoch != FIRST_EPOCH || others {
+        if own != lineage || others {
             return Err(CommandError::Overtaken);
         }
         let lineages = &mut self.families.get_mut(&family).expect("a disk has a family").lineages;
@@ -280,12 +284,11 @@ impl State {
     /// Disks of which writes of a new epoch may have to wait until everybody knows the epoch: several clients may
     /// have them attached, or they were snapshotted together with others.
     pub fn disks_with_gates(&self) -> impl Iterator<Item = VdiskId> + '_ {
-        let together: BTreeSet<StateIndex> =
+        let commands: BTreeSet<StateIndex> =
             self.vdisks.keys().filter(|id| id.ordinal() > 0).map(|id| id.index()).collect();
-        let has_gate = move |disk: &&Vdisk| {
-            let is_one_of_several = |s: &Vdisk| s.is_snapshot() && together.contains(&s.id.index());
-            self.is_shared(disk) || !together.is_empty() && self.snapshots_of(disk).any(is_one_of_several)
-        };
+        let one_of_several = self.vdisks.values().filter(|s| commands.contains(&s.id.index()));
+        let together: BTreeSet<VdiskId> = one_of_several.filter_map(|s| s.snapshot_of).collect();
+        let has_gate = move |disk: &&Vdisk| self.is_shared(disk) || together.contains(&disk.id);
         self.vdisks.values().filter(|disk| !disk.is_snapshot()).filter(has_gate).map(|disk| disk.id)
     }
 
@@ -299,6 +302,14 @@ impl State {
     fn check_room_for(&self, more: usize) -> Result<(), CommandError> {
         if self.vdisks.len() + more > VDISKS_MAX {
             return Err(CommandError::TooMany { limit: VDISKS_MAX, what: "disks and snapshots".into() });
+        }
+        Ok(())
+    }
+
+    fn check_room_in(&self, family: FamilyId, more: usize) -> Result<(), CommandError> {
+        if self.derived.members.get(&family).map_or(0, BTreeSet::len) + more > FAMILY_MEMBERS_MAX {
+            let what = "snapshots and clones of one disk, and of each other".into();
+            return Err(CommandError::TooMany { limit: FAMILY_MEMBERS_MAX, what });
         }
         Ok(())
     }
@@ -334,8 +345,8 @@ impl State {
         self.add_vdisk(snapshot);
     }
 
-    /// The disk goes on in its next epoch, perhaps together with others. What was begun in this one must be over before
-    /// anybody counts on it.
+    /// The disk goes on in its next epoch, perhaps together with others; `look_anew` is due. What was begun in this one
+    /// must be over before anybody counts on it.
     fn close_epoch(&mut self, id: VdiskId, together: bool, effects: &mut Effects) {
         let index = self.index;
         let disk = self.vdisks.get_mut(&id).expect("the caller found it");
@@ -346,7 +357,6 @@ impl State {
         if together || self.is_shared(&self.vdisks[&id]) {
             effects.new_epochs_gated.push(id);
         }
-        self.look_anew(family);
         let concerned: BTreeSet<ServerId> =
             effects.concerned.iter().copied().chain(self.servers_of_family(family)).collect();
         effects.narrows = true;
@@ -574,6 +584,21 @@ mod tests {
     }
 
     #[test]
+    fn a_clone_is_flattened_when_its_snapshots_are_gone() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let copy = clone(&mut f, disk, "copy").unwrap();
+        let snapshot = take(&mut f, copy, "a").unwrap();
+        let lineage = f.state.vdisk(copy).unwrap().lineage;
+        let flatten = Command::Flatten { vdisk: copy, lineage };
+        assert!(matches!(f.run(flatten.clone()), Err(CommandError::HasSnapshots { count: 1, .. })));
+        f.run(Command::DeleteDisks { vdisks: vec![snapshot] }).unwrap();
+        f.run(flatten).unwrap();
+        let copy = f.state.vdisk(copy).unwrap();
+        assert_eq!(f.state.family(copy.family).unwrap().ancestors(copy.lineage).count(), 0);
+    }
+
+    #[test]
     fn a_clone_of_a_disk_closes_its_epoch() {
         let mut f = Fixture::up(3);
         let disk = f.disk("db");
@@ -598,6 +623,40 @@ mod tests {
         assert_eq!((disk.lineage, disk.epoch), (LineageId(2), Epoch(1)));
         let family = f.state.family(disk.family).unwrap();
         assert_eq!(family.ancestors(disk.lineage).collect::<Vec<_>>(), [(LineageId(1), Epoch(1))]);
+    }
+
+    #[test]
+    fn a_family_has_no_more_members_than_rows_can_be_counted() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let one = f.state.vdisk(disk).unwrap().clone();
+        (0..10).for_each(|_| drop(f.run(Command::Noop)));
+        for n in 1..FAMILY_MEMBERS_MAX {
+            let id = VdiskId::made_by(1 + n as u64 / 4095, 1 + n % 4095);
+            let (name, snapshot_of) = (format!("db@{n}"), Some(disk));
+            f.state.add_vdisk(Vdisk { id, name, snapshot_of, ..one.clone() });
+        }
+        let limit = FAMILY_MEMBERS_MAX;
+        assert!(matches!(take(&mut f, disk, "more"), Err(CommandError::TooMany { limit: l, .. }) if l == limit));
+        assert!(matches!(clone(&mut f, disk, "more"), Err(CommandError::TooMany { limit: l, .. }) if l == limit));
+        let last = f.state.snapshots_of(&one).last().unwrap().id;
+        f.run(Command::DeleteDisks { vdisks: vec![last] }).unwrap();
+        take(&mut f, disk, "more").unwrap();
+    }
+
+    #[test]
+    fn two_thousand_clones_are_snapshotted_and_deleted_at_once() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let snapshot = take(&mut f, disk, "a").unwrap();
+        let clones: Vec<VdiskId> = (0..2000).map(|n| clone(&mut f, snapshot, &format!("c{n}")).unwrap()).collect();
+        let of = clones.iter().map(|c| SnapshotOf { vdisk: *c, epoch: Epoch(1), name: "s".into() }).collect();
+        let Ok(Outcome::Disks(made)) = f.run(Command::Snapshot { of, made: 0, protected: false }) else { panic!() };
+        let refused = f.run(Command::DeleteDisks { vdisks: clones.clone() });
+        assert!(matches!(&refused, Err(CommandError::HasSnapshots { count: 1, .. })), "{refused:?}");
+        assert_eq!(f.state.disks_with_gates().count(), clones.len());
+        f.run(Command::DeleteDisks { vdisks: clones.into_iter().chain(made).collect() }).unwrap();
+        assert!(f.state.vdisks.values().all(|v| v.id == disk || v.id == snapshot));
     }
 
     #[test]

@@ -329,9 +329,13 @@ impl State {
         };
         let members: Vec<&Vdisk> =
             self.derived.members.get(&id).into_iter().flatten().filter_map(|m| self.vdisks.get(m)).collect();
-        let mut stood_on: BTreeSet<LineageId> = members.iter().map(|m| m.lineage).collect();
-        for lineage in members.iter().map(|m| m.lineage) {
-            stood_on.extend(family.ancestors(lineage).map(|(lineage, _)| lineage));
+        let mut stood_on = BTreeSet::new();
+        for member in &members {
+            // Behind one that was met before are its ancestors, met before, too.
+            let mut next = Some(member.lineage);
+            while let Some(lineage) = next.filter(|lineage| stood_on.insert(*lineage)) {
+                next = family.lineages.get(&lineage).and_then(|l| l.parent).map(|(parent, _)| parent);
+            }
         }
         family.lineages.retain(|lineage, _| stood_on.contains(lineage));
         let visible = Visible::new(family, members.into_iter());

@@ -580,7 +580,7 @@ impl Disk {
         let absent = Entry::absent();
         let present = self.cache.get(&element).map_or(&absent, |c| &c.entry);
         for (r, (row, want)) in rows.iter_mut().zip(&image.rows).enumerate() {
-            let old = present.rows.iter().find(|o| (o.lineage, o.epoch) == (row.lineage, row.epoch));
+            let old = present.row(row.lineage, row.epoch);
             for (b, sum) in want.sums.iter().enumerate() {
                 let BlockSum::Crc(crc) = sum else { continue };
                 match old {
@@ -687,15 +687,13 @@ impl Disk {
                 let old =
                     std::mem::replace(&mut cached.entry, Entry { version, slot, ids: ids.into(), rows: rows.into() });
                 let gone = old.rows.iter().map(|r| (r.lineage, r.epoch));
-                let has = |row: &(LineageId, Epoch)| cached.entry.rows.iter().any(|r| (r.lineage, r.epoch) == *row);
-                let stale: SmallVec<[_; 4]> = gone.filter(|row| !has(row)).collect();
+                let stale: SmallVec<[_; 4]> = gone.filter(|(l, e)| cached.entry.row(*l, *e).is_none()).collect();
                 cached.note_stale(stale);
                 let is_new = |r: &&Row| old.row(r.lineage, r.epoch) != Some(*r);
                 let new: SmallVec<[_; 4]> =
                     cached.entry.rows.iter().filter(is_new).map(|r| (r.lineage, r.epoch)).collect();
                 cached.note_new(new);
-                let released: Vec<Address> =
-                    old.addresses().into_iter().filter(|a| !cached.entry.refers_to(*a)).collect();
+                let released = old.addresses_not_in(&cached.entry);
                 self.dirtied(element, old.is_absent(), old.rows.len());
                 self.index_change(element, (old.slot, old.version), Some((slot, version)));
                 self.release(&released);
@@ -716,9 +714,10 @@ impl Disk {
             Record::Reclaim { element, rows } => {
                 let Some(cached) = self.cache.get_mut(&element) else { return };
                 let rows_before = cached.entry.rows.len();
+                let going: BTreeSet<(LineageId, Epoch)> = rows.iter().copied().collect();
                 let mut released: Vec<Address> = Vec::new();
                 cached.entry.rows.retain(|r| {
-                    let goes = rows.contains(&(r.lineage, r.epoch));
+                    let goes = going.contains(&(r.lineage, r.epoch));
                     if goes {
                         released.extend(r.used());
                     }

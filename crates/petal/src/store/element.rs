@@ -166,9 +166,9 @@ impl Entry {
         &mut self.rows[at]
     }
 
-    /// True if a row refers to the address.
+    /// True if a row refers to the address. From the newest on: what a new row inherited the one before it has, too.
     pub fn refers_to(&self, address: Address) -> bool {
-        self.rows.iter().any(|r| r.addresses.contains(&address))
+        self.rows.iter().rev().any(|r| r.addresses.contains(&address))
     }
 
     /// Each address that some row refers to, once.
@@ -177,6 +177,14 @@ impl Entry {
         all.sort_unstable();
         all.dedup();
         all
+    }
+
+    /// Each address that some row refers to, and none of another entry's.
+    pub fn addresses_not_in(&self, other: &Entry) -> Vec<Address> {
+        let kept = other.addresses();
+        let mut gone = self.addresses();
+        gone.retain(|address| kept.binary_search(address).is_err());
+        gone
     }
 
     /// Remembers a request, and forgets those of its session that are finished.

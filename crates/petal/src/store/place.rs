@@ -1,6 +1,6 @@
 //! How a block of an element is named.
 
-use super::{BlockSum, ElementImage};
+use super::{BlockSum, ElementImage, RowImage};
 use crate::ids::*;
 use serde::{Deserialize, Serialize};
 
@@ -24,9 +24,13 @@ impl ElementImage {
         };
         blocks.iter().map(place).collect()
     }
+    /// The row of exactly this epoch.
+    pub fn row(&self, lineage: LineageId, epoch: Epoch) -> Option<&RowImage> {
+        let at = self.rows.binary_search_by_key(&(lineage, epoch), |r| (r.lineage, r.epoch)).ok()?;
+        Some(&self.rows[at])
+    }
     /// What the image says of a block.
     pub fn sum(&self, place: Place) -> Option<BlockSum> {
-        let at = self.rows.binary_search_by_key(&(place.lineage, place.epoch), |r| (r.lineage, r.epoch)).ok()?;
-        self.rows[at].sums.get(usize::from(place.block)).copied()
+        self.row(place.lineage, place.epoch)?.sums.get(usize::from(place.block)).copied()
     }
 }

@@ -154,3 +154,47 @@ fn a_group_larger_than_a_batch_is_split_and_stays_in_order() {
     assert_eq!(walk.logs[0].stable, 200);
     walk.finish().unwrap();
 }
+
+/// What a copy does to an element that has a thousand snapshots.
+#[test]
+fn an_element_with_a_thousand_rows_is_replaced_by_the_same() {
+    let mut walk = calm(16 * MIB, 60_000);
+    let key = ElementKey { family: FamilyId(1), element: 0 };
+    walk.ready(key).unwrap();
+    let (bytes, crc) = contents()[0].clone();
+    let slot = slot(0);
+    let mut rows = Rows::new();
+    for epoch in (1..=1000).map(Epoch) {
+        let version = walk.next_version(slot);
+        rows.insert((LineageId(1), epoch), [BlockSum::Crc(crc); 16]);
+        let change = Change::Write {
+            element: key,
+            slot,
+            version,
+            lineage: LineageId(1),
+            epoch,
+            parents: Vec::new(),
+            id: None,
+            finished_below: 0,
+            ended: Vec::new(),
+            first_block: 0,
+            blocks: vec![BlockData::Data { crc, bytes: bytes.clone() }; 16],
+            watermark: version,
+        };
+        walk.stage(key, change, Some(Element { slot, version, ids: BTreeSet::new(), rows: rows.clone() })).unwrap();
+        if epoch.0 % 50 == 0 {
+            walk.quiet().unwrap();
+            walk.ready(key).unwrap();
+        }
+    }
+    let version = walk.next_version(slot);
+    let mut image = walk.stores.image(key);
+    image.version = version;
+    let watermark = walk.next_watermark(slot);
+    let (data, twins, again) = (Vec::new(), Vec::new(), false);
+    let change = Change::Replace { element: key, slot, image, data, twins, again, watermark };
+    let addresses = walk.stores.addresses(key);
+    walk.stores.stage(change).unwrap();
+    assert_eq!(walk.stores.addresses(key), addresses, "nothing moves");
+    assert_eq!(walk.stores.image(key).version, version);
+}

@@ -3,6 +3,7 @@
 use super::*;
 use crate::global_state::state::tests::genesis;
 use crate::global_state::{Command, State};
+use crate::ids::{DiskId, Incarnation};
 use crate::limits::RING_VALUE_MAX;
 use crate::message::CommandId;
 use expect_test::expect;
@@ -229,6 +230,116 @@ fn damaged_records_are_refused_and_never_a_panic() {
         refused += u64::from(Ring::open(ServerId(1), state(), &bad, 0).is_err());
     }
     assert!(refused > 4000, "{refused} of 5000");
+}
+
+/// A server lost what it had voted: the state in which the ring begins its second configuration with it.
+fn second_configuration() -> State {
+    let mut state = State::genesis(&genesis(1));
+    let (server, incarnation) = (ServerId(1), Incarnation(1));
+    let disks = vec![(DiskId(1), Incarnation(0), 1 << 30)];
+    let commands = [
+        Command::ServerUp { server, incarnation, addresses: vec![], disks },
+        Command::Goodbye { server, incarnation },
+        Command::ReplaceDisks { server, incarnation, disks: vec![DiskId(2)], votes_lost: true, accept_data_loss: true },
+    ];
+    for (number, command) in (1..).zip(commands) {
+        state.apply(&Entry { command, ..noop(number) }).0.unwrap();
+    }
+    assert_eq!(state.ring.id, 2);
+    state
+}
+
+/// What a member has voted in the first configuration, durably.
+fn first_votes() -> Disk {
+    let mut m = Member::new(1, 1, (LOG_KEEP, RECORDS_MAX));
+    for number in 1..=9 {
+        m.ring.as_mut().unwrap().propose(noop(number));
+        m.settle();
+        m.persist_all();
+    }
+    m.disk
+}
+
+fn open(disk: &Disk, votes_from: u32) -> Result<Votes, RingDamaged> {
+    Ring::open(ServerId(1), State::genesis(&genesis(1)), &disk.content(), votes_from)
+}
+
+/// Begins in the second configuration with what `forgotten` left, votes there, and is found again as a member of it.
+fn begins_behind(mut disk: Disk, forgotten: Forgotten) {
+    let mut ring = Ring::begin(ServerId(1), second_configuration(), None, Some(forgotten)).expect("it is a member");
+    assert!(ring.propose(noop(10)));
+    ring.settle();
+    while let Some((number, writes)) = ring.poll_write() {
+        disk.write(writes);
+        ring.on_persisted(number);
+        ring.settle();
+    }
+    for votes_from in [0, 2] {
+        let Ok(Votes::Member(again)) = open(&disk, votes_from) else { panic!("it has voted in this one") };
+        assert_eq!(again.configuration(), 2);
+        let base = second_configuration().index;
+        let Some(Decided::Jump(state, entries)) = again.decided_after(0) else { panic!("it is behind its snapshot") };
+        assert_eq!((state.index, entries), (base, vec![noop(10)]));
+    }
+    assert!(matches!(open(&disk, 3), Ok(Votes::None(_))), "and again it was made anew");
+}
+
+#[test]
+fn whole_records_of_configurations_before_the_one_to_vote_from_count_for_nothing() {
+    let disk = first_votes();
+    for votes_from in [0, 1] {
+        assert!(matches!(open(&disk, votes_from), Ok(Votes::Member(_))), "its votes are whole, and count");
+    }
+    let Ok(Votes::None(forgotten)) = open(&disk, 2) else { panic!("its votes are of an older configuration") };
+    begins_behind(disk, forgotten);
+    assert!(matches!(open(&Disk::default(), 2), Ok(Votes::None(_))), "a new disk has voted nothing");
+}
+
+#[test]
+fn damaged_records_of_configurations_before_the_one_to_vote_from_do_no_harm() {
+    let damages: [fn(&mut Disk); 3] = [
+        // The newest is not what was written; the oldest is gone; one in between ends early.
+        |disk| {
+            let (key, value) = disk.durable.last_key_value().map(|(k, v)| (k.clone(), v.to_vec())).unwrap();
+            let mut value = value;
+            *value.last_mut().unwrap() ^= 1;
+            disk.durable.insert(key, value.into());
+        },
+        |disk| drop(disk.durable.pop_first()),
+        |disk| {
+            let (_, value) = disk.durable.iter_mut().nth(4).unwrap();
+            *value = value.slice(..value.len() - 1);
+        },
+    ];
+    for damage in damages {
+        let mut disk = first_votes();
+        damage(&mut disk);
+        for votes_from in [0, 1] {
+            assert!(open(&disk, votes_from).is_err(), "what it voted is needed, and not known");
+        }
+        let Ok(Votes::None(forgotten)) = open(&disk, 2) else { panic!("what it voted is not needed") };
+        begins_behind(disk, forgotten);
+    }
+}
+
+#[test]
+fn damage_of_a_configuration_that_is_to_be_voted_in_is_never_forgotten() {
+    let mut disk = first_votes();
+    let Ok(Votes::None(forgotten)) = open(&disk, 2) else { panic!("its votes are of an older configuration") };
+    let mut ring = Ring::begin(ServerId(1), second_configuration(), None, Some(forgotten)).unwrap();
+    ring.propose(noop(10));
+    ring.settle();
+    while let Some((number, writes)) = ring.poll_write() {
+        disk.write(writes);
+        ring.on_persisted(number);
+        ring.settle();
+    }
+    let (key, value) = disk.durable.last_key_value().map(|(k, v)| (k.clone(), v.clone())).unwrap();
+    disk.durable.insert(key.clone(), value.slice(..value.len() - 1));
+    assert!(open(&disk, 2).is_err());
+    // Of which configuration it was cannot be read any more: it might be the present one.
+    disk.durable.insert(key, value.slice(..1));
+    assert!(open(&disk, 2).is_err());
 }
 
 #[test]
