@@ -6,7 +6,7 @@ use crate::global_state::Outcome;
 use crate::message::*;
 use crate::store::BlockSum;
 use crate::translator::gmap::slot_of_element;
-use crate::translator::vdir::{Family, Imported, Lineage, Policy, Vdisk};
+use crate::translator::vdir::{Automatic, Family, Imported, Lineage, Policy, Vdisk};
 use stdx::checksum::crc32c;
 
 mod hedges;
@@ -72,6 +72,7 @@ impl World {
             made: 0,
             policy: Policy::default(),
             imported: Imported::default(),
+            automatic: Automatic::default(),
             revision: 5,
             sessions: vec![],
         };

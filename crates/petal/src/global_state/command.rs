@@ -2,6 +2,7 @@
 
 use super::arguments::split_name;
 use crate::ids::*;
+use crate::limits::ANCESTORS_MAX;
 use crate::message::CommandId;
 use crate::translator::gmap::Scheme;
 use crate::translator::vdir::{ForeignState, Imported, Policy};
@@ -408,7 +409,7 @@ pub enum CommandError {
     #[error("{}", name_taken(.0))]
     NameTaken(String),
     /// Not a name.
-    #[error("'{name}' is not a name for a disk: {why}")]
+    #[error("'{name}' is not a name for a disk or a snapshot: {why}")]
     BadName {
         /// The name.
         name: String,
@@ -440,12 +441,14 @@ pub enum CommandError {
     #[error("the disk {0} does not exist any more")]
     NoSuchDisk(VdiskId),
     /// Attached by somebody.
-    #[error("'{name}' is attached by {holder}; {}", until_detached(name))]
+    #[error("'{name}' is attached by {holder}; {}", until_detached(name, *session))]
     InUse {
         /// The disk.
         name: String,
         /// Who has it.
         holder: String,
+        /// By which session.
+        session: SessionId,
     },
     /// A smaller size, and not by who has the disk to himself.
     #[error(
@@ -559,7 +562,10 @@ pub enum CommandError {
         of: String,
     },
     /// The chain of parents is as long as it may be.
-    #[error("'{name}' is a clone of clones, {depth} deep; make it stand by itself first with `petal disk flatten`")]
+    #[error(
+        "'{name}' would stand on {depth} states, each made by a clone or rollback from the one before, and {ANCESTORS_MAX} are the most; \
+         `petal disk flatten` makes a disk stand by itself (what was made of it must be deleted first)"
+    )]
     TooDeep {
         /// The disk.
         name: String,
@@ -577,6 +583,14 @@ pub enum CommandError {
         /// The disk.
         name: String,
     },
+    /// More than an entry of the log may have.
+    #[error("the command has {bytes} bytes, and {limit} are the most; name fewer disks at one time")]
+    TooLong {
+        /// Its own.
+        bytes: usize,
+        /// The most.
+        limit: usize,
+    },
 }
 
 fn name_taken(name: &str) -> String {
@@ -589,12 +603,12 @@ fn name_taken(name: &str) -> String {
     )
 }
 
-fn until_detached(name: &str) -> String {
+fn until_detached(name: &str, session: SessionId) -> String {
     match split_name(name) {
         (_, None) => "detach it there, or take it over with --take-over".into(),
         // Readers stand in nobody's way but a deletion's.
-        (_, Some(_)) => "detach it there, or, if that program is gone, end its session \
-             (`petal disk info NAME` shows it) with `petal detach --session ID`"
-            .replace("NAME", name),
+        (_, Some(_)) => format!(
+            "detach it there, or, if that program is gone, end its session with `petal detach --session {session}`"
+        ),
     }
 }

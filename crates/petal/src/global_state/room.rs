@@ -833,8 +833,15 @@ fn make_unconditional(state: &State, command: &mut Command) {
 }
 
 /// Whether a command may go into the log at all.
+pub(crate) fn check_length(command: &Command) -> Result<(), CommandError> {
+    match postcard::to_stdvec(command).map_or(usize::MAX, |bytes| bytes.len()) {
+        bytes if bytes > COMMAND_MAX => Err(CommandError::TooLong { bytes, limit: COMMAND_MAX }),
+        _ => Ok(()),
+    }
+}
+
 fn small(command: &Command) -> bool {
-    postcard::to_stdvec(command).is_ok_and(|bytes| bytes.len() <= COMMAND_MAX)
+    check_length(command).is_ok()
 }
 
 #[cfg(test)]

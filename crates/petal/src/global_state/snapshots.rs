@@ -12,7 +12,7 @@ use super::command::{Attachment, CommandError, Outcome, SnapshotOf};
 use super::state::{Applied, Effects, FIRST_EPOCH, Session, State};
 use crate::ids::*;
 use crate::limits::*;
-use crate::translator::vdir::{ForeignState, Imported, Lineage, Policy, Vdisk};
+use crate::translator::vdir::{Automatic, ForeignState, Imported, Kind, Lineage, Policy, Vdisk};
 use std::collections::BTreeSet;
 
 impl State {
@@ -38,6 +38,9 @@ impl State {
         let snapshots: Vec<VdiskId> = (0..of.len()).map(|n| VdiskId::made_by(self.index, n)).collect();
         for (id, one) in snapshots.iter().zip(of) {
             self.name_epoch(*id, one.vdisk, &one.name, made, protected);
+            if let Some(kind) = Kind::of(&one.name) {
+                self.vdisks.get_mut(&one.vdisk).expect("checked above").automatic.made(kind, made);
+            }
             self.close_epoch(one.vdisk, of.len() > 1, effects);
         }
         let families: BTreeSet<FamilyId> = disks.iter().map(|id| self.vdisks[id].family).collect();
@@ -80,6 +83,7 @@ impl State {
             made,
             policy: Policy::default(),
             imported: Imported::default(),
+            automatic: Automatic::default(),
             revision: self.index,
             sessions: Vec::new(),
         });
@@ -338,6 +342,7 @@ impl State {
             protected,
             made,
             policy: Policy::default(),
+            automatic: Automatic::default(),
             revision: self.index,
             sessions: Vec::new(),
             ..disk.clone()
@@ -507,6 +512,36 @@ mod tests {
         assert_eq!(half.imported.begun, None);
         assert_eq!(f.state.vdisk(disk).unwrap().imported, Imported { newest: Some(foreign(4)), begun: None });
         f.attach(disk, Attachment::Exclusive, false).unwrap();
+    }
+
+    #[test]
+    fn rollbacks_deepen_a_disk_up_to_a_bound_and_flattening_makes_it_stand_by_itself() {
+        let mut f = Fixture::up(3);
+        let vdisk = f.disk("db");
+        let mut back = |last: Option<VdiskId>| {
+            let to = take(&mut f, vdisk, if last.is_some() { "b" } else { "a" }).unwrap();
+            let epoch = f.state.vdisk(vdisk).unwrap().epoch;
+            let done = f.run(Command::Rollback { vdisk, epoch, to, keep: None, made: 0 });
+            last.map(|last| f.run(Command::DeleteDisks { vdisks: vec![last] }).unwrap());
+            f.run(Command::RenameDisk { vdisk: to, name: "a".into() }).unwrap();
+            let disk = f.state.vdisk(vdisk).unwrap().clone();
+            let depth = f.state.family(disk.family).unwrap().ancestors(disk.lineage).count();
+            (to, done, depth, disk.lineage)
+        };
+        let mut last = None;
+        for n in 1..=ANCESTORS_MAX {
+            let (to, done, depth, _) = back(last);
+            assert_eq!((done, depth), (Ok(Outcome::Done), n));
+            last = Some(to);
+        }
+        let (to, refused, depth, lineage) = back(last);
+        let too_deep = CommandError::TooDeep { name: "db".into(), depth: ANCESTORS_MAX + 1 };
+        assert_eq!((refused, depth), (Err(too_deep), ANCESTORS_MAX));
+        f.run(Command::DeleteDisks { vdisks: vec![to] }).unwrap();
+        f.run(Command::Flatten { vdisk, lineage }).unwrap();
+        let to = take(&mut f, vdisk, "c").unwrap();
+        let epoch = f.state.vdisk(vdisk).unwrap().epoch;
+        f.run(Command::Rollback { vdisk, epoch, to, keep: None, made: 0 }).unwrap();
     }
 
     #[test]

@@ -31,13 +31,13 @@ use crate::limits::*;
 use crate::message::{CommandId, Hints, ServerHint, SlotHint};
 use crate::placement::{self, Candidate, PlanError};
 use crate::translator::gmap::{Gmap, Scheme, slot_of_element};
-use crate::translator::vdir::{Family, Imported, Lineage, Policy, Vdisk};
+use crate::translator::vdir::{Automatic, Family, Imported, Lineage, Policy, Vdisk};
 use crate::translator::visible::Visible;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Version of the encoding of a [`State`]: its first byte.
-const STATE_VERSION: u8 = 4;
+const STATE_VERSION: u8 = 5;
 
 /// The first lineage of a family, and the first epoch of a lineage.
 const FIRST_LINEAGE: LineageId = LineageId(1);
@@ -700,6 +700,7 @@ impl State {
             made: 0,
             policy: Policy::default(),
             imported: Imported::default(),
+            automatic: Automatic::default(),
             revision: self.index,
             sessions: Vec::new(),
         });
@@ -871,7 +872,7 @@ impl State {
 
     pub(super) fn in_use(&self, disk: &Vdisk, session: SessionId) -> CommandError {
         let holder = self.sessions.get(&session).map_or_else(String::new, |s| s.holder.clone());
-        CommandError::InUse { name: disk.name.clone(), holder }
+        CommandError::InUse { name: disk.name.clone(), holder, session }
     }
 
     pub(super) fn check_free(&self, name: &str) -> Result<(), CommandError> {
