@@ -201,6 +201,7 @@ pub fn json(state: &State, root: Option<&Vdisk>, space: Option<&BTreeMap<FamilyI
             "size": disk.size,
             "made": disk.made,
             "protected": disk.protected,
+            "import_unfinished": disk.is_importing(),
             "attached": disk.sessions.len(),
         });
         if let Some(space) = space {

@@ -86,6 +86,7 @@ const SCENARIOS: &[Scenario] = &[
     ("the_cluster_makes_snapshots_by_itself_and_none_twice", snapshots::made_by_the_cluster),
     ("ten_increments_in_another_cluster_are_the_source_bit_for_bit", backup::chain),
     ("a_backup_that_cannot_be_taken_in_is_refused_and_nothing_is_half_made", backup::refused),
+    ("an_interrupted_import_or_export_stands_in_nobodys_way_for_ever", backup::interrupted),
     ("a_clone_that_is_flattened_needs_nothing_of_its_parents", backup::flattened),
     ("scrub_finds_and_repairs_what_was_written_over", disk_faults::scrub_repairs),
     ("damaged_and_foreign_disks_are_refused_by_name", bad_input::damaged_disks),
