@@ -10,6 +10,7 @@ use crate::translator::vdir::{Automatic, Family, Imported, Lineage, Policy, Vdis
 use stdx::checksum::crc32c;
 
 mod hedges;
+mod relays;
 
 const SERVERS: u16 = 4;
 const SLOTS: u32 = 8;
