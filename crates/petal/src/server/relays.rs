@@ -132,6 +132,7 @@ impl Server {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
 
     #[test]
     fn a_tag_of_an_earlier_life_is_nobodys() {
