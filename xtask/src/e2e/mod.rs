@@ -20,7 +20,8 @@ use crate::cluster::{self, Cluster};
 use crate::packages;
 use anyhow::{Result, bail};
 use std::path::Path;
-use std::time::Instant;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
 
 /// Which scenarios.
 #[derive(clap::Args)]
@@ -37,6 +38,10 @@ pub struct Arguments {
 
 /// A scenario: a sentence without spaces, and what to do with a fresh folder.
 type Scenario = (&'static str, fn(&Cluster) -> Result<()>);
+
+/// How long a scenario may take: many times what the longest does. One that waits for what never comes ends the run, by
+/// its name.
+const SCENARIO_LIMIT: Duration = Duration::from_secs(1800);
 
 const SCENARIOS: &[Scenario] = &[
     ("up_serves_a_disk_and_down_leaves_no_process", processes::up_and_down),
@@ -150,7 +155,18 @@ fn run_these(scenarios: &[&Scenario], keep: bool) -> Result<(u64, u64)> {
 
 fn run_one(petal: &Path, name: &str, scenario: fn(&Cluster) -> Result<()>, keep: bool) -> Result<()> {
     let mut cluster = Cluster::new(petal, name)?;
+    let (done, hung) = mpsc::channel::<()>();
+    let scenario_name = name.to_string();
+    std::thread::spawn(move || {
+        if hung.recv_timeout(SCENARIO_LIMIT) == Err(RecvTimeoutError::Timeout) {
+            println!(
+                "== e2e {scenario_name}: FAILED, it hangs: not done within {SCENARIO_LIMIT:?}; nothing else is run"
+            );
+            std::process::exit(1);
+        }
+    });
     let result = scenario(&cluster);
+    drop(done);
     if result.is_err() {
         show_logs(&cluster);
         if keep {

@@ -138,15 +138,16 @@ impl Walk {
 /// Elements that the in-sync replicas do not all tell alike, as far as every server has told them; those are not
 /// looked at again.
 fn differing(state: &State, walks: &mut BTreeMap<ServerId, Walk>) -> BTreeSet<ElementKey> {
+    // As far as all have told; to the end, if all have ended.
     let bound = walks.values().filter(|w| !w.ended).map(|w| w.told).min();
+    if bound == Some(None) {
+        return BTreeSet::new();
+    }
     let mut told: BTreeMap<ElementKey, BTreeMap<ServerId, u32>> = BTreeMap::new();
     for (server, walk) in walks {
-        let beyond = match bound {
+        let beyond = match bound.flatten() {
             None => BTreeMap::new(),
-            Some(None) => continue,
-            Some(Some(bound)) => {
-                walk.digests.split_off(&ElementKey { element: bound.element.saturating_add(1), ..bound })
-            }
+            Some(bound) => walk.digests.split_off(&ElementKey { element: bound.element.saturating_add(1), ..bound }),
         };
         for (key, digest) in std::mem::replace(&mut walk.digests, beyond) {
             told.entry(key).or_default().insert(*server, digest);

@@ -478,11 +478,6 @@ impl DataAccess {
         let slot = SlotId { gmap: family.gmap, slot };
         let index = *self.by_id.get(&slot).ok_or(Refusal::StaleMap)?;
         let s = &self.slots[index];
-        if writes && access.relay.is_some() && access.need.term != s.term {
-            // What is passed on may come late, to a life that does not know what its session had finished (I6): a new
-            // life has a new term.
-            return Err(Refusal::StaleMap);
-        }
         match s.primary {
             Some(primary) if primary == self.me => {}
             _ if !writes && self.may_read(s) => {}
@@ -562,7 +557,10 @@ impl DataAccess {
             op.phase = Phase::Parked;
             return;
         }
-        if !acts && (writes || !may_read) {
+        // What is passed on may come late, to a life that does not know what its session had finished (I6): a new life
+        // has a new term.
+        let is_late = writes && op.access.relay.is_some() && op.access.need.term != slot.term;
+        if is_late || !acts && (writes || !may_read) {
             return self.refuse(ctx, number, Refusal::StaleMap);
         }
         if is_gated {
