@@ -9,8 +9,11 @@ use crate::disk_files;
 use crate::server_config::Owner;
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
-use petal::ids::{BLOCK_SIZE, ElementKey, Incarnation};
+use petal::data_access::told_of;
+use petal::global_state::{GlobalState, Own, State};
+use petal::ids::{BLOCK_SIZE, ElementKey, Incarnation, SlotId, Version};
 use petal::message::VerifyPart;
+use petal::store::superblock::Superblock;
 use petal::store::{DiskCommand, DiskResult, Event, Loaded, OpId, OpenDisk, Stores, Table};
 use petal_io::disk::Engine;
 use petal_io::engine::DiskEngine;
@@ -116,13 +119,7 @@ impl Offline {
         let mut found = VerifyPart::default();
         let mut after = None;
         loop {
-            let scan = self.stores.scan_all(after, PAGE);
-            let Event::Scanned { elements, .. } =
-                self.event(|e| matches!(e, Event::Scanned { scan: s, .. } if *s == scan)).await?
-            else {
-                bail!("a scan was not answered with elements")
-            };
-            let elements = elements.context("the elements cannot be listed")?;
+            let elements = self.scan(after).await?;
             for (element, _) in &elements {
                 self.verify_element(*element, &mut found).await?;
             }
@@ -139,11 +136,51 @@ impl Offline {
         Ok(found)
     }
 
-    async fn verify_element(&mut self, element: ElementKey, found: &mut VerifyPart) -> Result<()> {
+    /// The global state as far as this server had it on its disks.
+    pub fn state(&self) -> Result<State> {
+        let Superblock { server, genesis, votes_from, .. } = &self.disks[0].superblock;
+        let disks = self.disks.iter().map(|d| d.superblock.disk).collect();
+        let own = Own { server: *server, disks, votes_from: *votes_from };
+        let global = GlobalState::open(own, genesis, 0, self.stores.meta_prefix(b"ring/"));
+        Ok(global.with_context(|| format!("the global state of {server} cannot be read"))?.state().clone())
+    }
+
+    /// What every replica has stored of a slot, as far as this server knew.
+    pub fn watermark(&self, slot: SlotId) -> Version {
+        self.stores.watermark(slot)
+    }
+
+    /// The next elements after one, with version and digest of what anybody sees of them.
+    pub async fn tell(&mut self, state: &State, after: Option<ElementKey>) -> Result<Vec<(ElementKey, Version, u32)>> {
+        let mut told = Vec::new();
+        for (element, _) in self.scan(after).await? {
+            // One that cannot be read is unlike every other; its server's own verification says why.
+            let (version, digest) = match self.load(element).await? {
+                Loaded::Failed => (Version::ZERO, 0),
+                _ => told_of(state, &self.stores, element),
+            };
+            told.push((element, version, digest));
+        }
+        Ok(told)
+    }
+
+    async fn scan(&mut self, after: Option<ElementKey>) -> Result<Vec<(ElementKey, Version)>> {
+        let scan = self.stores.scan_all(after, PAGE);
+        match self.event(|e| matches!(e, Event::Scanned { scan: s, .. } if *s == scan)).await? {
+            Event::Scanned { elements, .. } => elements.context("the elements cannot be listed"),
+            _ => bail!("a scan was not answered with elements"),
+        }
+    }
+
+    async fn load(&mut self, element: ElementKey) -> Result<Loaded> {
         if self.stores.load(element) == Loaded::Pending {
             self.event(|e| matches!(e, Event::Loaded(l) if *l == element)).await?;
         }
-        if self.stores.load(element) == Loaded::Failed {
+        Ok(self.stores.load(element))
+    }
+
+    async fn verify_element(&mut self, element: ElementKey, found: &mut VerifyPart) -> Result<()> {
+        if self.load(element).await? == Loaded::Failed {
             found.complaints.push(format!("the entry of {element:?} cannot be read"));
             return Ok(());
         }

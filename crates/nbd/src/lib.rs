@@ -46,6 +46,7 @@ mod negotiate;
 mod outbox;
 mod protocol;
 mod registry;
+mod room;
 mod server;
 mod slots;
 mod transmission;

@@ -4,6 +4,7 @@ use crate::export::Exports;
 use crate::inbox::{Chunks, Inbox};
 use crate::negotiate::{Negotiated, Negotiation};
 use crate::registry::Registry;
+use crate::room::Room;
 use crate::transmission::transmit;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -39,7 +40,8 @@ pub struct Config {
     pub requests_in_flight_max: usize,
     /// Bytes of requests and replies held for one connection: two of the largest requests.
     pub bytes_in_flight_max: u64,
-    /// Bytes of requests and replies held for all connections. Beyond it, each runs one request at a time.
+    /// Bytes of requests and replies held for all connections. Beyond it, each runs one request of at most 64 KiB
+    /// at a time, and longer ones wait for each other.
     pub bytes_in_flight_total: u64,
     /// How long connections may take to finish their requests when the server stops.
     pub linger: Duration,
@@ -63,8 +65,8 @@ impl Default for Config {
 pub(crate) struct Shared {
     pub(crate) config: Config,
     pub(crate) closing: Closing,
-    /// Bytes of requests and replies that are held for all connections.
-    pub(crate) bytes_held: Cell<u64>,
+    /// For requests and replies of all connections.
+    pub(crate) room: Room,
     chunks: Rc<Chunks>,
     connections: Cell<usize>,
 }
@@ -213,13 +215,9 @@ impl Drop for Counted<'_> {
 impl<X: Exports> Server<X> {
     /// A server of these exports. It does nothing until it is given listeners.
     pub fn new(exports: X, config: Config) -> Self {
-        let shared = Shared {
-            config,
-            closing: Closing::default(),
-            bytes_held: Cell::new(0),
-            chunks: Rc::default(),
-            connections: Cell::new(0),
-        };
+        let room = Room::new(config.bytes_in_flight_total);
+        let shared =
+            Shared { config, closing: Closing::default(), room, chunks: Rc::default(), connections: Cell::new(0) };
         let registry = Registry::new(exports);
         Server(Rc::new(Inner { shared, registry, serving: Cell::new(0), stopped: Notify::new() }))
     }

@@ -17,6 +17,7 @@ use crate::export::{Errno, Export, ExportError, Piece, Zeroing};
 use crate::inbox::Inbox;
 use crate::outbox::Outbox;
 use crate::protocol::*;
+use crate::room::{SMALL_MAX, Share};
 use crate::server::Shared;
 use crate::slots::{SLOTS_MAX, Slots};
 use bytes::Bytes;
@@ -103,8 +104,8 @@ pub(crate) async fn transmit<E: Export, S: AsyncRead + AsyncWrite + Unpin>(
     extents: bool,
 ) -> End {
     let start = |request, data| carry_out(export.clone(), request, data);
-    let held = Held { shared, bytes: 0 };
     let slots = Slots::new();
+    let share = shared.room.share(slots.task_waker());
     let outbox = Outbox::default();
     let export = &*export;
     let _remembered = shared.closing.remember(slots.task_waker());
@@ -118,7 +119,7 @@ pub(crate) async fn transmit<E: Export, S: AsyncRead + AsyncWrite + Unpin>(
         inbox,
         slots,
         outbox,
-        held,
+        share,
         in_flight: 0,
         receiving: None,
         skipping: None,
@@ -126,26 +127,6 @@ pub(crate) async fn transmit<E: Export, S: AsyncRead + AsyncWrite + Unpin>(
         broken: false,
     };
     std::future::poll_fn(|cx| connection.poll(cx)).await
-}
-
-/// A connection's part of the bytes that the server holds for all of them.
-struct Held<'a> {
-    shared: &'a Shared,
-    bytes: u64,
-}
-
-impl Held<'_> {
-    fn set(&mut self, bytes: u64) {
-        let total = &self.shared.bytes_held;
-        total.set(total.get() - self.bytes + bytes);
-        self.bytes = bytes;
-    }
-}
-
-impl Drop for Held<'_> {
-    fn drop(&mut self) {
-        self.set(0);
-    }
 }
 
 struct Connection<'a, E, S, F: Future, M> {
@@ -159,7 +140,7 @@ struct Connection<'a, E, S, F: Future, M> {
     inbox: Inbox,
     slots: Slots<F>,
     outbox: Outbox,
-    held: Held<'a>,
+    share: Share<'a>,
     /// Bytes of the requests that run.
     in_flight: u64,
     /// A write whose payload comes into a buffer of its own.
@@ -188,8 +169,9 @@ where
             self.finish_woken();
             let intake = self.take_requests();
             let sending = self.send(cx);
-            self.held.set(self.in_flight + self.outbox.unsent());
+            self.share.set(self.in_flight + self.outbox.unsent());
             if let Some(end) = self.end {
+                self.share.leave_queue();
                 let drained = self.slots.busy() == 0 && (self.broken || sending.is_ready());
                 return if drained { Poll::Ready(end) } else { Poll::Pending };
             }
@@ -289,18 +271,20 @@ where
         reply(self.mode, &mut self.outbox, Completion { request, result: Err(error) });
     }
 
-    /// True if a request of that many bytes may begin. One is always let through, so that nobody
-    /// starves, however much others hold.
+    /// True if a request of that many bytes may begin; if not, what will make it so wakes the connection. A
+    /// small one by itself is always let through, however much others hold.
     fn has_room(&self, cost: u64) -> bool {
         let held = self.in_flight + self.outbox.unsent();
         let config = &self.shared.config;
-        if self.slots.busy() >= config.requests_in_flight_max.min(SLOTS_MAX) {
-            return false;
-        }
         let after = held + cost + REPLY_OVERHEAD;
-        let others = self.shared.bytes_held.get() - self.held.bytes;
-        (self.slots.busy() == 0 && held == 0)
-            || (after <= config.bytes_in_flight_max && others + after <= config.bytes_in_flight_total)
+        let is_alone = self.slots.busy() == 0 && held == 0;
+        let fits_here = self.slots.busy() < config.requests_in_flight_max.min(SLOTS_MAX)
+            && (is_alone || after <= config.bytes_in_flight_max);
+        if !fits_here || (is_alone && cost <= SMALL_MAX) {
+            self.share.leave_queue();
+            return fits_here;
+        }
+        self.share.may_hold(after)
     }
 
     /// Judges a request by its header.

@@ -1044,25 +1044,35 @@ fn bytes_beyond_the_bound_wait_in_the_socket() {
 }
 
 #[test]
-fn when_all_hold_too_much_each_still_gets_one_request_through() {
+fn when_all_hold_too_much_long_requests_wait_for_each_other_and_short_ones_do_not() {
     let config = Config { bytes_in_flight_total: 1 << 20, ..Config::default() };
     test_with(config, async |world| {
-        let mut clients = Vec::new();
+        let (mut long, mut short) = (Vec::new(), Vec::new());
         for _ in 0..4 {
             let mut c = world.vol0(Mode::Simple).await;
             c.send(READ, 0, 1, 32 * MIB, MIB).await;
-            c.send(READ, 0, 2, 32 * MIB, MIB).await;
-            clients.push(c);
+            long.push(c);
         }
         settle().await;
-        assert_eq!(world.log.running.get(), 4);
-        for round in 0..2 {
-            world.log.gate.notify_waiters();
-            for c in &mut clients {
-                assert_eq!(c.reply().await, Reply::Ok(round + 1));
-                c.take_vec(MIB as usize).await;
-            }
+        for _ in 0..4 {
+            let mut c = world.vol0(Mode::Simple).await;
+            c.send(READ, 0, 1, 32 * MIB, 65536).await;
+            short.push(c);
+        }
+        settle().await;
+        assert_eq!(world.log.running.get(), 1 + 4, "one long one, and every short one");
+        world.log.gate.notify_waiters();
+        for c in &mut short {
+            assert_eq!(c.reply().await, Reply::Ok(1));
+            c.take_vec(65536).await;
+        }
+        // In the order in which they came.
+        for c in &mut long {
+            assert_eq!(c.reply().await, Reply::Ok(1));
+            c.take_vec(MIB as usize).await;
             settle().await;
+            assert!(world.log.running.get() <= 1);
+            world.log.gate.notify_waiters();
         }
     });
 }

@@ -373,6 +373,8 @@ pub struct Client {
 
 /// Time between two looks at what is not answered, while anything is asked.
 const SCAN_EVERY: Duration = Duration::from_millis(50);
+/// Shortest time between two such looks for deadlines.
+const SCAN_LEAST: Duration = Duration::from_millis(5);
 /// Time between two looks at what waits so long that people should know.
 const WARN_EVERY: Duration = Duration::from_secs(1);
 /// A server that has not answered for so long may be away: reads go to another copy, and somebody else is
@@ -720,13 +722,16 @@ impl Client {
     fn scan(&mut self) {
         self.next_scan = None;
         self.end_waiting_requests();
+        let mut expired = Vec::new();
         for index in 0..self.requests.len() as u32 {
             let Some(pending) = &self.requests[index as usize] else { continue };
             match pending.deadline {
-                Some(deadline) if deadline <= self.now => self.give_up(index),
-                deadline => self.schedule_scan(deadline.map(|d| d.since(self.now))),
+                Some(deadline) if deadline <= self.now => expired.push(index),
+                // Those that end within a moment are ended together: each look is at all that waits.
+                deadline => self.schedule_scan(deadline.map(|d| d.since(self.now).max(SCAN_LEAST))),
             }
         }
+        self.give_up(&expired);
         self.hurry();
         if self.next_warning <= self.now {
             self.next_warning = self.now + WARN_EVERY;
@@ -751,18 +756,23 @@ impl Client {
         }
     }
 
-    /// The deadline of a request has passed: its operations end here. What was sent may still happen,
+    /// The deadlines of these requests have passed: their operations end here. What was sent may still happen,
     /// until a later request tells the servers that its number is finished.
-    fn give_up(&mut self, index: u32) {
-        let waiting_for = self.drop_operations(index);
-        let calls = self.drop_calls(index);
-        let waiting_for = match (waiting_for.is_empty(), calls) {
-            (false, _) => waiting_for,
-            (true, Some(server)) => server,
-            (true, None) => "the cluster".into(),
-        };
-        let error = RequestError::Deadline { waiting_for, advice: DEADLINE_ADVICE.into() };
-        self.finish(index, Err(error));
+    fn give_up(&mut self, indices: &[u32]) {
+        if indices.is_empty() {
+            return;
+        }
+        let waiting_for = self.drop_operations(indices);
+        for (index, waiting_for) in indices.iter().zip(waiting_for) {
+            let calls = self.drop_calls(*index);
+            let waiting_for = match (waiting_for.is_empty(), calls) {
+                (false, _) => waiting_for,
+                (true, Some(server)) => server,
+                (true, None) => "the cluster".into(),
+            };
+            let error = RequestError::Deadline { waiting_for, advice: DEADLINE_ADVICE.into() };
+            self.finish(*index, Err(error));
+        }
     }
 }
 

@@ -13,6 +13,11 @@ use crate::server::{ClientId, Output, Peer};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use stdx::Instant;
 
+/// Commands that clients of one server may wait for.
+const CALLS_MAX: usize = 4096;
+/// Clients that may wait for the same one: it is asked for again when a connection broke.
+const ASKERS_MAX: usize = 16;
+
 /// What an applied command came to.
 pub type CommandResult = Result<Outcome, CommandError>;
 
@@ -42,8 +47,12 @@ enum Stage {
 }
 
 impl Desk {
-    /// A client waits for a command.
-    pub fn expect(&mut self, client: ClientId, tag: Tag, id: CommandId, deadline: Instant) {
+    /// A client waits for a command; false if so many are waited for that this one is not taken.
+    pub fn expect(&mut self, client: ClientId, tag: Tag, id: CommandId, deadline: Instant) -> bool {
+        let is_known = self.calls.get(&(id.proposer, id.number)).map(|call| call.askers.len() < ASKERS_MAX);
+        if !is_known.unwrap_or(self.calls.len() < CALLS_MAX) {
+            return false;
+        }
         let call = self.calls.entry((id.proposer, id.number)).or_insert(Call {
             askers: Vec::new(),
             deadline,
@@ -51,6 +60,7 @@ impl Desk {
         });
         call.deadline = call.deadline.max(deadline);
         call.askers.push((client, tag));
+        true
     }
 
     /// A command was applied. With `settle_at` its callers wait until these servers have settled that index;
@@ -183,7 +193,7 @@ mod tests {
 
     fn settling() -> (Desk, VecDeque<Output>) {
         let (mut desk, mut out) = (Desk::default(), VecDeque::new());
-        desk.expect(7, 1, ID, Instant::ZERO + Duration::from_secs(10));
+        let _ = desk.expect(7, 1, ID, Instant::ZERO + Duration::from_secs(10));
         let servers = vec![ServerId(1), ServerId(2), ServerId(3)];
         assert_eq!(desk.on_executed(ID, 20, Ok(Outcome::Done), Some((20, servers)), &mut out), Some(20));
         (desk, out)
@@ -211,6 +221,20 @@ mod tests {
         assert!(out.is_empty());
         desk.on_settled(ServerId(2), 25, &mut out);
         assert_eq!(out.len(), 1);
+    }
+
+    #[test]
+    fn more_calls_than_can_be_kept_are_refused_until_others_have_ended() {
+        let (mut desk, mut out) = (Desk::default(), VecDeque::new());
+        let id = |number| CommandId { number, ..ID };
+        let deadline = Instant::ZERO + Duration::from_secs(10);
+        assert!((0..CALLS_MAX as u64).all(|number| desk.expect(7, number, id(number), deadline)));
+        assert!(!desk.expect(7, 1 << 20, id(1 << 20), deadline));
+        assert!((1..ASKERS_MAX as u64).all(|tag| desk.expect(8, tag, id(5), deadline)), "more may ask for the same");
+        assert!(!desk.expect(9, 1, id(5), deadline));
+        desk.on_executed(id(5), 20, Ok(Outcome::Done), None, &mut out);
+        assert_eq!(out.len(), ASKERS_MAX);
+        assert!(desk.expect(7, 1 << 20, id(1 << 20), deadline));
     }
 
     #[test]

@@ -439,6 +439,9 @@ pub enum AdminError {
     /// What the server has stored about its own elements cannot be read.
     #[error("{0} cannot read its maps; `petal status` says whether one of its disks does not work")]
     Unreadable(ServerId),
+    /// So many commands are waited for at this server that it takes no more.
+    #[error("{0} has too many commands waiting, and this one was not begun; try again when others have ended")]
+    Busy(ServerId),
 }
 
 /// That there is no disk or snapshot of this name, in words for people.
@@ -583,8 +586,20 @@ pub struct VerifyPart {
     /// Checksum over the image (version, request ids, checksums of all blocks) of each element that has no
     /// unfinished write here: the same at every in-sync replica (I2).
     pub digests: Vec<(ElementKey, u32)>,
+    /// The books of the free map when the part was finished; `None` if an element that was just being written was
+    /// passed over, so that `blocks` is not all that there is.
+    pub books: Option<Books>,
     /// Continue after this element; `None` = the end.
     pub next: Option<ElementKey>,
+}
+
+/// What the free maps of a server's disks count as used, to be compared with what its elements store (I8).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Books {
+    /// Another number whenever something has been taken or given back.
+    pub changes: u64,
+    /// Blocks that count as used.
+    pub used: u64,
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -946,7 +946,8 @@ impl Machine for Server {
 const GROWTH_RETRY: Duration = Duration::from_secs(2);
 /// How long a stop waits for requests in progress, or for its goodbye to be decided.
 const STOP_DEADLINE: Duration = Duration::from_secs(2);
-/// Messages that wait for a newer state: what all peers may have in flight in a moment.
+/// Messages that wait for a newer state: what all peers may have in flight in a moment. Their bytes are bounded
+/// by what this server has granted: the blocks of its windows, and the copies that it has asked for.
 const DEFERRED_MAX: usize = 65536;
 /// Of these, from clients: 64 KiB each at most.
 const DEFERRED_CLIENTS_MAX: usize = 512;

@@ -48,6 +48,7 @@ const SCENARIOS: &[Scenario] = &[
     ("disks_are_created_renamed_resized_and_deleted", processes::disk_commands),
     ("a_second_up_starts_the_server_that_was_killed", processes::second_up_starts_what_is_missing),
     ("everything_killed_at_once_comes_back", processes::everything_killed_comes_back),
+    ("copies_are_compared_while_nothing_runs", processes::copies_are_compared_while_nothing_runs),
     ("a_killed_supervisor_is_replaced_and_takes_its_session_over", processes::killed_supervisor_is_replaced),
     ("a_server_without_its_disk_does_not_keep_the_others_down", processes::one_server_without_its_disk),
     ("management_without_a_majority_fails_with_a_remedy", processes::no_majority),

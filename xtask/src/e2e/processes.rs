@@ -106,6 +106,43 @@ pub fn everything_killed_comes_back(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
+/// While nothing runs, the copies of all servers are compared: what a kill leaves is no complaint, a copy that lacks
+/// what all others know it has is one.
+pub fn copies_are_compared_while_nothing_runs(cluster: &Cluster) -> Result<()> {
+    let write_and_kill = |letter: char| -> Result<()> {
+        cluster.up(&[])?;
+        // What is stored everywhere is known to a disk with the slot's next write.
+        let code = format!("for i in range(40): h.pwrite(b'{letter}' * (1 << 20), i << 20)");
+        let again = format!("for i in range(1, 41): h.pwrite(b'{letter}' * 4096, (i << 20) - 4096)");
+        read(nbdsh().args(["-u", &cluster.nbd_uri("vol0")?, "-c", &code, "-c", &again]))?;
+        for (pid, _) in cluster.processes() {
+            kill9(pid)?;
+        }
+        Ok(())
+    };
+    let verify = || {
+        let mut verify = cluster.petal();
+        verify.args(["verify", "--offline", "all"]);
+        verify
+    };
+    let (disk, old, new) = (cluster.data().join("s2/disk1"), cluster.data().join("old"), cluster.data().join("new"));
+    write_and_kill('o')?;
+    read(&mut verify())?;
+    read(command("cp").args(["--sparse=always"]).args([&disk, &old]))?;
+    write_and_kill('n')?;
+    println!("{}", read(&mut verify())?.trim_end());
+    std::fs::rename(&disk, &new)?;
+    std::fs::rename(&old, &disk)?;
+    let (code, said) = read_failure(&mut verify())?;
+    ensure!(code == 1 && said.contains("is not the same on all its replicas"), "exit code {code}: {said}");
+    std::fs::rename(&new, &disk)?;
+    cluster.up(&[])?;
+    let code = "for i in range(40): assert h.pread(1 << 20, i << 20) == b'n' * (1 << 20)";
+    read(nbdsh().args(["-u", &cluster.nbd_uri("vol0")?, "-c", code]))?;
+    println!("{}", read(cluster.petal().arg("verify"))?.trim_end());
+    cluster.down()
+}
+
 pub fn killed_supervisor_is_replaced(cluster: &Cluster) -> Result<()> {
     cluster.up(&[])?;
     let uri = cluster.nbd_uri("vol0")?;

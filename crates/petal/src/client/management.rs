@@ -381,7 +381,7 @@ impl Client {
         let Some(call) = self.calls.get(&reply.tag).filter(|c| c.to.is_none_or(|to| to == from)) else { return };
         let knows_less = state_index < self.state_index;
         let again = match &reply.result {
-            Err(AdminError::Starting(_)) => call.to.is_none(),
+            Err(AdminError::Starting(_) | AdminError::Busy(_)) => call.to.is_none(),
             Err(AdminError::NoSuchDisk(_) | AdminError::DiskGone(_)) => knows_less,
             Ok(AdminResponse::Hints(hints)) => !hints_make_sense(hints) || self.is_too_old(call.purpose, hints),
             _ => false,

@@ -780,21 +780,24 @@ impl Client {
         }
     }
 
-    /// Drops a request's operations; for whom they waited.
-    pub(super) fn drop_operations(&mut self, request: u32) -> String {
-        let of_request = |(index, o): (u32, &Operation)| (o.request == request).then_some(index);
-        let indices: Vec<u32> = self.operations.iter().filter_map(of_request).collect();
-        let mut reasons = BTreeMap::new();
-        for index in indices {
-            self.collect_reason(index, &mut reasons);
+    /// Drops the operations of these requests, in one look at all; for whom each waited.
+    pub(super) fn drop_operations(&mut self, requests: &[u32]) -> Vec<String> {
+        let mut waits: BTreeMap<u32, BTreeMap<ServerId, &'static str>> =
+            requests.iter().map(|request| (*request, BTreeMap::new())).collect();
+        let dropped = |(index, o): (u32, &Operation)| waits.contains_key(&o.request).then_some((index, o.request));
+        let dropped: Vec<(u32, u32)> = self.operations.iter().filter_map(dropped).collect();
+        for (index, request) in dropped {
+            self.collect_reason(index, waits.entry(request).or_default());
             self.forget_operation(index);
         }
-        self.request(request).open = 0;
+        for request in requests {
+            self.request(*request).open = 0;
+        }
         let servers: Vec<ServerId> = self.links.keys().copied().collect();
         for server in servers {
             self.fill_window(server);
         }
-        in_words(&reasons)
+        requests.iter().map(|request| in_words(&waits[request])).collect()
     }
 
     fn collect_reason(&self, index: u32, reasons: &mut BTreeMap<ServerId, &'static str>) {

@@ -60,6 +60,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use stdx::checksum::crc32c;
 use stdx::{FastMap, FastSet, Instant};
 pub(crate) use stream::{Incoming, Outgoing};
+pub use verify::told_of;
 #[cfg(test)]
 pub(crate) use views::view_of;
 use views::{check_writable, revision_of};

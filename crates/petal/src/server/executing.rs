@@ -17,7 +17,9 @@ impl Server {
         }
         let now = self.now;
         let deadline = now + Duration::from_millis(u64::from(deadline_millis));
-        self.admin.expect(client, tag, id, deadline);
+        if !self.admin.expect(client, tag, id, deadline) {
+            return self.reply_admin(client, tag, Err(AdminError::Busy(self.me)));
+        }
         if self.global().state().is_executed(&id) {
             // Sent again: it has been done. It may not have been settled, so that is asked again.
             self.on_executed(id, true);

@@ -53,6 +53,8 @@ pub struct Allocator {
     free_below_frontier: u64,
     in_use_count: u64,
     referenced_count: u64,
+    /// Grows with each change of what is referenced.
+    changes: u64,
 }
 
 /// Why bytes are not a chunk of this disk's free map.
@@ -101,6 +103,7 @@ impl Allocator {
             free_below_frontier: 0,
             in_use_count: 0,
             referenced_count: 0,
+            changes: 0,
         }
     }
 
@@ -140,6 +143,11 @@ impl Allocator {
         self.referenced_count
     }
 
+    /// A number that is another one whenever what is referenced may have changed.
+    pub fn changes(&self) -> u64 {
+        self.changes
+    }
+
     /// Whether the block may not be handed out.
     pub fn is_in_use(&self, block: u64) -> bool {
         self.check(block);
@@ -177,6 +185,7 @@ impl Allocator {
         assert!(self.referenced.get(block), "block {block} is released, and nothing referred to it");
         self.referenced.clear(block..block + 1);
         self.referenced_count -= 1;
+        self.changes += 1;
         self.dirty.set(chunk_range(block));
     }
 
@@ -339,6 +348,7 @@ impl Allocator {
             let below = part.start..part.end.min(self.frontier).max(part.start);
             let taken = (below.end - below.start) - self.in_use.count(below);
             self.in_use_count += blocks - self.in_use.count(part.clone());
+            self.changes += 1;
             self.referenced_count += blocks - self.referenced.count(part.clone());
             self.count_free(chunk, -(taken as i64));
             self.dirty.set(chunk_range(part.start));
