@@ -1047,32 +1047,21 @@ fn bytes_beyond_the_bound_wait_in_the_socket() {
 fn when_all_hold_too_much_long_requests_wait_for_each_other_and_short_ones_do_not() {
     let config = Config { bytes_in_flight_total: 1 << 20, ..Config::default() };
     test_with(config, async |world| {
-        let (mut long, mut short) = (Vec::new(), Vec::new());
-        for _ in 0..4 {
+        let mut clients = Vec::new();
+        for length in [MIB, MIB, MIB, 65536, 65536] {
             let mut c = world.vol0(Mode::Simple).await;
-            c.send(READ, 0, 1, 32 * MIB, MIB).await;
-            long.push(c);
-        }
-        settle().await;
-        for _ in 0..4 {
-            let mut c = world.vol0(Mode::Simple).await;
-            c.send(READ, 0, 1, 32 * MIB, 65536).await;
-            short.push(c);
-        }
-        settle().await;
-        assert_eq!(world.log.running.get(), 1 + 4, "one long one, and every short one");
-        world.log.gate.notify_waiters();
-        for c in &mut short {
-            assert_eq!(c.reply().await, Reply::Ok(1));
-            c.take_vec(65536).await;
-        }
-        // In the order in which they came.
-        for c in &mut long {
-            assert_eq!(c.reply().await, Reply::Ok(1));
-            c.take_vec(MIB as usize).await;
+            c.send(READ, 0, 1, 32 * MIB, length).await;
             settle().await;
-            assert!(world.log.running.get() <= 1);
+            clients.push((c, length));
+        }
+        assert_eq!(world.log.running.get(), 1 + 2, "one long one, and every short one");
+        clients.rotate_right(2);
+        for (c, length) in &mut clients {
             world.log.gate.notify_waiters();
+            assert_eq!(c.reply().await, Reply::Ok(1));
+            c.take_vec(*length as usize).await;
+            settle().await;
+            assert!(world.log.running.get() <= 1, "in the order in which they came");
         }
     });
 }
