@@ -385,9 +385,10 @@ impl Disk {
 
     /// Forgets clean entries beyond the bound: second chance.
     fn evict(&mut self) {
-        // A new entry needs two passes of the hand; the more there are too many, the further it goes.
+        // A new entry needs two passes of the hand; the more there are too many, the further it goes. Not without end:
+        // there may be many that the next checkpoint has to save first.
         let excess = self.cache_rows.saturating_sub(self.cache_max);
-        let mut tries = self.clock.len().min(64 + 4 * excess);
+        let mut tries = self.clock.len().min(64 + 4 * excess).min(1024);
         while self.cache_rows > self.cache_max && tries > 0 {
             tries -= 1;
             let Some(element) = self.clock.pop_front() else { return };
