@@ -103,7 +103,7 @@ fn ring_order(servers: &[Candidate], copies: usize) -> Vec<Candidate> {
 }
 
 /// Each server's share of all copies in steps, cut so that nobody has more than one copy of a slot.
-fn shares(ring: &[Candidate], copies: usize) -> Vec<u64> {
+pub(crate) fn shares(ring: &[Candidate], copies: usize) -> Vec<u64> {
     let largest = ring.iter().map(|c| c.weight).max().expect("checked: there are servers");
     let in_steps = |weight: u64| {
         let steps = (u128::from(weight) * u128::from(WEIGHT_STEPS) + u128::from(largest) / 2) / u128::from(largest);
@@ -172,7 +172,7 @@ fn weighted_layout(ring: &[Candidate], shares: &[u64], copies: usize, slots: usi
 }
 
 /// Divides `count` by the shares, whole numbers with the largest remainders rounded up.
-fn apportion(count: usize, shares: &[u64]) -> Vec<usize> {
+pub(crate) fn apportion(count: usize, shares: &[u64]) -> Vec<usize> {
     let sum: u128 = shares.iter().map(|s| u128::from(*s)).sum();
     let exact = |i: usize| count as u128 * u128::from(shares[i]);
     let mut parts: Vec<usize> = (0..shares.len()).map(|i| (exact(i) / sum) as usize).collect();
