@@ -28,6 +28,8 @@ pub const BATCHES_IN_FLIGHT_MAX: usize = 4;
 pub const BATCH_DATA_MAX: usize = 4 << 20;
 /// Slots of a new GMap per server, at least.
 pub const SLOTS_PER_SERVER_MIN: u32 = 64;
+/// Members of a slot at most: three of the old tuple and three of the new one (2.8).
+pub const TUPLE_MAX: usize = 6;
 /// Slots of a GMap at most.
 pub const SLOTS_MAX: u32 = 1 << 16;
 /// Messages of clients that a server passes on to servers which those cannot reach, unanswered at one time: 64 MiB,

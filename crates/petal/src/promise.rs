@@ -63,6 +63,9 @@ pub(crate) struct Acting {
     pub joiners: BTreeMap<ServerId, Joiner>,
     /// Nothing is served before: a member that was taken out may still have a lease.
     pub not_before: Option<Instant>,
+    /// Nor before these, who are no members any more, have told these state indexes, or this moment.
+    pub leavers: BTreeMap<ServerId, StateIndex>,
+    leavers_until: Instant,
     /// State index of the last mark in the streams.
     pub marked: StateIndex,
 }
@@ -228,6 +231,8 @@ impl DataAccess {
         }
         slot.term = state.term;
         slot.primary = primary;
+        slot.is_member = state.member(self.me).is_some();
+        slot.since = state.member(self.me).map_or(0, |m| m.since);
         if let Some(member) = state.member(self.me)
             && slot.watermark.term < member.since
         {
@@ -238,6 +243,9 @@ impl DataAccess {
             let unaware = ctx.state.slots[&id.gmap][id.slot as usize].has_unaware(&ctx.state.servers);
             let waits = unaware && self.sabotage != Sabotage::TakeOutWithoutWait;
             self.begin_to_act(index, waits.then(|| ctx.now + LEASE_SURELY_OVER), asks);
+            if self.sabotage != Sabotage::LeaversServeOn {
+                self.wait_for_leavers(ctx, index);
+            }
             self.on_outstanding_changed(ctx, index);
         } else {
             self.unpark_operations(ctx, index);
@@ -279,8 +287,25 @@ impl DataAccess {
             streams,
             joiners: BTreeMap::new(),
             not_before,
+            leavers: BTreeMap::new(),
+            leavers_until: Instant::ZERO,
             marked: 0,
         }));
+    }
+
+    /// Who left the slot may serve reads of it until it knows (2.1, "complete").
+    fn wait_for_leavers(&mut self, ctx: &Context, index: SlotIndex) {
+        let id = self.slots[index].id;
+        let state = &ctx.state.slots[&id.gmap][id.slot as usize];
+        for left in state.unaware_leavers(&ctx.state.servers) {
+            if left.server == self.me || self.leaving.has_told(left.server, left.index) {
+                continue;
+            }
+            let acting = self.slots[index].acting.as_mut().expect("it has just begun to act");
+            acting.leavers.insert(left.server, left.index);
+            acting.leavers_until = ctx.now + LEASE_SURELY_OVER;
+            self.leaving.wait_for(left.server, index);
+        }
     }
 
     pub(crate) fn send_promises(&mut self, ctx: &mut Context, asks: BTreeMap<ServerId, Vec<(SlotId, Term)>>) {
@@ -838,7 +863,8 @@ impl DataAccess {
         if !equal || slot.outstanding > 0 {
             return;
         }
-        if let Some(at) = acting.not_before.filter(|at| *at > ctx.now) {
+        let until = (!acting.leavers.is_empty()).then_some(acting.leavers_until);
+        if let Some(at) = acting.not_before.max(until).filter(|at| *at > ctx.now) {
             self.wake_at = Some(self.wake_at.map_or(at, |other| other.min(at)));
             return;
         }

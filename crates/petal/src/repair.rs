@@ -360,7 +360,7 @@ impl DataAccess {
         let image = ctx.stores.image(element);
         let is_wanted = |(place, crc): &Wanted| image.sum(*place) == Some(BlockSum::Crc(*crc));
         repair.data.retain(|(wanted, _)| is_wanted(wanted));
-        if family_ended(ctx.state, element.family) {
+        if family_ended(ctx.state, element.family) || !self.slots[repair.slot].is_member {
             return self.end_repair(ctx, element, true);
         }
         if repair.data.is_empty() {

@@ -42,6 +42,10 @@ pub enum Sabotage {
     /// A request that was applied is applied again when it is sent again (without I6).
     ForgetIds,
 
+    /// Whoever is no member of a slot any more serves reads of it until its lease ends, and who acts there now does not
+    /// wait for that.
+    LeaversServeOn,
+
     // ---- liveness
     /// Reads are served without a lease.
     ReadWithoutLease,
@@ -111,7 +115,7 @@ pub enum Sabotage {
 
 impl Sabotage {
     /// Every rule that can be left out.
-    pub const ALL: [Sabotage; 33] = [
+    pub const ALL: [Sabotage; 34] = [
         Sabotage::AckBeforeSecondary,
         Sabotage::NoSettlement,
         Sabotage::SettleByVersion,
@@ -138,6 +142,7 @@ impl Sabotage {
         Sabotage::FenceBeforeSettled,
         Sabotage::SnapshotWithoutMark,
         Sabotage::NoGates,
+        Sabotage::LeaversServeOn,
         Sabotage::DiskByOwnEpoch,
         Sabotage::NewestEpochOnly,
         Sabotage::ReplayDropsRecords,
@@ -177,6 +182,7 @@ impl Sabotage {
             Sabotage::FenceBeforeSettled => "fence-before-settled",
             Sabotage::SnapshotWithoutMark => "snapshot-without-mark",
             Sabotage::NoGates => "no-gates",
+            Sabotage::LeaversServeOn => "leavers-serve-on",
             Sabotage::DiskByOwnEpoch => "disk-by-own-epoch",
             Sabotage::NewestEpochOnly => "newest-epoch-only",
             Sabotage::ReplayDropsRecords => "replay-drops-records",

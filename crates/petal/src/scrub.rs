@@ -373,7 +373,8 @@ impl DataAccess {
 
     fn scrubbed_slot(&self, ctx: &Context, element: ElementKey) -> Option<SlotIndex> {
         let slot = ctx.state.slot_of(element.family, element.element)?;
-        self.by_id.get(&slot).copied().filter(|_| !family_ended(ctx.state, element.family))
+        let index = self.by_id.get(&slot).copied().filter(|index| self.slots[*index].is_member);
+        index.filter(|_| !family_ended(ctx.state, element.family))
     }
 
     /// Loading -> Reading; what is of no slot of this server is about to be dropped.

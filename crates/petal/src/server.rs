@@ -2,6 +2,7 @@
 
 mod executing;
 mod leaving;
+mod moving;
 mod policies;
 mod relays;
 mod settling;
@@ -16,6 +17,7 @@ use crate::global_state::{
 use crate::ids::*;
 use crate::liveness::{Liveness, LivenessOutput};
 use crate::message::*;
+use crate::mover::Mover;
 use crate::policy::Policies;
 use crate::sabotage::Sabotage;
 use crate::scrub::{Scrub, ScrubConfig};
@@ -196,6 +198,7 @@ pub struct Server {
     data: DataAccess,
     admin: Desk,
     policies: Policies,
+    mover: Mover,
     /// Tickets of the global state's writes, and the number to tell it.
     persists: FastMap<Ticket, u64>,
     persist_waits: BTreeMap<u64, usize>,
@@ -253,6 +256,7 @@ impl Server {
             data: DataAccess::new(me, incarnation, Scrub::new(now, config.scrub), config.sabotage),
             admin: Desk::default(),
             policies: Policies::default(),
+            mover: Mover::default(),
             persists: FastMap::new(),
             persist_waits: BTreeMap::new(),
             unstaged: VecDeque::new(),
@@ -359,7 +363,9 @@ impl Server {
         self.global().on_connected(now, server);
         self.with_liveness(|liveness, global| liveness.on_connected(now, global, server));
         self.with_data(|data, ctx| data.on_connected(ctx, server, incarnation));
-        for index in self.admin.unsettled_at(server).into_iter().chain(self.data.gates.unsettled_at(server)) {
+        let gates = [&self.data.gates, &self.data.leaving.unsettled];
+        let of_gates: Vec<StateIndex> = gates.iter().flat_map(|gates| gates.unsettled_at(server)).collect();
+        for index in self.admin.unsettled_at(server).into_iter().chain(of_gates) {
             self.send(server, Body::Settle(Settle { index }));
         }
     }
@@ -393,6 +399,10 @@ impl Server {
             if self.data.gates.on_applied(server, message.state_index) {
                 self.with_data(|data, ctx| data.complete_what_waited(ctx));
             }
+            if self.data.leaving.unsettled.on_applied(server, message.state_index) {
+                self.data.want_sweep();
+            }
+            self.with_data(|data, ctx| data.on_told(ctx, server, message.state_index));
         }
         match (from, message.body) {
             (Peer::Server(server), body @ (Body::Ring(_) | Body::Propose(_) | Body::Learn(_))) => {
@@ -739,6 +749,7 @@ impl Server {
                 let down = self.global().state().servers.iter().filter(|(_, s)| s.down).map(|(s, _)| *s).collect();
                 let index = self.global().state().index;
                 self.on_downs(index, down);
+                self.settle_leaving();
                 if self.stage == Stage::Running {
                     self.close_gate_of_all();
                 }
@@ -793,12 +804,14 @@ impl Server {
                 self.data.want_reclaim(*family);
             }
             self.close_gate(&effects.new_epochs_gated);
+            self.settle_leaving();
         }
         if let Some(key) = self.own_commands.remove(&(id.proposer, id.number)) {
             self.with_data(|data, ctx| data.on_proposal_decided(ctx, key));
         }
         self.on_executed(id, effects.narrows);
         self.policies_follow(id);
+        self.movers_follow(id);
         if !effects.downs.is_empty() {
             self.on_downs(index, effects.downs);
         }
@@ -824,7 +837,10 @@ impl Server {
                 self.stage = Stage::Running;
                 self.follow_state(None);
                 self.data.want_sweep();
-                self.data.want_reclaim_of_all(self.global.as_ref().expect("it has decided").state());
+                let state = self.global.as_ref().expect("it has decided").state();
+                self.data.want_reclaim_of_all(state);
+                self.data.begin_to_leave(state);
+                self.settle_leaving();
                 self.close_gate_of_all();
                 self.with_data(|data, ctx| data.run_scrub(ctx, true));
                 self.out.push_back(Output::Ready);
@@ -896,6 +912,7 @@ impl Machine for Server {
                 }
                 self.watch_disks();
                 self.look_at_policies();
+                self.look_at_moves();
             }
             Input::WallClock { unix_seconds } => self.policies.on_wall_clock(now, unix_seconds),
             Input::ShutDown => self.shut_down(),

@@ -47,6 +47,17 @@ impl Gates {
         self.closed.insert(index, gate);
     }
 
+    /// The same for what concerns no disk: nothing is asked any more of what was closed before.
+    pub fn close_again(&mut self, index: StateIndex, settlers: &[ServerId]) {
+        self.closed.clear();
+        self.close(index, &[], settlers);
+    }
+
+    /// True if no gate is closed.
+    pub fn is_idle(&self) -> bool {
+        self.closed.is_empty()
+    }
+
     /// True if a write of a disk that got its epoch at this state index may be complete.
     pub fn admits(&self, disk: VdiskId, at: StateIndex) -> bool {
         self.closed.is_empty() || !self.closed.range(..=at).any(|(_, gate)| gate.disks.contains(&disk))

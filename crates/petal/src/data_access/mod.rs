@@ -23,6 +23,7 @@
 mod answers;
 mod counters;
 mod gates;
+mod leaving;
 mod map;
 mod queue;
 mod range;
@@ -132,6 +133,9 @@ pub(crate) struct Slot {
     pub promise_due: Option<ServerId>,
     /// As a member that is not in sync: everything up to this watermark has come, in this term.
     pub caught_up: Option<(Term, Version)>,
+    /// This server is one of its members, in sync or not; since this state index.
+    pub is_member: bool,
+    pub since: StateIndex,
 }
 
 /// One operation of a client.
@@ -308,8 +312,10 @@ pub struct DataAccess {
     pub gates: gates::Gates,
     /// Indices that this server itself waited for, and that are settled here.
     settled_here: Vec<StateIndex>,
-    /// Elements of families that ended, being dropped.
+    /// Elements of families and memberships that ended, being dropped.
     sweep: sweep::Sweep,
+    /// What it has to do where it is no member any more.
+    pub leaving: leaving::Leaving,
     /// Rows that nobody can see, being dropped.
     reclaim: reclaim::Reclaim,
     /// Counters for status.
@@ -367,6 +373,7 @@ impl DataAccess {
             gates: gates::Gates::default(),
             settled_here: Vec::new(),
             sweep: sweep::Sweep::default(),
+            leaving: leaving::Leaving::default(),
             reclaim: reclaim::Reclaim::default(),
             counters: Counters::default(),
         }
@@ -560,7 +567,9 @@ impl DataAccess {
         }
         // What is passed on may come late, to a life that does not know what its session had finished (I6): a new life
         // has a new term.
-        let is_late = writes && op.access.relay.is_some() && op.access.need.term != slot.term;
+        let is_passed_on = op.access.relay.is_some() && op.access.need.term != slot.term;
+        // The same for what was sent to an earlier membership of this server, and was stuck on its way.
+        let is_late = writes && (is_passed_on || acts && op.access.need.term < slot.since);
         if is_late || !acts && (writes || !may_read) {
             return self.refuse(ctx, number, Refusal::StaleMap);
         }
@@ -1172,9 +1181,17 @@ impl DataAccess {
             }
         };
         let mut asks: BTreeMap<ServerId, Vec<(SlotId, Term)>> = BTreeMap::new();
+        let mut heirs: BTreeSet<ServerId> = BTreeSet::new();
         for id in changed {
             let Some(slot) = ctx.state.slots.get(&id.gmap).and_then(|s| s.get(id.slot as usize)) else { continue };
             if slot.member(self.me).is_none() {
+                // Its membership ended: it has no part in the slot any more. Who acts there now waits to hear that.
+                let index = self.by_id.get(id).copied().filter(|index| self.slots[*index].is_member);
+                if let Some(index) = index.filter(|_| self.sabotage != Sabotage::LeaversServeOn) {
+                    self.change_term(ctx, index, &mut asks);
+                    self.leaving.is_due = true;
+                    heirs.extend(self.slots[index].primary);
+                }
                 continue;
             }
             let index = self.slot_index(ctx, *id);
@@ -1183,6 +1200,9 @@ impl DataAccess {
             if self.slots[index].term != slot.term || moves {
                 self.change_term(ctx, index, &mut asks);
             }
+        }
+        for heir in heirs {
+            ctx.send(Peer::Server(heir), Body::Index);
         }
         self.send_promises(ctx, asks);
         self.joins_due = true;
@@ -1210,6 +1230,8 @@ impl DataAccess {
             promise_due: None,
             caught_up: None,
             settled_at: 0,
+            is_member: true,
+            since: 0,
         });
         self.by_id.insert(id, self.slots.len() - 1);
         self.slots.len() - 1

@@ -1,10 +1,10 @@
-//! Dropping the elements of families that ended (a deleted disk's space comes back in the background).
+//! Dropping the elements of families that ended (a deleted disk's space comes back in the background), and of slots
+//! whose member this server is no more (`leaving.rs`).
 //!
 //! What is to be dropped is decided by the state alone: a family whose id is at or below the applied
-//! index, and that the state does not have. Never what the state has not heard of yet. So nothing must
-//! be remembered across a restart: the next life looks again.
+//! index, and that the state does not have; a slot whose tuple does not name this server. Never what the state has not
+//! heard of yet. So nothing must be remembered across a restart: the next life looks again.
 
-use super::replica::family_ended;
 use super::*;
 
 /// Elements asked for at a time: small steps, so that clients hardly notice.
@@ -58,7 +58,10 @@ impl DataAccess {
         let mut last = None;
         for (key, _) in elements {
             last = Some(key);
-            if !family_ended(ctx.state, key.family) {
+            if !self.is_to_go(ctx.state, key) && self.may_have_left(ctx.state, key.family) {
+                continue; // Of a slot that is this server's.
+            }
+            if !self.is_to_go(ctx.state, key) {
                 // The rest of a living family is of no interest: go on with the next family.
                 last = Some(ElementKey { family: key.family, element: u64::MAX });
                 break;
@@ -74,7 +77,7 @@ impl DataAccess {
 
     pub(super) fn drop_element(&mut self, ctx: &mut Context, element: ElementKey) {
         self.sweep.waiting -= 1;
-        if family_ended(ctx.state, element.family) && ctx.stores.load(element) == Loaded::Ready {
+        if self.is_to_go(ctx.state, element) && ctx.stores.load(element) == Loaded::Ready {
             // A failed stage leaves the element for the next sweep.
             let _ = ctx.stores.stage(Change::Drop { element });
         }

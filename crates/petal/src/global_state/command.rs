@@ -1,6 +1,7 @@
 //! Commands: what the log consists of. Each names what it relies on and is a no-op when that changed.
 
 use super::arguments::split_name;
+use super::reconfiguration::Move;
 use crate::ids::*;
 use crate::limits::ANCESTORS_MAX;
 use crate::message::CommandId;
@@ -294,6 +295,54 @@ pub enum Command {
         /// In seconds since 1970.
         made: u64,
     },
+    /// A server is to hold no data any more: it moves to the others (2.8). Or it is to hold its share, again or for
+    /// the first time. Either way the ring's leader plans the placement anew.
+    Drain {
+        /// The server.
+        server: ServerId,
+        /// It is to hold nothing.
+        drained: bool,
+    },
+    /// Slots of a GMap are to get other tuples. A no-op if anything has changed that it was planned from, or while
+    /// something of this GMap is under way.
+    Reconfigure {
+        /// The GMap.
+        gmap: GmapId,
+        /// [`State::planned_from`](super::State::planned_from) as the planner saw it.
+        planned_from: StateIndex,
+        /// Slots, and their new tuples. None: the placement is as it should be.
+        moves: Vec<Move>,
+        /// The plan has more than one command can tell: the rest is planned when this has ended.
+        more: bool,
+    },
+    /// The servers of their new tuples become members of these slots, not in sync. Slots whose term has changed since
+    /// are passed over.
+    Fence {
+        /// The GMap.
+        gmap: GmapId,
+        /// Slots, each with its term.
+        slots: Vec<(u32, Term)>,
+    },
+    /// These slots have their new tuples. Passed over: slots whose term has changed since, and those in which not every
+    /// server of the new tuple is in sync and live.
+    Moved {
+        /// The GMap.
+        gmap: GmapId,
+        /// Slots, each with its term.
+        slots: Vec<(u32, Term)>,
+    },
+    /// What is under way is turned back: joiners are forgotten; slots that are new stay so.
+    AbortReconfiguration {
+        /// The GMap.
+        gmap: GmapId,
+    },
+    /// What is under way rests, or goes on.
+    PauseReconfiguration {
+        /// The GMap.
+        gmap: GmapId,
+        /// It rests.
+        paused: bool,
+    },
 }
 
 /// A snapshot that is to be made.
@@ -378,6 +427,22 @@ impl std::fmt::Display for Command {
             Command::BeginImport { vdisk, .. } => write!(f, "an import into {vdisk} begins"),
             Command::EndImport { vdisk, name, .. } => write!(f, "an import into {vdisk} is whole: snapshot '{name}'"),
             Command::Flatten { vdisk, .. } => write!(f, "{vdisk} needs nothing of its parents any more"),
+            Command::Drain { server, drained: true } => write!(f, "{server} is drained: its data moves to the others"),
+            Command::Drain { server, drained: false } => write!(f, "{server} is to hold its share of the data"),
+            Command::Reconfigure { gmap, moves, .. } if moves.is_empty() => {
+                write!(f, "{gmap} is placed as it should be")
+            }
+            Command::Reconfigure { gmap, moves, .. } => {
+                write!(f, "a reconfiguration of {gmap} begins: {} to move", counted(moves.len(), "slot"))
+            }
+            Command::Fence { gmap, slots } => {
+                write!(f, "others join {} of {gmap}, to have it copied", counted(slots.len(), "slot"))
+            }
+            Command::Moved { gmap, slots } => write!(f, "{} of {gmap} moved", counted(slots.len(), "slot")),
+            Command::AbortReconfiguration { gmap } => write!(f, "the reconfiguration of {gmap} is turned back"),
+            Command::PauseReconfiguration { gmap, paused } => {
+                write!(f, "the reconfiguration of {gmap} {}", if *paused { "rests" } else { "goes on" })
+            }
         }
     }
 }
@@ -591,6 +656,9 @@ pub enum CommandError {
         /// The most.
         limit: usize,
     },
+    /// No such GMap.
+    #[error("there is no map {0}")]
+    NoSuchGmap(GmapId),
 }
 
 fn name_taken(name: &str) -> String {

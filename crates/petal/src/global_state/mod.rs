@@ -6,6 +6,7 @@
 
 mod arguments;
 mod command;
+mod reconfiguration;
 mod ring;
 mod room;
 mod servers;
@@ -14,12 +15,13 @@ mod state;
 
 pub use arguments::split_name;
 pub use command::{Attachment, Command, CommandError, Entry, Genesis, GenesisServer, Outcome, SnapshotOf};
+pub use reconfiguration::{Move, Reconfiguration};
 pub use ring::RingDamaged;
 pub(crate) use room::check_length;
 pub use room::{Accepted, GlobalOutput, GlobalState, Own, RecentEntry};
 #[cfg(test)]
 pub(crate) use state::tests::Fixture;
 pub use state::{
-    DiskState, Effects, Executed, Member, RingConfiguration, RingMember, ServerState, Session, SlotState, State,
+    Departed, DiskState, Effects, Executed, Member, RingConfiguration, RingMember, ServerState, Session, SlotState, State,
     StateError,
 };

@@ -305,6 +305,13 @@ impl GlobalState {
             Command::InSync { slots, .. } | Command::TakeOut { slots, .. } => {
                 let members = slots.iter().filter_map(|(slot, _)| state.slot(*slot)).flat_map(|slot| &slot.tuple);
                 names.extend(members.map(|member| (member.server, index)));
+                if let Command::InSync { server, .. } = &entry.command {
+                    names.insert(*server, index); // Its membership may not be applied here yet.
+                }
+            }
+            // Whom they concern may follow from entries that are not applied here yet.
+            Command::Fence { .. } | Command::Moved { .. } | Command::AbortReconfiguration { .. } => {
+                names.extend(state.servers.keys().map(|server| (*server, index)));
             }
             _ => {}
         });

@@ -83,6 +83,7 @@ impl State {
             up: self.index,
             suspect: None,
             weight: found.values().fold(0, |sum: u64, (_, capacity)| sum.saturating_add(*capacity)),
+            drained: server.drained,
         };
         self.servers.insert(id, up);
         effects.servers.push(id);

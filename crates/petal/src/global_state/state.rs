@@ -26,10 +26,11 @@
 
 use super::arguments::{check_name, check_size, conflict, split_name, valid_stripe_unit};
 use super::command::{Attachment, Command, CommandError, Entry, Genesis, Outcome};
+use super::reconfiguration::Reconfiguration;
 use crate::ids::*;
 use crate::limits::*;
 use crate::message::{CommandId, Hints, ServerHint, SlotHint};
-use crate::placement::{self, Candidate, PlanError};
+use crate::placement::{self, PlanError};
 use crate::translator::gmap::{Gmap, Scheme, slot_of_element};
 use crate::translator::vdir::{Automatic, Family, Imported, Lineage, Policy, Vdisk};
 use crate::translator::visible::Visible;
@@ -37,7 +38,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Version of the encoding of a [`State`]: its first byte.
-const STATE_VERSION: u8 = 5;
+const STATE_VERSION: u8 = 6;
 
 /// The first lineage of a family, and the first epoch of a lineage.
 const FIRST_LINEAGE: LineageId = LineageId(1);
@@ -56,12 +57,20 @@ pub struct State {
     pub ring: RingConfiguration,
     /// Members of the cluster.
     pub servers: BTreeMap<ServerId, ServerState>,
-    /// GMaps: immutable.
+    /// GMaps. Each keeps its id, scheme and number of slots; a reconfiguration changes tuples.
     pub gmaps: BTreeMap<GmapId, Gmap>,
     /// The scheme's common GMap, which new disks use.
     pub common: BTreeMap<Scheme, GmapId>,
     /// State of the slots of each GMap: changes, and is apart from it for that.
     pub slots: BTreeMap<GmapId, Vec<SlotState>>,
+    /// Changes of placement that are under way (`reconfiguration.rs`).
+    pub reconfigurations: BTreeMap<GmapId, Reconfiguration>,
+    /// GMaps whose placement is to be planned anew when nothing of them is under way.
+    pub replan: BTreeSet<GmapId>,
+    /// State index of the last command that changed the tuples of a GMap, where one did.
+    pub layouts: BTreeMap<GmapId, StateIndex>,
+    /// State index of the last command that changed which servers hold data.
+    pub placed: StateIndex,
     /// Families.
     pub families: BTreeMap<FamilyId, Family>,
     /// Virtual disks.
@@ -141,6 +150,8 @@ pub struct ServerState {
     pub suspect: Option<StateIndex>,
     /// Capacity weight for the planner: bytes of its disks.
     pub weight: u64,
+    /// It is to hold no data.
+    pub drained: bool,
 }
 
 /// A disk of a server.
@@ -159,6 +170,17 @@ pub struct SlotState {
     pub tuple: Vec<Member>,
     /// Its term.
     pub term: Term,
+    /// Servers that are no members any more, and may not know it: see [`SlotState::unaware_leavers`].
+    pub left: Vec<Departed>,
+}
+
+/// A server that is no member of a slot any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Departed {
+    /// The server.
+    pub server: ServerId,
+    /// State index of the command that ended its membership.
+    pub index: StateIndex,
 }
 
 /// A member of a slot.
@@ -231,8 +253,17 @@ impl SlotState {
     /// it has from before (2.1, "complete"). One that is down has no lease, and one that was started since
     /// got none before it knew.
     pub fn has_unaware(&self, servers: &BTreeMap<ServerId, ServerState>) -> bool {
-        let may_be = |m: &Member| servers.get(&m.server).is_some_and(|s| !s.down && m.out > s.up);
+        // A joiner, out since it is a member, never had a lease for this slot; or see `unaware_leavers`.
+        let may_be = |m: &Member| servers.get(&m.server).is_some_and(|s| !s.down && m.out > s.up && m.out != m.since);
         self.tuple.iter().any(|m| !m.in_sync && may_be(m))
+    }
+    /// Servers whose membership ended by a command that they may not have applied, each with the index of that: until
+    /// they tell that they have, they may serve reads by a lease that they have from before. As above.
+    pub fn unaware_leavers<'a>(
+        &'a self,
+        servers: &'a BTreeMap<ServerId, ServerState>,
+    ) -> impl Iterator<Item = &'a Departed> + 'a {
+        self.left.iter().filter(move |d| servers.get(&d.server).is_some_and(|s| !s.down && d.index > s.up))
     }
     /// The member entry of a server.
     pub fn member(&self, server: ServerId) -> Option<&Member> {
@@ -282,6 +313,10 @@ impl State {
             gmaps: BTreeMap::new(),
             common: BTreeMap::new(),
             slots: BTreeMap::new(),
+            reconfigurations: BTreeMap::new(),
+            replan: BTreeSet::new(),
+            layouts: BTreeMap::new(),
+            placed: 0,
             families: BTreeMap::new(),
             vdisks: BTreeMap::new(),
             sessions: BTreeMap::new(),
@@ -368,6 +403,7 @@ impl State {
         for (id, gmap) in &self.gmaps {
             self.check_gmap(*id, gmap)?;
         }
+        self.check_reconfigurations()?;
         for (scheme, gmap) in &self.common {
             here(self.gmaps.get(gmap).is_some_and(|g| g.scheme == *scheme), gmap, "is no common map of its scheme")?;
         }
@@ -431,6 +467,12 @@ impl State {
             }
             if slot.in_sync().next().is_none() {
                 return Err(format!("{slot_id:?} has no member in sync (I3)"));
+            }
+            if slot.tuple.len() > TUPLE_MAX || slot.left.len() > TUPLE_MAX {
+                return Err(format!("{slot_id:?} has more than {TUPLE_MAX} members"));
+            }
+            if slot.left.iter().any(|d| d.index > slot.term || !self.servers.contains_key(&d.server)) {
+                return Err(format!("{slot_id:?} was left by nobody that could"));
             }
             if let Some(stranger) = members.iter().find(|s| !self.servers.contains_key(s)) {
                 return Err(format!("{slot_id:?} has {stranger}, which is not in the cluster"));
@@ -651,6 +693,14 @@ impl State {
             Command::EndImport { vdisk, session, name, made } => {
                 self.end_import(*vdisk, *session, name, *made, effects)
             }
+            Command::Drain { server, drained } => self.drain(*server, *drained),
+            Command::Reconfigure { gmap, planned_from, moves, more } => {
+                self.reconfigure(*gmap, *planned_from, moves, *more)
+            }
+            Command::Fence { gmap, slots } => self.fence(*gmap, slots, effects),
+            Command::Moved { gmap, slots } => self.moved(*gmap, slots, effects),
+            Command::AbortReconfiguration { gmap } => self.abort_reconfiguration(*gmap, effects),
+            Command::PauseReconfiguration { gmap, paused } => self.pause_reconfiguration(*gmap, *paused),
         }
     }
 
@@ -720,15 +770,8 @@ impl State {
         if let Some(gmap) = self.common.get(&scheme) {
             return Ok(*gmap);
         }
-        let up = |(id, s): (&ServerId, &ServerState)| {
-            // No failure domains yet: every server is one of its own.
-            (s.incarnation.0 > 0 && !s.down).then_some(Candidate {
-                server: *id,
-                weight: s.weight,
-                domain: u32::from(id.0),
-            })
-        };
-        let candidates: Vec<Candidate> = self.servers.iter().filter_map(up).collect();
+        let mut candidates = self.candidates();
+        candidates.retain(|c| !self.servers[&c.server].down);
         let id = GmapId(self.index);
         let gmap = placement::plan(id, scheme, &candidates).map_err(|e| match e {
             PlanError::TooFewServers { copies, servers } => CommandError::TooFewServers { copies, servers },
@@ -736,7 +779,11 @@ impl State {
         })?;
         let member =
             |server: &ServerId| Member { server: *server, in_sync: true, since: self.index, incomplete: false, out: 0 };
-        let slot = |tuple: &Vec<ServerId>| SlotState { tuple: tuple.iter().map(member).collect(), term: self.index };
+        let slot = |tuple: &Vec<ServerId>| SlotState {
+            tuple: tuple.iter().map(member).collect(),
+            term: self.index,
+            left: Vec::new(),
+        };
         self.slots.insert(id, gmap.slots.iter().map(slot).collect());
         effects.slots.extend((0..gmap.slots.len() as u32).map(|slot| SlotId { gmap: id, slot }));
         self.gmaps.insert(id, gmap);
@@ -891,6 +938,7 @@ impl ServerState {
             up: 0,
             suspect: None,
             weight: 0,
+            drained: false,
         }
     }
 }

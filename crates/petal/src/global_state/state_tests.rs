@@ -334,7 +334,7 @@ fn hints_name_the_acting_primary_first() {
 fn the_bytes_of_a_small_state_never_change() {
     let mut f = Fixture::new(1);
     f.run(server_up(1, 1, &[(10, 0)])).unwrap();
-    expect!["05 01 c1 01 04 74 65 73 74 01 00 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 01 00 01 0a 01 80 80 80 80 04 00 01 00 80 80 80 80 04 00 00 00 00 00 00 01 07 01 01 01 01 01 00 00"]
+    expect!["06 01 c1 01 04 74 65 73 74 01 00 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 01 00 01 0a 01 80 80 80 80 04 00 01 00 80 80 80 80 04 00 00 00 00 00 00 00 00 00 00 00 01 07 01 01 01 01 01 00 00"]
         .assert_eq(&hex(&f.state.encode()));
     let entry = Entry { id: CommandId { proposer: 300, number: 2, finished_below: 1 }, command: create("vol0") };
     expect![[r#"ac 02 02 01 03 04 76 6f 6c 30 80 80 80 80 04 01 80 80 40"#]]
@@ -452,7 +452,34 @@ fn random_command(prng: &mut Prng, state: &State) -> Command {
     let incarnation = known.map_or(Incarnation(0), |s| s.incarnation);
     let suspect = known.and_then(|s| s.suspect).unwrap_or(state.index);
     let server_id = ServerId(server);
-    match prng.below(26) {
+    let gmap = state.gmaps.keys().nth(prng.below(state.gmaps.len() as u64 + 1) as usize).copied().unwrap_or(GmapId(1));
+    match prng.below(34) {
+        26 => Command::Drain { server: server_id, drained: prng.chance(1, 2) },
+        27 => Command::Reconfigure {
+            gmap,
+            planned_from: state.planned_from(gmap) + u64::from(prng.chance(1, 8)),
+            moves: (0..prng.below(20))
+                .map(|_| {
+                    let slot = prng.below(257) as u32;
+                    (slot, (0..prng.between(1, 3)).map(|_| ServerId(prng.between(1, 5) as u16)).collect())
+                })
+                .collect(),
+            more: prng.chance(1, 4),
+        },
+        28 | 29 => match crate::mover::next_step(state, gmap) {
+            Some(command) => command,
+            None => Command::AbortReconfiguration { gmap },
+        },
+        30 => {
+            let slots = random_slots(prng, state).into_iter().map(|(id, term)| (id.slot, term)).collect();
+            Command::Fence { gmap, slots }
+        }
+        31 => {
+            let slots = random_slots(prng, state).into_iter().map(|(id, term)| (id.slot, term)).collect();
+            Command::Moved { gmap, slots }
+        }
+        32 => Command::PauseReconfiguration { gmap, paused: prng.chance(1, 2) },
+        33 => Command::AbortReconfiguration { gmap },
         19 => Command::Snapshot {
             of: [vdisk, other]
                 .into_iter()

@@ -18,8 +18,13 @@ impl Server {
         if opened {
             self.with_data(|data, ctx| data.complete_what_waited(ctx));
         }
+        let leaving = &mut self.data.leaving.unsettled;
+        if leaving.on_downs(index, &downs, &left) | leaving.on_applied(me, index) {
+            self.data.want_sweep();
+        }
         for server in left {
-            if self.data.gates.unsettled_at(server).contains(&index) {
+            let gates = [&self.data.gates, &self.data.leaving.unsettled];
+            if gates.iter().any(|gates| gates.unsettled_at(server).contains(&index)) {
                 self.ask_to_settle(server, index);
             }
         }
@@ -33,6 +38,22 @@ impl Server {
         self.admin.on_settled(server, index, &mut self.out);
         if self.data.gates.on_settled(server, index) {
             self.with_data(|data, ctx| data.complete_what_waited(ctx));
+        }
+        if self.data.leaving.unsettled.on_settled(server, index) {
+            self.data.want_sweep();
+        }
+    }
+
+    /// This server is no member of some slots any more: when everybody has settled that, their elements are dropped.
+    pub(super) fn settle_leaving(&mut self) {
+        if !self.data.leaving.take_due() {
+            return;
+        }
+        let state = self.global().state();
+        let (index, settlers) = (state.index, settlers(state));
+        self.data.leaving.unsettled.close_again(index, &settlers);
+        for server in settlers {
+            self.ask_to_settle(server, index);
         }
     }
 

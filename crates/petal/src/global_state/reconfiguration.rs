@@ -1,0 +1,509 @@
+//! What the log says of changes of placement (2.8): servers drained or filled, slots moved from tuple to tuple.
+//!
+//! ```text
+//!   old  --Fence-->  fenced: old tuple, then the joiners  --Moved-->  new tuple
+//!    ^                  |
+//!    `-- AbortReconfiguration
+//! ```
+//!
+//! A GMap keeps its id, its slots and its families; the tuples of its slots change, one batch after the other
+//! (docs/decisions/0014-slots-move-in-place.md). A joiner is a member that is not in sync, and is brought up to date as
+//! any other (`resync.rs`). Each command names the terms that it relies on.
+//!
+//! Invariants: a slot has at most [`TUPLE_MAX`] members; a slot is new only when every server of its new tuple is in sync and
+//! live, so redundancy never falls; turning back takes nobody away whom the old tuple needs. *Who leaves* a slot may not know
+//! it for as long as a lease: the slot remembers it ([`SlotState::left`]), and whoever acts next serves nothing before it
+//! knows, or that time is over (2.1, "complete").
+
+use super::command::{CommandError, Outcome};
+use super::state::{Applied, Departed, Effects, Member, State};
+use crate::ids::*;
+use crate::limits::*;
+use crate::placement::Candidate;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// A change of a GMap's placement that is under way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reconfiguration {
+    /// State index of the command that began it.
+    pub begun: StateIndex,
+    /// Slots that are not new yet, each with its new tuple.
+    pub moves: BTreeMap<u32, Vec<ServerId>>,
+    /// Those of them that are fenced, each with its old tuple.
+    pub fenced: BTreeMap<u32, Vec<ServerId>>,
+    /// Slots that are new.
+    pub moved: u32,
+    /// Nothing more is fenced until it is resumed.
+    pub paused: bool,
+    /// It is turned back: nothing is fenced or moved any more.
+    pub turns_back: bool,
+}
+
+/// A slot that is to move, and the tuple that it is to have.
+pub type Move = (u32, Vec<ServerId>);
+
+impl State {
+    /// Servers that may hold data, for the planner.
+    pub fn candidates(&self) -> Vec<Candidate> {
+        let may = self.servers.iter().filter(|(_, s)| s.incarnation.0 > 0 && !s.drained);
+        // No failure domains yet: every server is one of its own.
+        may.map(|(id, s)| Candidate { server: *id, weight: s.weight, domain: u32::from(id.0) }).collect()
+    }
+
+    /// State index of the last command that changed what a plan for this GMap rests on.
+    pub fn planned_from(&self, gmap: GmapId) -> StateIndex {
+        self.layouts.get(&gmap).copied().unwrap_or(gmap.0).max(self.placed)
+    }
+
+    /// The server holds data from here on, or its data moves to others. Either way all placement is planned anew.
+    pub(super) fn drain(&mut self, id: ServerId, drained: bool) -> Applied {
+        let index = self.index;
+        let server = self.servers.get(&id).ok_or(CommandError::NoSuchServer(id))?;
+        if drained && !server.drained {
+            let left = self.candidates().iter().filter(|c| c.server != id && c.weight > 0).count();
+            let copies = self.gmaps.values().map(|g| g.scheme.copies()).max().unwrap_or(1);
+            if left < copies {
+                return Err(CommandError::TooFewServers { copies, servers: left });
+            }
+        }
+        self.servers.get_mut(&id).expect("just seen").drained = drained;
+        self.placed = index;
+        self.replan = self.gmaps.keys().copied().collect();
+        Ok(Outcome::Done)
+    }
+
+    /// A plan that was made from what still holds begins. None at all: the placement is as it should be.
+    pub(super) fn reconfigure(&mut self, gmap: GmapId, planned_from: StateIndex, moves: &[Move], more: bool) -> Applied {
+        let map = self.gmaps.get(&gmap).ok_or(CommandError::NoSuchGmap(gmap))?;
+        if self.reconfigurations.contains_key(&gmap) || self.planned_from(gmap) != planned_from {
+            return Err(CommandError::Overtaken);
+        }
+        let slots = map.slots.len();
+        let numbers: BTreeSet<u32> = moves.iter().map(|(slot, _)| *slot).collect();
+        if numbers.len() != moves.len() || numbers.last().is_some_and(|n| *n as usize >= slots) {
+            return Err(CommandError::Malformed(format!("{gmap} has {slots} slots, and each moves once")));
+        }
+        for (slot, tuple) in moves {
+            let distinct: BTreeSet<&ServerId> = tuple.iter().collect();
+            if tuple.len() != map.scheme.copies() || distinct.len() != tuple.len() {
+                return Err(CommandError::Malformed(format!("slot {slot} of {gmap} cannot have the tuple {tuple:?}")));
+            }
+            for server in tuple {
+                let known = self.servers.get(server).ok_or(CommandError::NoSuchServer(*server))?;
+                if known.drained || known.incarnation.0 == 0 {
+                    return Err(CommandError::Overtaken);
+                }
+            }
+        }
+        if !more {
+            self.replan.remove(&gmap);
+        }
+        let map = &self.gmaps[&gmap];
+        let differ = moves.iter().filter(|(slot, tuple)| map.slots[*slot as usize] != *tuple).cloned();
+        let moves: BTreeMap<u32, Vec<ServerId>> = differ.collect();
+        if !moves.is_empty() {
+            let (begun, fenced) = (self.index, BTreeMap::new());
+            let new = Reconfiguration { begun, moves, fenced, moved: 0, paused: false, turns_back: false };
+            self.reconfigurations.insert(gmap, new);
+        }
+        Ok(Outcome::Done)
+    }
+
+    /// The servers of the new tuples that have nothing of these slots yet become members, last in order and not in sync.
+    pub(super) fn fence(&mut self, gmap: GmapId, slots: &[(u32, Term)], effects: &mut Effects) -> Applied {
+        let index = self.index;
+        let (Some(under_way), Some(table)) = (self.reconfigurations.get_mut(&gmap), self.slots.get_mut(&gmap)) else {
+            return Err(CommandError::Overtaken);
+        };
+        if under_way.paused || under_way.turns_back {
+            return Err(CommandError::Overtaken);
+        }
+        let mut fenced = 0;
+        for (number, term) in slots {
+            let Some(target) = under_way.moves.get(number) else { continue };
+            let Some(slot) = table.get_mut(*number as usize).filter(|slot| slot.term == *term) else { continue };
+            let joiners: Vec<ServerId> = target.iter().filter(|s| slot.member(**s).is_none()).copied().collect();
+            if under_way.fenced.contains_key(number) || slot.tuple.len() + joiners.len() > TUPLE_MAX {
+                continue;
+            }
+            under_way.fenced.insert(*number, slot.tuple.iter().map(|m| m.server).collect());
+            fenced += 1;
+            if joiners.is_empty() {
+                continue; // Somebody only goes, or the order changes: nothing is to be copied.
+            }
+            let member =
+                |server| Member { server, in_sync: false, since: index, incomplete: false, out: index };
+            slot.tuple.extend(joiners.into_iter().map(member));
+            slot.term = index;
+            effects.slots.push(SlotId { gmap, slot: *number });
+            effects.names.extend(slot.tuple.iter().map(|m| m.server));
+        }
+        if fenced == 0 { Err(CommandError::Overtaken) } else { Ok(Outcome::Done) }
+    }
+
+    /// Slots are new: those in which every server of the new tuple is in sync and live. Others are passed over.
+    pub(super) fn moved(&mut self, gmap: GmapId, slots: &[(u32, Term)], effects: &mut Effects) -> Applied {
+        let index = self.index;
+        let servers = &self.servers;
+        let is_live = |s: &ServerId| servers.get(s).is_some_and(|s| !s.down && s.suspect.is_none());
+        let (Some(under_way), Some(table), Some(map)) =
+            (self.reconfigurations.get_mut(&gmap), self.slots.get_mut(&gmap), self.gmaps.get_mut(&gmap))
+        else {
+            return Err(CommandError::Overtaken);
+        };
+        if under_way.turns_back {
+            return Err(CommandError::Overtaken);
+        }
+        for (number, term) in slots {
+            let Some(target) = under_way.moves.get(number).filter(|_| under_way.fenced.contains_key(number)) else {
+                continue;
+            };
+            let Some(slot) = table.get_mut(*number as usize).filter(|slot| slot.term == *term) else { continue };
+            let has_all = |s: &ServerId| slot.member(*s).is_some_and(|m| m.in_sync) && is_live(s);
+            if !target.iter().all(has_all) {
+                continue;
+            }
+            effects.names.extend(slot.tuple.iter().map(|m| m.server));
+            let stays = |m: &Member| target.contains(&m.server);
+            let mut stay: Vec<Member> = slot.tuple.iter().copied().filter(stays).collect();
+            stay.sort_by_key(|m| target.iter().position(|s| *s == m.server));
+            slot.leave(index, |m| !target.contains(&m.server), servers);
+            slot.tuple = stay;
+            slot.term = index;
+            effects.slots.push(SlotId { gmap, slot: *number });
+            map.slots[*number as usize] = under_way.moves.remove(number).expect("just seen");
+            under_way.fenced.remove(number);
+            under_way.moved += 1;
+        }
+        if effects.slots.is_empty() {
+            return Err(CommandError::Overtaken);
+        }
+        if under_way.moves.is_empty() {
+            self.reconfigurations.remove(&gmap);
+        }
+        self.layouts.insert(gmap, index);
+        self.narrow_to_members(effects);
+        Ok(Outcome::Done)
+    }
+
+    /// Fenced slots whose joiners can be forgotten: every server of the old tuple that is up is in sync, and one is live.
+    fn turning_back(&self, gmap: GmapId) -> Vec<u32> {
+        let (Some(under_way), Some(table)) = (self.reconfigurations.get(&gmap), self.slots.get(&gmap)) else {
+            return Vec::new();
+        };
+        let is_up = |s: &&ServerId| self.servers.get(s).is_some_and(|s| !s.down);
+        let is_live = |s: &ServerId| self.servers.get(s).is_some_and(|s| !s.down && s.suspect.is_none());
+        let can = |(number, old): &(&u32, &Vec<ServerId>)| {
+            let Some(slot) = table.get(**number as usize) else { return false };
+            let in_sync = |s: &ServerId| slot.member(*s).is_some_and(|m| m.in_sync);
+            old.iter().any(|s| in_sync(s) && is_live(s)) && old.iter().filter(is_up).all(in_sync)
+        };
+        under_way.fenced.iter().filter(can).map(|(number, _)| *number).collect()
+    }
+
+    /// True if turning back gets on when it is asked for now.
+    pub(crate) fn can_turn_back(&self, gmap: GmapId) -> bool {
+        !self.turning_back(gmap).is_empty()
+    }
+
+    /// Turns back: joiners of fenced slots are forgotten, where the old tuple has all its servers that are up in sync.
+    /// The rest when it is asked again. What is new stays so.
+    pub(super) fn abort_reconfiguration(&mut self, gmap: GmapId, effects: &mut Effects) -> Applied {
+        let index = self.index;
+        let back = self.turning_back(gmap);
+        let servers = &self.servers;
+        let (Some(under_way), Some(table)) = (self.reconfigurations.get_mut(&gmap), self.slots.get_mut(&gmap)) else {
+            return Err(CommandError::Overtaken);
+        };
+        for number in &back {
+            let old = &under_way.fenced[number];
+            let slot = &mut table[*number as usize];
+            if slot.tuple.iter().all(|m| old.contains(&m.server)) {
+                continue;
+            }
+            effects.names.extend(slot.tuple.iter().map(|m| m.server));
+            slot.leave(index, |m| !old.contains(&m.server), servers);
+            slot.tuple.retain(|m| old.contains(&m.server));
+            slot.term = index;
+            effects.slots.push(SlotId { gmap, slot: *number });
+        }
+        let begun = under_way.begun;
+        let is_new = !std::mem::replace(&mut under_way.turns_back, true);
+        for number in &back {
+            under_way.fenced.remove(number);
+        }
+        if under_way.fenced.is_empty() {
+            self.reconfigurations.remove(&gmap);
+        } else if back.is_empty() && !is_new {
+            return Err(CommandError::Overtaken);
+        }
+        self.layouts.insert(gmap, index);
+        if self.placed < begun {
+            self.replan.remove(&gmap); // What was asked for since is still to be done.
+        }
+        if !effects.slots.is_empty() {
+            self.narrow_to_members(effects);
+        }
+        Ok(Outcome::Done)
+    }
+
+    pub(super) fn pause_reconfiguration(&mut self, gmap: GmapId, paused: bool) -> Applied {
+        let under_way = self.reconfigurations.get_mut(&gmap).ok_or(CommandError::Overtaken)?;
+        under_way.paused = paused;
+        Ok(Outcome::Done)
+    }
+
+    /// Whoever is a member, or was until now, settles it.
+    fn narrow_to_members(&self, effects: &mut Effects) {
+        effects.narrows = true;
+        effects.concerned = effects.names.iter().copied().collect();
+    }
+
+    pub(super) fn check_reconfigurations(&self) -> Result<(), String> {
+        let known = |s: &ServerId| self.servers.contains_key(s);
+        for (gmap, under_way) in &self.reconfigurations {
+            let (Some(map), Some(table)) = (self.gmaps.get(gmap), self.slots.get(gmap)) else {
+                return Err(format!("{gmap} is reconfigured and does not exist"));
+            };
+            let copies = map.scheme.copies();
+            let is_tuple = |tuple: &Vec<ServerId>| {
+                tuple.len() == copies && tuple.iter().all(known) && tuple.iter().collect::<BTreeSet<_>>().len() == copies
+            };
+            let is_slot = |n: &u32| (*n as usize) < map.slots.len();
+            if !under_way.moves.iter().all(|(n, tuple)| is_slot(n) && is_tuple(tuple)) {
+                return Err(format!("{gmap} is to get a tuple that cannot be"));
+            }
+            if under_way.moves.is_empty() || under_way.begun > self.index {
+                return Err(format!("{gmap} is reconfigured by nothing"));
+            }
+            for (number, old) in &under_way.fenced {
+                let Some(slot) = table.get(*number as usize) else {
+                    return Err(format!("{gmap} has a fenced slot {number}, and no such slot"));
+                };
+                let target = under_way.moves.get(number);
+                let allowed = |s: &ServerId| old.contains(s) || target.is_some_and(|t| t.contains(s));
+                let are_there = old.iter().chain(target.into_iter().flatten()).all(|s| slot.member(*s).is_some());
+                if target.is_none() || !are_there || !slot.tuple.iter().all(|m| allowed(&m.server)) {
+                    return Err(format!("slot {number} of {gmap} is not fenced as it says"));
+                }
+            }
+        }
+        let is_past = |(gmap, index): (&GmapId, &StateIndex)| self.gmaps.contains_key(gmap) && *index <= self.index;
+        if !self.layouts.iter().all(is_past) || self.placed > self.index {
+            return Err("a placement is from the future".into());
+        }
+        if !self.replan.iter().all(|gmap| self.gmaps.contains_key(gmap)) {
+            return Err("a map is to be planned anew and does not exist".into());
+        }
+        Ok(())
+    }
+}
+
+impl super::SlotState {
+    /// Notes who goes: who may have a lease by which it serves what it has.
+    fn leave(
+        &mut self,
+        index: StateIndex,
+        goes: impl Fn(&Member) -> bool,
+        servers: &BTreeMap<ServerId, super::ServerState>,
+    ) {
+        let may_serve = |d: &Departed| servers.get(&d.server).is_some_and(|s| !s.down && d.index > s.up);
+        self.left.retain(may_serve);
+        let gone = self.tuple.iter().filter(|m| goes(m)).map(|m| Departed { server: m.server, index });
+        let gone: Vec<Departed> = gone.filter(may_serve).collect();
+        self.left.retain(|d| gone.iter().all(|g| g.server != d.server));
+        self.left.extend(gone);
+        // Between two such commands with joiners the slot was served, and so who left before the first one is known to know.
+        let over = self.left.len().saturating_sub(TUPLE_MAX);
+        self.left.drain(..over);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::global_state::{Command, Fixture};
+    use crate::mover::next_step;
+
+    fn s(n: u16) -> ServerId {
+        ServerId(n)
+    }
+
+    /// Four servers, of which the last holds nothing yet; a disk with two copies.
+    fn three_and_a_new_one() -> (Fixture, GmapId) {
+        let mut f = Fixture::up(4);
+        f.run(Command::Drain { server: s(4), drained: true }).unwrap();
+        f.disk("a");
+        assert!(f.state.all_slots().all(|(_, slot)| slot.member(s(4)).is_none()));
+        let gmap = *f.state.gmaps.keys().next().unwrap();
+        (f, gmap)
+    }
+
+    fn step(f: &mut Fixture, gmap: GmapId) -> Option<Command> {
+        let command = next_step(&f.state, gmap)?;
+        f.run(command.clone()).unwrap();
+        Some(command)
+    }
+
+    /// What recovery does.
+    fn bring_in_sync(f: &mut Fixture) {
+        let out: Vec<(ServerId, SlotId, Term)> = f
+            .state
+            .all_slots()
+            .flat_map(|(id, slot)| slot.tuple.iter().filter(|m| !m.in_sync).map(move |m| (m.server, id, slot.term)))
+            .collect();
+        for (server, slot, term) in out {
+            let incarnation = f.state.servers[&server].incarnation;
+            let _ = f.run(Command::InSync { server, incarnation, slots: vec![(slot, term)] });
+        }
+    }
+
+    fn finish(f: &mut Fixture, gmap: GmapId) -> usize {
+        let mut fences = 0;
+        for _ in 0..2000 {
+            match step(f, gmap) {
+                Some(Command::Fence { .. }) => fences += 1,
+                Some(_) => {}
+                None if f.state.reconfigurations.is_empty() && f.state.replan.is_empty() => return fences,
+                None => bring_in_sync(f),
+            }
+            for (id, slot) in f.state.all_slots() {
+                let copies = f.state.gmaps[&id.gmap].scheme.copies();
+                assert!(slot.in_sync().count() >= copies, "{id:?}: redundancy fell");
+            }
+        }
+        panic!("it does not end: {:?}", f.state.reconfigurations);
+    }
+
+    fn held(f: &Fixture, server: u16) -> usize {
+        f.state.slots_of_server(s(server)).count()
+    }
+
+    #[test]
+    fn a_server_that_is_filled_gets_its_share_and_one_that_is_drained_holds_nothing() {
+        let (mut f, gmap) = three_and_a_new_one();
+        f.run(Command::Drain { server: s(4), drained: false }).unwrap();
+        assert!(finish(&mut f, gmap) > 10, "in many steps");
+        let all = 2 * f.state.gmaps[&gmap].slots.len();
+        for server in 1..=4 {
+            assert!(held(&f, server).abs_diff(all / 4) <= 2, "s{server} has {}", held(&f, server));
+        }
+        f.run(Command::Drain { server: s(2), drained: true }).unwrap();
+        finish(&mut f, gmap);
+        assert_eq!(held(&f, 2), 0);
+        for (id, slot) in f.state.all_slots() {
+            let tuple: Vec<ServerId> = slot.tuple.iter().map(|m| m.server).collect();
+            assert_eq!(tuple, f.state.gmaps[&gmap].slots[id.slot as usize]);
+            assert!(slot.tuple.iter().all(|m| m.in_sync));
+        }
+        // New disks are placed by it, too.
+        assert_eq!(State::decode(&f.state.encode()).unwrap(), f.state);
+    }
+
+    #[test]
+    fn what_would_leave_too_few_servers_is_refused() {
+        let (mut f, gmap) = three_and_a_new_one();
+        f.run(Command::Drain { server: s(3), drained: true }).unwrap();
+        let refused = f.run(Command::Drain { server: s(2), drained: true });
+        assert_eq!(refused, Err(CommandError::TooFewServers { copies: 2, servers: 1 }));
+        assert_eq!(f.run(Command::Drain { server: s(9), drained: true }), Err(CommandError::NoSuchServer(s(9))));
+        finish(&mut f, gmap);
+        assert_eq!(held(&f, 3), 0);
+    }
+
+    #[test]
+    fn a_slot_is_new_only_when_all_of_the_new_tuple_are_in_sync_and_live_in_its_term() {
+        let (mut f, gmap) = three_and_a_new_one();
+        let slot = SlotId { gmap, slot: 0 };
+        let tuple = |f: &Fixture| f.state.slot(slot).unwrap().tuple.iter().map(|m| m.server.0).collect::<Vec<_>>();
+        assert_eq!(tuple(&f), [1, 2]);
+        f.run(Command::Drain { server: s(4), drained: false }).unwrap();
+        let planned_from = f.state.planned_from(gmap);
+        let plan = |planned_from, moves| Command::Reconfigure { gmap, planned_from, moves, more: false };
+        let old = f.run(plan(planned_from - 1, vec![(0, vec![s(1), s(4)])]));
+        assert_eq!(old, Err(CommandError::Overtaken));
+        for bad in [vec![(0, vec![s(1), s(1)])], vec![(0, vec![s(1)])], vec![(4096, vec![s(1), s(2)])]] {
+            assert!(matches!(f.run(plan(planned_from, bad)), Err(CommandError::Malformed(_))));
+        }
+        f.run(plan(planned_from, vec![(0, vec![s(4), s(1)])])).unwrap();
+        let moved = |f: &Fixture| Command::Moved { gmap, slots: vec![(0, f.state.slot(slot).unwrap().term)] };
+        let early = moved(&f);
+        assert_eq!(f.run(early), Err(CommandError::Overtaken), "it is not fenced");
+        let term = f.state.slot(slot).unwrap().term;
+        f.run(Command::Fence { gmap, slots: vec![(0, term)] }).unwrap();
+        assert_eq!(tuple(&f), [1, 2, 4]);
+        assert_eq!(f.state.slot(slot).unwrap().term, f.state.index);
+        assert_eq!(f.state.slot(slot).unwrap().member(s(4)).unwrap().since, f.state.index);
+        assert!(!f.state.slot(slot).unwrap().has_unaware(&f.state.servers), "a joiner has nothing to serve");
+        assert_eq!(f.run(Command::Fence { gmap, slots: vec![(0, term)] }), Err(CommandError::Overtaken), "once");
+        let early = moved(&f);
+        assert_eq!(f.run(early), Err(CommandError::Overtaken), "s4 is not in sync");
+        let late = moved(&f);
+        bring_in_sync(&mut f);
+        assert_eq!(f.run(late), Err(CommandError::Overtaken), "of an older term");
+        let suspect = Command::Suspect { server: s(4), incarnation: f.state.servers[&s(4)].incarnation };
+        f.run(suspect).unwrap();
+        let early = moved(&f);
+        assert_eq!(f.run(early.clone()), Err(CommandError::Overtaken), "s4 is suspected");
+        let (server, incarnation) = (s(4), f.state.servers[&s(4)].incarnation);
+        let suspect = f.state.servers[&s(4)].suspect.unwrap();
+        f.run(Command::Reinstate { server, incarnation, suspect }).unwrap();
+        f.run(early).unwrap();
+        assert_eq!(tuple(&f), [4, 1]);
+        assert!(f.effects.narrows && f.effects.names == [s(1), s(2), s(4)].into());
+        let new = f.state.slot(slot).unwrap();
+        assert_eq!((new.term, new.acting(&f.state.servers)), (f.state.index, Some(s(4))));
+        let left: Vec<Departed> = new.unaware_leavers(&f.state.servers).copied().collect();
+        assert_eq!(left, [Departed { server: s(2), index: f.state.index }]);
+        assert!(f.state.reconfigurations.is_empty());
+    }
+
+    #[test]
+    fn turning_back_forgets_joiners_and_waits_for_the_old_members() {
+        let (mut f, gmap) = three_and_a_new_one();
+        let before: Vec<Vec<ServerId>> = f.state.gmaps[&gmap].slots.clone();
+        f.run(Command::Drain { server: s(4), drained: false }).unwrap();
+        for _ in 0..3 {
+            step(&mut f, gmap);
+            bring_in_sync(&mut f);
+        }
+        step(&mut f, gmap);
+        let moved = f.state.reconfigurations[&gmap].moved as usize;
+        let fenced: Vec<u32> = f.state.reconfigurations[&gmap].fenced.keys().copied().collect();
+        assert!(moved > 0 && !fenced.is_empty());
+        // An old member is out of sync, up again: its slot must wait.
+        let first = SlotId { gmap, slot: fenced[0] };
+        let (server, term) = {
+            let slot = f.state.slot(first).unwrap();
+            (slot.tuple[1].server, slot.term)
+        };
+        f.run(Command::TakeOut { server, slots: vec![(first, term)] }).unwrap();
+        f.run(Command::AbortReconfiguration { gmap }).unwrap();
+        assert_eq!(f.state.reconfigurations[&gmap].fenced.keys().collect::<Vec<_>>(), [&fenced[0]]);
+        assert_eq!(next_step(&f.state, gmap), None);
+        assert_eq!(f.run(Command::AbortReconfiguration { gmap }), Err(CommandError::Overtaken));
+        bring_in_sync(&mut f);
+        assert_eq!(step(&mut f, gmap), Some(Command::AbortReconfiguration { gmap }));
+        assert!(f.state.reconfigurations.is_empty() && f.state.replan.is_empty());
+        let differ = before.iter().zip(&f.state.gmaps[&gmap].slots).filter(|(old, new)| old != new).count();
+        assert_eq!(differ, moved, "what was new stays so");
+        assert!(f.state.all_slots().all(|(_, slot)| slot.tuple.len() == 2));
+        assert_eq!(held(&f, 4), moved);
+    }
+
+    #[test]
+    fn a_paused_one_fences_nothing_more_and_a_drained_target_turns_it_back() {
+        let (mut f, gmap) = three_and_a_new_one();
+        f.run(Command::Drain { server: s(4), drained: false }).unwrap();
+        step(&mut f, gmap);
+        f.run(Command::PauseReconfiguration { gmap, paused: true }).unwrap();
+        assert_eq!(next_step(&f.state, gmap), None);
+        f.run(Command::PauseReconfiguration { gmap, paused: false }).unwrap();
+        assert!(matches!(step(&mut f, gmap), Some(Command::Fence { .. })));
+        f.run(Command::Drain { server: s(4), drained: true }).unwrap();
+        assert_eq!(step(&mut f, gmap), Some(Command::AbortReconfiguration { gmap }));
+        finish(&mut f, gmap);
+        assert_eq!(held(&f, 4), 0);
+    }
+}

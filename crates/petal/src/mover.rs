@@ -1,0 +1,138 @@
+//! The mover: takes reconfigurations on, step by step (2.8).
+//!
+//! ```text
+//!  a server is drained or filled -> plan (`replan.rs`) -> Reconfigure
+//!       -> Fence some slots -> (recovery brings the joiners up to date, `resync.rs`) -> Moved -> Fence the next ...
+//! ```
+//!
+//! The leader of the ring looks at the state, and proposes the next step of each GMap. All that it knows is in the state:
+//! whoever leads next goes on, and what two leaders propose is conditional on terms and on what a plan was made from. At most
+//! 1/20 of what is to move is fenced at one time, scattered over the slots, so that no part of a disk is all at once
+//! written to more servers than before.
+//!
+//! It waits for servers that are away, by itself for ever: one that does not come back can be drained, and then holds
+//! nothing that anybody waits for.
+
+use crate::global_state::{Command, Move, Reconfiguration, ServerState, State};
+use crate::ids::*;
+use crate::message::CommandId;
+use crate::replan::{replan, scattered};
+use std::collections::BTreeMap;
+use stdx::{Duration, Instant};
+
+/// Time between two looks at least.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Of so many slots that are to move one is fenced, and one at least.
+const FENCED_ONE_IN: usize = 20;
+/// Slots in one command.
+const SLOTS_PER_COMMAND: usize = 512;
+/// Moves in one plan: 13 bytes each at most, and a command has 64 KiB.
+const MOVES_PER_PLAN: usize = 4096;
+
+/// What the leader does about reconfigurations.
+#[derive(Debug, Default)]
+pub(crate) struct Mover {
+    look_at: Option<Instant>,
+    /// What is under way, of each GMap.
+    proposed: BTreeMap<GmapId, CommandId>,
+}
+
+impl Mover {
+    /// What is to be proposed now, one command for each GMap. [`Mover::on_proposed`] tells as what.
+    pub fn look(&mut self, now: Instant, state: &State) -> Vec<(GmapId, Command)> {
+        if self.look_at.is_some_and(|at| at > now) {
+            return Vec::new();
+        }
+        self.look_at = Some(now + LOOK_EVERY);
+        self.proposed.retain(|_, id| !state.is_executed(id));
+        let due = state.gmaps.keys().filter(|gmap| !self.proposed.contains_key(gmap));
+        due.filter_map(|gmap| next_step(state, *gmap).map(|command| (*gmap, command))).collect()
+    }
+
+    /// A command that `look` wanted is under way.
+    pub fn on_proposed(&mut self, gmap: GmapId, id: CommandId) {
+        self.proposed.insert(gmap, id);
+    }
+
+    /// A command was applied.
+    pub fn on_executed(&mut self, id: CommandId) {
+        self.proposed.retain(|_, own| (own.proposer, own.number) != (id.proposer, id.number));
+    }
+
+    /// This server does not lead: nothing of it is wanted any more.
+    pub fn step_down(&mut self) -> Vec<CommandId> {
+        std::mem::take(&mut self.proposed).into_values().collect()
+    }
+}
+
+fn is_live(server: &ServerState) -> bool {
+    !server.down && server.suspect.is_none()
+}
+
+/// The next step of a GMap's reconfiguration, if one can be taken.
+pub(crate) fn next_step(state: &State, gmap: GmapId) -> Option<Command> {
+    match state.reconfigurations.get(&gmap) {
+        Some(under_way) if under_way.turns_back => {
+            state.can_turn_back(gmap).then_some(Command::AbortReconfiguration { gmap })
+        }
+        Some(under_way) if has_drained_target(state, under_way) => Some(Command::AbortReconfiguration { gmap }),
+        Some(under_way) => moved(state, gmap, under_way).or_else(|| fence(state, gmap, under_way)),
+        None if state.replan.contains(&gmap) => plan(state, gmap),
+        None => None,
+    }
+}
+
+/// Nothing is to move to a server any more that was drained since.
+fn has_drained_target(state: &State, under_way: &Reconfiguration) -> bool {
+    under_way.moves.values().flatten().any(|s| state.servers.get(s).is_none_or(|s| s.drained))
+}
+
+fn moved(state: &State, gmap: GmapId, under_way: &Reconfiguration) -> Option<Command> {
+    let are_ready = |number: u32| {
+        let slot = state.slot(SlotId { gmap, slot: number })?;
+        let is_ready = |s: &ServerId| {
+            slot.member(*s).is_some_and(|m| m.in_sync) && state.servers.get(s).is_some_and(is_live)
+        };
+        under_way.moves.get(&number)?.iter().all(is_ready).then_some((number, slot.term))
+    };
+    let slots: Vec<(u32, Term)> =
+        under_way.fenced.keys().filter_map(|n| are_ready(*n)).take(SLOTS_PER_COMMAND).collect();
+    (!slots.is_empty()).then_some(Command::Moved { gmap, slots })
+}
+
+fn fence(state: &State, gmap: GmapId, under_way: &Reconfiguration) -> Option<Command> {
+    let all = under_way.moves.len() + under_way.moved as usize;
+    let most = (all / FENCED_ONE_IN).max(1);
+    // Some at one time: each command is an entry of the log.
+    if under_way.paused || under_way.fenced.len() > most / 2 {
+        return None;
+    }
+    let can_begin = |number: &u32| {
+        let slot = state.slot(SlotId { gmap, slot: *number })?;
+        let target = under_way.moves.get(number).filter(|_| !under_way.fenced.contains_key(number))?;
+        let are_live = target.iter().all(|s| state.servers.get(s).is_some_and(is_live));
+        let is_served = slot.in_sync().any(|s| state.servers.get(&s).is_some_and(is_live));
+        (are_live && is_served).then_some((*number, slot.term))
+    };
+    let count = state.gmaps.get(&gmap)?.slots.len();
+    let order = scattered(count).into_iter().map(|n| n as u32);
+    let room = (most - under_way.fenced.len()).min(SLOTS_PER_COMMAND);
+    let slots: Vec<(u32, Term)> = order.filter_map(|n| can_begin(&n)).take(room).collect();
+    (!slots.is_empty()).then_some(Command::Fence { gmap, slots })
+}
+
+/// Planned when all that may hold data are there: what is away for a moment must not be planned around.
+fn plan(state: &State, gmap: GmapId) -> Option<Command> {
+    let candidates = state.candidates();
+    let is_there = |s: &ServerId| state.servers.get(s).is_some_and(is_live);
+    if !candidates.iter().filter(|c| c.weight > 0).all(|c| is_there(&c.server)) {
+        return None;
+    }
+    let from = state.gmaps.get(&gmap)?;
+    let to = replan(gmap, from, &candidates).ok()?;
+    let differ = (0..).zip(from.slots.iter().zip(to.slots)).filter(|(_, (old, new))| *old != new);
+    let mut moves: Vec<Move> = differ.map(|(number, (_, new))| (number, new)).collect();
+    let more = moves.len() > MOVES_PER_PLAN;
+    moves.truncate(MOVES_PER_PLAN);
+    Some(Command::Reconfigure { gmap, planned_from: state.planned_from(gmap), moves, more })
+}
