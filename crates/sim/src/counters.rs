@@ -76,6 +76,10 @@ kinds! {
     Oust => "a server was cut off when it was about to be taken out",
     /// A client was cut off from one server.
     Estrange => "a client was cut off from a server that others reached",
+    /// An operator changed the placement.
+    Shift => "a server was drained or filled, or that was turned back",
+    /// Slots moved to other servers.
+    Moved => "a slot moved to other servers",
     /// A server passed a client's message on to a server which that could not reach.
     Relayed => "a message was passed on for a client",
     /// A server was cut off, from one other node or from all, in one direction or both.

@@ -217,7 +217,13 @@ impl World {
             .flat_map(|(id, slot)| slot.tuple.iter().filter(|m| !m.in_sync).map(move |m| (id, m.server)))
             .filter(|(_, server)| !self.servers.iter().any(|s| s.lost && s.id == Some(*server)));
         let out: Vec<_> = out.take(3).collect();
-        (!out.is_empty()).then(|| format!("{out:?} are not in sync again"))
+        if !out.is_empty() {
+            return Some(format!("{out:?} are not in sync again"));
+        }
+        // Who is away for good is waited for, and so is nothing planned or moved to it.
+        let waits = self.servers.iter().any(|s| s.lost);
+        let moves = state.reconfigurations.keys().chain(&state.replan).filter(|_| !waits).collect::<Vec<_>>();
+        (!moves.is_empty()).then(|| format!("{moves:?} are reconfigured"))
     }
 
     fn unfinished(&self) -> Option<String> {
@@ -381,6 +387,7 @@ impl World {
             self.crash_server(host);
         }
         let Some(state) = state else { return };
+        self.counters.add(Kind::Moved, state.layouts.len() as u64);
         let mut found = BTreeMap::new();
         for host in 0..self.servers.len() {
             let Some(id) = self.servers[host].id.filter(|_| !self.servers[host].has_failed()) else { continue };

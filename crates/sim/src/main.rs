@@ -21,10 +21,10 @@ petal-sim: whole clusters in one thread, in virtual time, decided by a seed
   --servers N  --disks N  --copies N  --operations N   instead of what the seed draws
   --fault-interval MILLISECONDS   mean time between two faults
   --no-faults  --only-crashes  --crowded  --busy  --full  --recovering  --readers  --swift  --no-shrink  --snapshots
-                         likewise
+  --shifts               likewise
   --only-fault KIND      this kind of fault only (again for more): crash-one, crash-all, stop, reset, stall, ambush,
                          cut, hold, strand, differ, ghost, crash-client, partition, freeze, sever, relapse, lag, late,
-                         spoil, lose, hang, fail, stumble, lie, isolate, oust, estrange
+                         spoil, lose, hang, fail, stumble, lie, isolate, oust, estrange, shift
   --options              print what is drawn for each seed
   --judge FILE           judge what `petal history` recorded of a real cluster, instead
 
@@ -178,12 +178,14 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Arguments>, S
                     "isolate" => &mut faults.isolate,
                     "oust" => &mut faults.oust,
                     "estrange" => &mut faults.estrange,
+                    "shift" => &mut faults.shift,
                     other => return Err(format!("there is no fault '{other}' to ask for")),
                 };
                 *weight += 1;
                 a.overrides.faults = Some(faults);
                 a.again.push_str(&format!(" --only-fault {name}"));
             }
+            "--shifts" => a.overrides.shifts = true,
             "--no-shrink" => a.overrides.no_shrink = true,
             "--help" | "-h" => return Ok(None),
             other => return Err(format!("'{other}' is not an argument")),

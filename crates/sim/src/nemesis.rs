@@ -11,7 +11,7 @@ use crate::workload::draw_weighted;
 use crate::world::World;
 use bytes::Bytes;
 use petal::global_state::{Command, ServerState, State};
-use petal::ids::{DiskId, Incarnation, ServerId, SlotId, Term};
+use petal::ids::{DiskId, GmapId, Incarnation, ServerId, SlotId, Term};
 use petal::message::{Admin, AdminRequest, Body, CommandId, Message, Part, Payload};
 use petal::server::{self, Peer};
 use petal::store::{BlockSum, DiskCommand};
@@ -118,7 +118,8 @@ impl World {
             26 => self.lie(),
             27 => self.isolate(),
             28 => self.oust(),
-            _ => self.estrange(),
+            29 => self.estrange(),
+            _ => self.shift(),
         }
     }
 
@@ -590,6 +591,26 @@ impl World {
             let time = Duration::from_millis(self.chaos.between(500, 5000));
             self.sever_links(&[link], time);
         }
+    }
+
+    /// What an operator does about placement. He looks at the newest state, and so plans from what holds; the ring's
+    /// leader does the rest.
+    fn shift(&mut self) {
+        let Some(state) = self.newest_state() else { return };
+        let servers: Vec<ServerId> = state.servers.iter().filter(|(_, s)| s.incarnation.0 > 0).map(|(id, _)| *id).collect();
+        let drained: Vec<ServerId> = state.servers.iter().filter(|(_, s)| s.drained).map(|(id, _)| *id).collect();
+        let under_way: Vec<GmapId> = state.reconfigurations.keys().copied().collect();
+        if servers.is_empty() {
+            return;
+        }
+        let command = match self.chaos.below(8) {
+            0 if !under_way.is_empty() => Command::AbortReconfiguration { gmap: *self.chaos.pick(&under_way) },
+            1..=3 if !drained.is_empty() => Command::Drain { server: *self.chaos.pick(&drained), drained: false },
+            // What the servers do with a plan that makes no sense is nobody's harm, so any server will do.
+            _ => Command::Drain { server: *self.chaos.pick(&servers), drained: drained.is_empty() },
+        };
+        self.counters.count(Kind::Shift);
+        self.execute_anywhere(command);
     }
 
     /// Connections of a host with other servers.

@@ -151,6 +151,8 @@ pub struct FaultWeights {
     pub oust: u64,
     /// Cut a client off from one server, which all others reach.
     pub estrange: u64,
+    /// An operator drains a server, lets one hold its share again, or turns back what is under way.
+    pub shift: u64,
 }
 
 /// How likely each operation is, relative to the others.
@@ -244,6 +246,8 @@ pub struct Overrides {
     pub readers: bool,
     /// Snapshots are made, also where the seed draws none; with `crowded` nothing but snapshots.
     pub snapshots: bool,
+    /// Servers are drained and filled all the time, whatever else the seed draws.
+    pub shifts: bool,
     /// Nobody does anything by himself, and there are no faults.
     pub scripted: bool,
     /// These faults only.
@@ -313,6 +317,11 @@ impl Options {
         if overrides.snapshots || !overrides.crowded && !overrides.swift && newest.chance(1, 2) {
             options.take_snapshots(&mut newest, overrides.crowded);
         }
+        let mut shifting = Prng::new(newest.clone().next_u64() ^ 0x5417);
+        let draws_shifts = servers > 2 && !overrides.crowded && !overrides.swift && shifting.chance(1, 3);
+        if draws_shifts || overrides.shifts {
+            options.shift(&mut shifting, overrides.shifts);
+        }
         options.apply(overrides);
         if overrides.recovering {
             options.recovering = true;
@@ -342,6 +351,15 @@ impl Options {
             self.operations = self.operations.max(600);
             self.faulty = self.faulty.max(Duration::from_millis(1500));
         }
+    }
+
+    /// Servers are drained and filled: there is room for what moves, and time.
+    fn shift(&mut self, prng: &mut Prng, often: bool) {
+        self.faults.shift = if often { 8 } else { *prng.pick(&[1, 3, 8]) };
+        self.data = *prng.pick(&[Some(24 << 20), None]);
+        self.faulty = self.faulty.max(Duration::from_millis(prng.between(3000, 8000)));
+        self.operations = self.operations.max(self.faulty.as_millis() as u64 / 3);
+        self.fault_interval = self.fault_interval.or(Some(Duration::from_millis(300)));
     }
 
     /// Servers stay away for a while and miss much.
@@ -448,6 +466,7 @@ impl FaultWeights {
         isolate: 0,
         oust: 0,
         estrange: 0,
+        shift: 0,
     };
 
     fn draw(prng: &mut Prng) -> FaultWeights {
@@ -483,11 +502,12 @@ impl FaultWeights {
             isolate: 0,
             oust: 0,
             estrange: 0,
+            shift: 0,
         }
     }
 
     /// The weights in the order of the fields.
-    pub fn list(&self) -> [u64; 30] {
+    pub fn list(&self) -> [u64; 31] {
         [
             self.crash_one,
             self.crash_several,
@@ -519,6 +539,7 @@ impl FaultWeights {
             self.isolate,
             self.oust,
             self.estrange,
+            self.shift,
         ]
     }
 }
