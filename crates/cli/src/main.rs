@@ -118,7 +118,7 @@ fn main() -> ExitCode {
     let result = match arguments.command {
         Command::Up(arguments) => commands::up::run(&place, arguments),
         Command::Down(arguments) => commands::down::run(&place, arguments),
-        Command::Server(arguments) => commands::server::run(arguments),
+        Command::Server(arguments) => commands::server::run(&place, arguments),
         Command::Init(arguments) => commands::init::run(arguments),
         Command::Join(arguments) => commands::join::run(arguments),
         Command::Rejoin(arguments) => commands::rejoin::run(&place, arguments),

@@ -16,6 +16,7 @@ pub mod inspect;
 pub mod join;
 pub mod log;
 pub mod nbd;
+pub mod placement;
 pub mod rejoin;
 pub mod rollback;
 pub mod scrub;

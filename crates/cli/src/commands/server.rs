@@ -1,5 +1,7 @@
 //! `petal server`: one server of a cluster. A real deployment runs one per machine.
 
+use super::placement::{self, Placement};
+use crate::place::Place;
 use crate::processes::ProcessFile;
 use crate::server_config::{CACHE_ELEMENTS_DEFAULT, ServerConfig};
 use crate::{connect, disk_files};
@@ -15,10 +17,14 @@ use stdx::Duration;
 
 /// `petal server`
 #[derive(clap::Args)]
-#[command(after_help = "\
+#[command(args_conflicts_with_subcommands = true, after_help = "\
 Examples:
   petal server --config /etc/petal/server.toml
   petal server --listen 10.0.0.1:7000 --disk /dev/sdb --disk /dev/sdc
+  petal server list                what each server of the cluster holds
+  petal server drain s3 --dry-run  what would move if s3 were to hold nothing
+  petal server drain s3            its data moves to the others, while everything is used
+  petal server fill s5             s5, which has joined, gets its share
 
 The config file:
   listen = [\"0.0.0.0:7000\"]
@@ -27,6 +33,8 @@ The config file:
   scrub_hours = 336            (every block is read once in so long; 0: only when `petal scrub` asks)
 `petal init` and `petal join` format the disks and write it.")]
 pub struct Arguments {
+    #[command(subcommand)]
+    placement: Option<Placement>,
     /// The config file
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -41,8 +49,11 @@ pub struct Arguments {
     process_file: Option<PathBuf>,
 }
 
-/// Runs the server until it is told to stop.
-pub fn run(arguments: Arguments) -> Result<()> {
+/// Runs the server until it is told to stop; or asks a cluster about its servers.
+pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
+    if let Some(command) = arguments.placement {
+        return placement::run(place, command);
+    }
     let mut config = match &arguments.config {
         Some(path) => ServerConfig::read(path)?,
         None => ServerConfig::default(),

@@ -234,6 +234,7 @@ impl Report {
             "slow": slow_servers(&self.servers).iter().map(SlowServer::json).collect::<Vec<_>>(),
             "majority": self.has_majority(),
             "redundancy": self.redundancy.json(),
+            "reconfiguration": super::placement::progress_json(&self.state),
             "disks": disks,
             "nbd": self.nbd,
         })
@@ -277,6 +278,7 @@ impl Report {
         }
         slow_servers(&self.servers).iter().for_each(|slow| println!("  {}", slow.sentence()));
         self.redundancy.sentences(|server, missing| self.why(server, missing)).iter().for_each(|l| println!("{l}"));
+        super::placement::progress(&self.state).iter().for_each(|l| println!("{l}"));
         let scrubs = self.servers.iter().filter_map(|s| Some((s.id, s.scrub.as_ref()?)));
         scrub::sentences(scrubs, output::unix_seconds()).iter().for_each(|l| println!("{l}"));
         println!();

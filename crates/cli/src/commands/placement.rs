@@ -1,0 +1,284 @@
+//! `petal server list | drain | fill | turn-back`: which servers hold data, and how it gets from one to the other.
+//!
+//! These commands only say what is wanted; the ring's leader plans and moves (`petal::replan`, 2.8). So they may be ended at
+//! any time, and `petal status` shows how far it is.
+
+use crate::connect::{self, Connection};
+use crate::output;
+use crate::place::Place;
+use anyhow::{Context, Result, bail, ensure};
+use petal::global_state::{Command, ServerState, State};
+use petal::ids::ServerId;
+use petal::replan::{copies_to_move, replan};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// How long a server may take to answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(3);
+/// Of a server's room so many per cent are kept free.
+const KEPT_FREE_PERCENT: u64 = 5;
+
+/// What is asked of the placement.
+#[derive(clap::Subcommand)]
+pub enum Placement {
+    /// The servers, and what each of them holds
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Move all data of a server to the others, while everything is used; one that is down is replaced by them
+    Drain(Change),
+    /// Let a server hold its share of the data: a new one, or one that was drained
+    Fill(Change),
+    /// Turn back what is under way; slots that moved already stay where they are
+    TurnBack,
+}
+
+/// A change of the placement.
+#[derive(clap::Args)]
+pub struct Change {
+    /// The server
+    #[arg(value_parser = output::parse_server)]
+    server: ServerId,
+    /// Only tell what would move
+    #[arg(long)]
+    dry_run: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Does it.
+pub fn run(place: &Place, command: Placement) -> Result<()> {
+    let place = place.clone();
+    connect::block_on(async move {
+        let connection = Connection::open(&place).await?;
+        match command {
+            Placement::List { json } => list(&connection, json).await,
+            Placement::Drain(change) => apply(&connection, change, true).await,
+            Placement::Fill(change) => apply(&connection, change, false).await,
+            Placement::TurnBack => turn_back(&connection).await,
+        }
+    })
+}
+
+/// What one server holds.
+#[derive(Clone, Copy, Default)]
+struct Held {
+    /// Copies of slots.
+    copies: u64,
+    /// Bytes of data, and for how many there is room; of a server that does not answer, none are known.
+    bytes: u64,
+    capacity: u64,
+}
+
+async fn held(connection: &Connection, state: &State) -> Result<BTreeMap<ServerId, Held>> {
+    let connection = connection.to_all(state).await?;
+    let mut all = BTreeMap::new();
+    for server in state.servers.keys() {
+        let copies = state.gmaps.values().flat_map(|g| &g.slots).filter(|tuple| tuple.contains(server)).count() as u64;
+        let mut held = Held { copies, ..Held::default() };
+        if let Ok(status) = connection.server_status(*server, ANSWER_LIMIT).await {
+            held.bytes = status.disks.iter().map(|d| d.used).sum();
+            held.capacity = status.disks.iter().map(|d| d.capacity).sum();
+        }
+        all.insert(*server, held);
+    }
+    Ok(all)
+}
+
+/// How far what is under way is, one sentence for each map.
+pub fn progress(state: &State) -> Vec<String> {
+    let sentence = |(gmap, under_way): (&petal::ids::GmapId, &petal::global_state::Reconfiguration)| {
+        let all = under_way.moved as usize + under_way.moves.len();
+        let how = match (under_way.turns_back, under_way.paused) {
+            (true, _) => ", turning back",
+            (_, true) => ", paused",
+            _ => "",
+        };
+        format!("Moving data of {gmap}: {} of {all} slots, {} under way{how}.", under_way.moved, under_way.fenced.len())
+    };
+    let planned = state.replan.iter().filter(|gmap| !state.reconfigurations.contains_key(gmap));
+    let planned = planned.map(|gmap| format!("Data of {gmap} is to be moved; it begins when all servers are up."));
+    state.reconfigurations.iter().map(sentence).chain(planned).collect()
+}
+
+/// The same for programs.
+pub fn progress_json(state: &State) -> Value {
+    let all = state.reconfigurations.iter().map(|(gmap, r)| {
+        json!({
+            "map": gmap.to_string(),
+            "slots": r.moved as usize + r.moves.len(),
+            "moved": r.moved,
+            "under_way": r.fenced.len(),
+            "paused": r.paused,
+            "turns_back": r.turns_back,
+        })
+    });
+    json!({ "moving": all.collect::<Vec<_>>(), "to_plan": state.replan.len() })
+}
+
+fn word(server: &ServerState) -> &'static str {
+    match server {
+        _ if server.incarnation.0 == 0 => "never up",
+        _ if server.down => "down",
+        _ if server.weight == 0 => "witness",
+        _ if server.drained => "drained",
+        _ => "holds data",
+    }
+}
+
+async fn list(connection: &Connection, json: bool) -> Result<()> {
+    let state = connection.state().await?;
+    let held = held(connection, &state).await?;
+    if json {
+        let one = |(id, server): (&ServerId, &ServerState)| {
+            let held = held[id];
+            json!({
+                "server": id.to_string(), "state": word(server), "drained": server.drained,
+                "copies": held.copies, "bytes": held.bytes, "capacity": held.capacity,
+            })
+        };
+        let servers: Vec<Value> = state.servers.iter().map(one).collect();
+        return output::print_json(&json!({ "servers": servers, "reconfiguration": progress_json(&state) }));
+    }
+    let mut table = output::table(&["server", "state", "slots", "data", "room"]);
+    output::right(&mut table, &[2, 3, 4]);
+    for (id, server) in &state.servers {
+        let Held { copies, bytes, capacity } = held[id];
+        let row = [copies.to_string(), output::size(bytes), output::size(capacity)];
+        table.add_row([id.to_string(), word(server).to_string()].into_iter().chain(row));
+    }
+    output::print_table(&table);
+    progress(&state).iter().for_each(|line| println!("{line}"));
+    Ok(())
+}
+
+/// What a change would move.
+struct Plan {
+    before: BTreeMap<ServerId, Held>,
+    after: BTreeMap<ServerId, Held>,
+    copies: u64,
+    bytes: u64,
+}
+
+impl Plan {
+    /// What the ring's leader will plan, if nothing else changes until then.
+    fn of(state: &State, before: BTreeMap<ServerId, Held>, server: ServerId, drained: bool) -> Result<Plan> {
+        let mut then = state.clone();
+        then.servers.get_mut(&server).context("no such server")?.drained = drained;
+        let candidates = then.candidates();
+        let mut plan = Plan { after: before.clone(), before, copies: 0, bytes: 0 };
+        for (id, from) in &state.gmaps {
+            let to = replan(*id, from, &candidates)?;
+            plan.copies += copies_to_move(from, &to) as u64;
+            for (old, new) in from.slots.iter().zip(&to.slots) {
+                // A copy has the mean size of those on the servers that have it.
+                let sizes = old.iter().filter_map(|s| plan.before.get(s)).filter(|h| h.capacity > 0 && h.copies > 0);
+                let sizes: Vec<u64> = sizes.map(|h| h.bytes / h.copies).collect();
+                let size = sizes.iter().sum::<u64>() / sizes.len().max(1) as u64;
+                for server in old.iter().filter(|s| !new.contains(s)) {
+                    let held = plan.after.entry(*server).or_default();
+                    (held.copies, held.bytes) = (held.copies.saturating_sub(1), held.bytes.saturating_sub(size));
+                }
+                for server in new.iter().filter(|s| !old.contains(s)) {
+                    let held = plan.after.entry(*server).or_default();
+                    (held.copies, held.bytes) = (held.copies + 1, held.bytes + size);
+                    plan.bytes += size;
+                }
+            }
+        }
+        for held in plan.after.values_mut().filter(|held| held.copies == 0) {
+            held.bytes = 0;
+        }
+        Ok(plan)
+    }
+
+    fn stored(&self) -> u64 {
+        self.before.values().map(|h| h.bytes).sum()
+    }
+
+    /// Refuses what cannot be held.
+    fn check_room(&self) -> Result<()> {
+        for (server, held) in &self.after {
+            let grows = held.copies > self.before.get(server).map_or(0, |h| h.copies);
+            let room = held.capacity / 100 * (100 - KEPT_FREE_PERCENT);
+            ensure!(
+                !grows || held.bytes <= room,
+                "there is not enough room: {server} would hold {}, and has room for {}, so {} are missing; add a server or a \
+                 larger disk, or delete something",
+                output::size(held.bytes),
+                output::size(room),
+                output::size(held.bytes - room)
+            );
+        }
+        Ok(())
+    }
+
+    fn json(&self) -> Value {
+        let of = |held: &Held| json!({ "slots": held.copies, "bytes": held.bytes });
+        let one = |(server, before): (&ServerId, &Held)| {
+            json!({ "server": server.to_string(), "before": of(before), "after": of(&self.after[server]) })
+        };
+        let servers: Vec<Value> = self.before.iter().map(one).collect();
+        json!({
+            "bytes_stored": self.stored(),
+            "bytes_to_move": self.bytes,
+            "slots_to_move": self.copies,
+            "servers": servers,
+        })
+    }
+
+    fn print(&self) {
+        println!(
+            "About {} of {} are to move, in {} slots:",
+            output::size(self.bytes),
+            output::size(self.stored()),
+            self.copies
+        );
+        let mut table = output::table(&["server", "slots", "then", "data", "then"]);
+        output::right(&mut table, &[1, 2, 3, 4]);
+        for (server, before) in &self.before {
+            let after = &self.after[server];
+            let slots = [before.copies.to_string(), after.copies.to_string()];
+            let sizes = [output::size(before.bytes), output::size(after.bytes)];
+            table.add_row(std::iter::once(server.to_string()).chain(slots).chain(sizes));
+        }
+        output::print_table(&table);
+    }
+}
+
+async fn apply(connection: &Connection, change: Change, drained: bool) -> Result<()> {
+    let Change { server, dry_run, json } = change;
+    let state = connection.state().await?;
+    let Some(known) = state.servers.get(&server) else {
+        bail!("there is no server {server}; `petal status` shows the servers");
+    };
+    ensure!(known.incarnation.0 > 0, "{server} has never been up; start it first");
+    let plan = Plan::of(&state, held(connection, &state).await?, server, drained)?;
+    plan.check_room()?;
+    if json {
+        output::print_json(&plan.json())?;
+    } else {
+        plan.print();
+    }
+    if dry_run {
+        return Ok(());
+    }
+    connection.execute(Command::Drain { server, drained }).await?;
+    if !json {
+        println!("It begins now and goes on by itself; `petal status` shows how far it is, `petal server turn-back` ends it.");
+    }
+    Ok(())
+}
+
+async fn turn_back(connection: &Connection) -> Result<()> {
+    let state = connection.state().await?;
+    ensure!(!state.reconfigurations.is_empty(), "nothing is under way");
+    for gmap in state.reconfigurations.keys().copied() {
+        connection.execute(Command::AbortReconfiguration { gmap }).await?;
+    }
+    Ok(())
+}
