@@ -357,6 +357,13 @@ impl Options {
     fn shift(&mut self, prng: &mut Prng, often: bool) {
         self.faults.shift = if often { 8 } else { *prng.pick(&[1, 3, 8]) };
         self.data = *prng.pick(&[Some(24 << 20), None]);
+        // Where a copy was before, its blocks are free, and hold the same for a while: what looks at disks to see
+        // whether there is another good copy takes them for one.
+        self.faults.spoil = 0;
+        self.copies.retain(|copies| *copies > 1);
+        if self.copies.is_empty() {
+            self.copies = vec![2];
+        }
         self.faulty = self.faulty.max(Duration::from_millis(prng.between(3000, 8000)));
         self.operations = self.operations.max(self.faulty.as_millis() as u64 / 3);
         self.fault_interval = self.fault_interval.or(Some(Duration::from_millis(300)));
