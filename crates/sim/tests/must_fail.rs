@@ -239,3 +239,9 @@ fn freed_blocks_reused_early() {
     let ground = Overrides { servers: Some(1), busy: true, full: true, ..alone() };
     must_be_caught(Sabotage::ReuseEarly, 100, ground);
 }
+
+/// Who left a slot goes on as it was, and its heir does not wait for it.
+#[test]
+fn who_left_a_slot_serves_on() {
+    must_be_caught(Sabotage::LeaversServeOn, 10, Overrides { servers: Some(4), shifts: true, ..Overrides::default() });
+}
