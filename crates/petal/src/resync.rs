@@ -23,8 +23,8 @@
 //! equal then, so nothing travels twice), and writes stop to wait for it at once. A proposed one counts until the log
 //! has spoken, so its stream goes on and resends by itself.
 //!
-//! Rate: few elements at a time while clients work, many when nobody does; and never more than the
-//! receiver's window, so a member without space delays itself and nobody else.
+//! Rate: while clients are served what their waiting allows, in bursts (`pace.rs`); many at a time when nobody asks for
+//! anything. And never more than the receiver's window, so a member without space delays itself and nobody else.
 
 use crate::data_access::{
     Context, DataAccess, LoadWaiter, OpNumber, Outgoing, ReadOwner, SlotIndex, family_ended, graft, keep_seen,
@@ -39,6 +39,7 @@ use crate::sabotage::Sabotage;
 use crate::server::Peer;
 use crate::store::{ElementImage, Loaded, ReadBlocks, ReadError};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use stdx::Instant;
 
 /// Slots that one primary brings one member up to date in, side by side.
 const SLOTS_MAX: usize = 8;
@@ -409,6 +410,7 @@ impl DataAccess {
 impl DataAccess {
     /// Begins as many copies as there is room for, one slot after the other.
     pub(crate) fn advance_copies(&mut self, ctx: &mut Context) {
+        self.pace.look(ctx.now);
         if self.joining.is_empty() {
             return;
         }
@@ -419,12 +421,14 @@ impl DataAccess {
         self.propose_due(ctx);
     }
 
-    fn copies_max(&self) -> usize {
-        if self.operations() == 0 { COPIES_IDLE } else { COPIES_BUSY }
+    /// Clients are served: what goes on beside them has its pace.
+    fn is_paced(&self, now: Instant) -> bool {
+        self.pace.is_busy(now, self.operations())
     }
 
     fn copy_more(&mut self, ctx: &mut Context, index: SlotIndex, server: ServerId) {
-        let most = self.copies_max();
+        let is_paced = self.is_paced(ctx.now);
+        let most = if is_paced { COPIES_BUSY } else { COPIES_IDLE };
         let mut asked = Vec::new();
         let mut begun = Vec::new();
         let slot = &mut self.slots[index];
@@ -439,6 +443,9 @@ impl DataAccess {
             if self.copies.len() + begun.len() + asked.len() >= most && *active + comparing.len() > 0 {
                 break;
             }
+            if todo.is_empty() || (is_paced && !self.pace.admits(ctx.now)) {
+                break;
+            }
             let Some(element) = todo.pop_front() else { break };
             if family_ended(ctx.state, element.family) {
                 stale.remove(&element);
@@ -446,17 +453,20 @@ impl DataAccess {
             }
             match stale.get(&element) {
                 Some(Theirs::Image(_)) => {
+                    self.pace.element(ctx.now);
                     *active += 1;
                     begun.push(element);
                 }
                 Some(Theirs::Unknown) => {
                     // One question for many: what follows in line is asked about, too.
+                    self.pace.element(ctx.now);
                     comparing.insert(element);
                     asked.push(element);
                     while asked.len() < COMPARE_MAX
                         && todo.front().is_some_and(|e| matches!(stale.get(e), Some(Theirs::Unknown)))
                     {
                         let element = todo.pop_front().expect("just seen");
+                        self.pace.element(ctx.now);
                         comparing.insert(element);
                         asked.push(element);
                     }
@@ -548,6 +558,7 @@ impl DataAccess {
             blocks.truncate(COPY_BLOCKS_MAX);
             twins.clear();
         }
+        self.pace.spend(ctx.now, blocks.len() as u64 * BLOCK_SIZE);
         let read = ctx.stores.read_places(element, &image.places(&blocks));
         let copy = self.copies.get_mut(&number).expect("just seen");
         (copy.image, copy.blocks, copy.twins, copy.is_ahead) = (image, blocks, twins, is_ahead);
@@ -656,6 +667,14 @@ impl DataAccess {
     }
 
     fn propose_due(&mut self, ctx: &mut Context) {
+        let is_due = self.joining.iter().any(|(index, server)| {
+            let joiner = self.slots[*index].acting.as_ref().and_then(|a| a.joiners.get(server));
+            joiner.is_some_and(|j| matches!(j.stage, Stage::Proposing { key: None }))
+        });
+        // Every new term holds up the clients of its slots: several at a time are better.
+        if !is_due || (self.is_paced(ctx.now) && !self.pace.may_propose(ctx.now)) {
+            return;
+        }
         let mut due: BTreeMap<(ServerId, Incarnation), Vec<(SlotId, Term)>> = BTreeMap::new();
         let mut keys: BTreeMap<ServerId, u64> = BTreeMap::new();
         for (index, server) in &self.joining {

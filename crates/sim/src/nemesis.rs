@@ -251,7 +251,8 @@ impl World {
         self.trap = None;
         self.counters.count(Kind::Lag);
         self.net.stall(connection, side.other(), self.now + Duration::from_millis(500));
-        let at = self.now + Duration::from_micros(self.chaos.between(5_000, 150_000));
+        // A primary waits up to 200 ms with what it proposes.
+        let at = self.now + Duration::from_micros(self.chaos.between(5_000, 400_000));
         self.queue.plan(at, Event::Ambush { host: Some(host) });
     }
 
