@@ -7,7 +7,7 @@
 //!     up.pid, up.log    the supervisor
 //!     nbd.sock          NBD
 //!     s1/ .. s4/        one per server: disk1.., server.toml, sock, pid, log
-//!     attached/NAME/    one per attached disk: pid, log, device, fuse/
+//!     attached/NAME/    one per attached disk: pid, log, fuse/
 //! ```
 //!
 //! `cluster.toml` appears by a rename, after the first disks were formatted: without it nothing was ever

@@ -9,9 +9,11 @@
 //! told by a pipe, whose end means that nobody is there any more.
 
 use crate::commands::attach;
+use crate::commands::disk::find_disk;
 use crate::place::Place;
 use crate::processes::ProcessFile;
 use anyhow::{Context, Result, bail, ensure};
+use petal::global_state::State;
 use petal_io::frozen::{freeze, thaw};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -40,12 +42,14 @@ pub struct Mounted {
 }
 
 /// Where the disks, which must be attached on this machine by `petal attach`, are mounted.
-pub fn find(place: &Place, disks: &[String]) -> Result<Vec<Mounted>> {
+pub fn find(place: &Place, state: &State, disks: &[String]) -> Result<Vec<Mounted>> {
     ensure!(rustix::process::geteuid().is_root(), "freezing a file system needs root");
     let table = std::fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
     let mut all = Vec::new();
     for disk in disks {
-        let process = ProcessFile::alive_at(&attach::folder_of(place, disk)?.join("pid")).filter(|p| p.ready);
+        let id = find_disk(state, disk)?.id.to_string();
+        let folder = attach::folder_of_present(place, disk, &id)?;
+        let process = ProcessFile::alive_at(&folder.join("pid")).filter(|p| p.ready);
         let Some(process) = process else {
             bail!(
                 "{disk} is not attached on this machine by `petal attach`, so nothing can be frozen here; leave out \

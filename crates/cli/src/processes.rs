@@ -33,10 +33,14 @@ impl ProcessFile {
         ProcessFile { pid, started: start_time(pid).unwrap_or(0), ready: false, details: serde_json::Map::new() }
     }
 
+    /// Reads a process file, whose process may be gone.
+    pub fn at(path: &Path) -> Option<ProcessFile> {
+        serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+    }
+
     /// Reads a process file; `None` if there is none, or if its process is gone.
     pub fn alive_at(path: &Path) -> Option<ProcessFile> {
-        let file: ProcessFile = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
-        (start_time(file.pid) == Some(file.started)).then_some(file)
+        ProcessFile::at(path).filter(ProcessFile::lives)
     }
 
     /// Writes it.

@@ -94,16 +94,14 @@ fn taken_down(device: PathBuf, source: io::Error) -> AttachError {
     }
 }
 
-/// Removes what a process left that died while a disk was attached: its loop device and its mount on
-/// `dir`. What was not written back is lost, as at a power cut. Blocks.
-pub fn clean_up_remains(dir: &Path, device: Option<&Path>) -> Result<(), AttachError> {
-    if let Some(path) = device {
-        let remains = LoopDevice::existing(path);
-        // Only if it is still ours: the number may have been given to somebody else since.
-        let ours = remains.backing_file().is_some_and(|f| f.starts_with(dir));
-        if ours {
-            remains.abandon().map_err(|e| taken_down(path.into(), e))?;
-        }
+/// Removes what a process left that died while a disk was attached: its loop device, whichever that is, and its
+/// mount on `dir`. What was not written back is lost, as at a power cut. Blocks.
+pub fn clean_up_remains(dir: &Path) -> Result<(), AttachError> {
+    // The kernel names files by their real paths. Not that of `dir` itself: nobody serves it any more.
+    let real = dir.parent().and_then(|parent| Some(parent.canonicalize().ok()?.join(dir.file_name()?)));
+    let real = real.as_deref().unwrap_or(dir);
+    for remains in LoopDevice::all_on_files_in(real) {
+        remains.abandon().map_err(|e| taken_down(remains.path().into(), e))?;
     }
     match rustix::mount::unmount(dir, rustix::mount::UnmountFlags::DETACH) {
         Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => Ok(()),

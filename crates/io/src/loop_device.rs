@@ -93,6 +93,14 @@ impl LoopDevice {
         LoopDevice { path: path.into() }
     }
 
+    /// Those whose file lies in a folder, which is named by its real path.
+    pub fn all_on_files_in(folder: &Path) -> Vec<LoopDevice> {
+        let entries = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
+        let names = entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(|n| n.starts_with("loop"));
+        let devices = names.map(|name| LoopDevice { path: Path::new("/dev").join(name) });
+        devices.filter(|device| device.backing_file().is_some_and(|file| file.starts_with(folder))).collect()
+    }
+
     /// `/dev/loopN`.
     pub fn path(&self) -> &Path {
         &self.path

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! It keeps its process file, its log and its mount in `attached/NAME/` of the cluster's folder, or of a
-//! folder for run-time files when the cluster was named by addresses.
+//! folder for run-time files when the cluster was named by addresses. A disk may be renamed meanwhile, and another one
+//! get its name: the process file says which disk it is, and the name of the folder nothing.
 
 use crate::connect::{self, Connection, Disk};
 use crate::holder;
@@ -69,9 +70,15 @@ pub fn run(place: &Place, mut arguments: Arguments) -> Result<()> {
     }
     ensure!(rustix::process::geteuid().is_root(), "a kernel block device needs root; NBD clients like qemu do without");
     ensure!(arguments.block_size.is_power_of_two(), "the block size must be a power of two");
-    let folder = folder_of(place, &arguments.disk)?;
-    let process_file = folder.join("pid");
-    if let Some(process) = ProcessFile::alive_at(&process_file) {
+    let mut folder = folder_of(place, &arguments.disk)?;
+    if let Some(process) = ProcessFile::alive_at(&folder.join("pid"))
+        && let Some(id) = present_id(place, &arguments.disk)
+        && process.text("vdisk").is_some_and(|of| of != id)
+    {
+        // A disk that had this name before.
+        folder.set_file_name(format!("{}@{id}", arguments.disk));
+    }
+    if let Some(process) = ProcessFile::alive_at(&folder.join("pid")) {
         let device = process.text("device").unwrap_or("a device that is not ready yet");
         bail!(
             "{} is attached as {device} (pid {}); `petal detach {}` ends that",
@@ -80,6 +87,7 @@ pub fn run(place: &Place, mut arguments: Arguments) -> Result<()> {
             arguments.disk
         );
     }
+    let process_file = folder.join("pid");
     remove_remains(&folder)?;
     std::fs::create_dir_all(folder.join("fuse")).with_context(|| format!("cannot make {}", folder.display()))?;
     let log_path = folder.join("log");
@@ -101,8 +109,44 @@ pub fn run(place: &Place, mut arguments: Arguments) -> Result<()> {
     Ok(())
 }
 
+/// How long the cluster may take to say which disk has a name.
+const NAME_LIMIT: Duration = Duration::from_secs(3);
+
+/// Which disk has a name at present, if the cluster answers and there is one.
+fn present_id(place: &Place, disk: &str) -> Option<String> {
+    let (place, disk) = (place.clone(), disk.to_string());
+    let find = async move {
+        let state = Connection::open(&place).await?.state().await?;
+        Ok(super::disk::find(&state, &disk)?.id.to_string())
+    };
+    connect::block_on(async move { tokio::time::timeout(NAME_LIMIT, find).await? }).ok()
+}
+
+/// The folder of an attached disk by its present name; where nobody can say which disk that is, by the one that it had
+/// when it was attached. Blocks, and asks the cluster.
+pub fn folder_of_attached(place: &Place, disk: &str) -> Result<PathBuf> {
+    let by_name = folder_of(place, disk)?;
+    match present_id(place, disk) {
+        Some(id) => folder_of_present(place, disk, &id),
+        None => Ok(by_name),
+    }
+}
+
+/// The same, of a disk that is known to have the name at present.
+pub fn folder_of_present(place: &Place, disk: &str, id: &str) -> Result<PathBuf> {
+    let by_name = folder_of(place, disk)?;
+    let parent = by_name.parent().unwrap_or(Path::new("."));
+    let mut folders = std::fs::read_dir(parent).into_iter().flatten().flatten().map(|entry| entry.path());
+    let of = |folder: &Path| Some(ProcessFile::at(&folder.join("pid"))?.text("vdisk")?.to_string());
+    let found = folders.find(|folder| of(folder).as_deref() == Some(id));
+    if found.is_none() && of(&by_name).is_some() {
+        bail!("{disk} is not attached here; a disk that had its name before is");
+    }
+    Ok(found.unwrap_or(by_name))
+}
+
 /// Where an attached disk's process keeps its files.
-pub fn folder_of(place: &Place, disk: &str) -> Result<PathBuf> {
+fn folder_of(place: &Place, disk: &str) -> Result<PathBuf> {
     // Names of disks have no slash and no dot in front (the cluster refuses them): safe as file names.
     ensure!(!disk.is_empty() && !disk.contains('/') && !disk.starts_with('.'), "'{disk}' is not the name of a disk");
     match place {
@@ -123,8 +167,7 @@ pub fn remove_remains(folder: &Path) -> Result<()> {
     if !folder.exists() {
         return Ok(());
     }
-    let device = std::fs::read_to_string(folder.join("device")).ok();
-    petal_fuse::clean_up_remains(&folder.join("fuse"), device.as_deref().map(Path::new))?;
+    petal_fuse::clean_up_remains(&folder.join("fuse"))?;
     std::fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))
 }
 
@@ -150,6 +193,9 @@ async fn serve(place: &Place, folder: &Path, arguments: &Arguments) -> Result<()
     let mode = if arguments.read_only { Attachment::ReadOnly } else { Attachment::Exclusive };
     let holder = holder::of_process("petal attach");
     let disk = connection.attach(&arguments.disk, mode, &holder, arguments.take_over).await?;
+    process.details.insert("disk".into(), arguments.disk.clone().into());
+    process.details.insert("vdisk".into(), disk.id().to_string().into());
+    process.write(&folder.join("pid"))?;
     let (mount, requests) = petal_fuse::mount(&folder.join("fuse"), disk.size(), arguments.read_only)
         .with_context(|| format!("cannot mount FUSE on {}", folder.join("fuse").display()))?;
     let serving = tokio::task::spawn_local(petal_fuse::serve(requests, Rc::new(ServedDisk(disk.clone()))));
@@ -165,10 +211,7 @@ async fn serve(place: &Place, folder: &Path, arguments: &Arguments) -> Result<()
         }
     };
     let device = kernel_disk.device().display().to_string();
-    // For whoever finds only this folder.
-    std::fs::write(folder.join("device"), &device)?;
     process.details.insert("device".into(), device.clone().into());
-    process.details.insert("disk".into(), arguments.disk.clone().into());
     process.ready = true;
     process.write(&folder.join("pid"))?;
     tracing::info!("{} is {device}", arguments.disk);

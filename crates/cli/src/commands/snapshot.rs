@@ -171,7 +171,7 @@ async fn create(connection: &Connection, place: &Place, arguments: CreateArgumen
     disks.iter().try_for_each(|disk| find_disk(&state, disk).map(drop))?;
     let made = output::unix_seconds();
     let ids = if arguments.freeze {
-        let mounts = freeze::find(place, &disks)?;
+        let mounts = freeze::find(place, &state, &disks)?;
         create_frozen(connection, &disks, &arguments, made, mounts).await?
     } else {
         make(connection, &disks, &arguments, made).await?

@@ -520,6 +520,14 @@ mod tests {
     }
 
     #[test]
+    fn a_new_file_is_for_its_owner_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        format_disk(&path, &format(&[])).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+    }
+
+    #[test]
     fn an_empty_or_sparse_file_may_be_formatted() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
