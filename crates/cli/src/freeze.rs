@@ -47,8 +47,7 @@ pub fn find(place: &Place, state: &State, disks: &[String]) -> Result<Vec<Mounte
     let table = std::fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
     let mut all = Vec::new();
     for disk in disks {
-        let id = find_disk(state, disk)?.id.to_string();
-        let folder = attach::folder_of_present(place, disk, &id)?;
+        let folder = attach::folder_of_present(place, disk, find_disk(state, disk)?.id)?;
         let process = ProcessFile::alive_at(&folder.join("pid")).filter(|p| p.ready);
         let Some(process) = process else {
             bail!(

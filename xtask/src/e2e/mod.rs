@@ -1,6 +1,7 @@
 //! Scenarios with real processes (design 5): each makes a cluster of its own, judges it with programs
 //! that we did not write, and leaves nothing behind.
 
+mod attach;
 mod backup;
 mod bad_input;
 mod chaos;
@@ -53,6 +54,8 @@ const SCENARIOS: &[Scenario] = &[
     ("two_machines_and_a_witness_go_on_without_any_one_of_them", processes::two_machines_and_a_witness),
     ("an_image_survives_kill_9_of_all_servers_under_load", real_data::image_survives_kill_9),
     ("a_file_system_lives_on_an_attached_disk", real_data::attached_file_system),
+    ("a_renamed_disk_is_frozen_and_detached_by_its_new_name", attach::renamed),
+    ("a_killed_attach_leaves_nothing_in_the_way_of_the_next_one", attach::killed),
     ("qemu_img_converts_in_and_out", real_data::qemu_img_converts),
     ("fio_verifies_mixed_sizes_over_two_connections", nbd::fio_verifies),
     ("illegal_nbd_requests_leave_the_server_unharmed", nbd::illegal_requests),

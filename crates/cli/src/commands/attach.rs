@@ -21,6 +21,7 @@ use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use petal::client::RequestError;
 use petal::global_state::{Attachment, split_name};
+use petal::ids::VdiskId;
 use petal::message::Refusal;
 use petal_fuse::{AttachError, AttachOptions, BlockError, BlockFile, KernelDisk};
 use serde_json::json;
@@ -70,14 +71,7 @@ pub fn run(place: &Place, mut arguments: Arguments) -> Result<()> {
     }
     ensure!(rustix::process::geteuid().is_root(), "a kernel block device needs root; NBD clients like qemu do without");
     ensure!(arguments.block_size.is_power_of_two(), "the block size must be a power of two");
-    let mut folder = folder_of(place, &arguments.disk)?;
-    if let Some(process) = ProcessFile::alive_at(&folder.join("pid"))
-        && let Some(id) = present_id(place, &arguments.disk)
-        && process.text("vdisk").is_some_and(|of| of != id)
-    {
-        // A disk that had this name before.
-        folder.set_file_name(format!("{}@{id}", arguments.disk));
-    }
+    let folder = folder_of(place, &arguments.disk)?;
     if let Some(process) = ProcessFile::alive_at(&folder.join("pid")) {
         let device = process.text("device").unwrap_or("a device that is not ready yet");
         bail!(
@@ -112,41 +106,33 @@ pub fn run(place: &Place, mut arguments: Arguments) -> Result<()> {
 /// How long the cluster may take to say which disk has a name.
 const NAME_LIMIT: Duration = Duration::from_secs(3);
 
-/// Which disk has a name at present, if the cluster answers and there is one.
-fn present_id(place: &Place, disk: &str) -> Option<String> {
-    let (place, disk) = (place.clone(), disk.to_string());
+/// Where the process of the disk that has a name at present keeps its files, or will; where nobody can say which disk
+/// that is, of the one that had it when it was attached. Blocks, and asks the cluster.
+pub fn folder_of(place: &Place, disk: &str) -> Result<PathBuf> {
+    let (asked, name) = (place.clone(), disk.to_string());
     let find = async move {
-        let state = Connection::open(&place).await?.state().await?;
-        Ok(super::disk::find(&state, &disk)?.id.to_string())
+        let state = Connection::open(&asked).await?.state().await?;
+        Ok::<_, anyhow::Error>(super::disk::find(&state, &name)?.id)
     };
-    connect::block_on(async move { tokio::time::timeout(NAME_LIMIT, find).await? }).ok()
-}
-
-/// The folder of an attached disk by its present name; where nobody can say which disk that is, by the one that it had
-/// when it was attached. Blocks, and asks the cluster.
-pub fn folder_of_attached(place: &Place, disk: &str) -> Result<PathBuf> {
-    let by_name = folder_of(place, disk)?;
-    match present_id(place, disk) {
-        Some(id) => folder_of_present(place, disk, &id),
-        None => Ok(by_name),
+    match connect::block_on(async move { tokio::time::timeout(NAME_LIMIT, find).await? }) {
+        Ok(id) => folder_of_present(place, disk, id),
+        Err(_) => folder_named(place, disk),
     }
 }
 
 /// The same, of a disk that is known to have the name at present.
-pub fn folder_of_present(place: &Place, disk: &str, id: &str) -> Result<PathBuf> {
-    let by_name = folder_of(place, disk)?;
-    let parent = by_name.parent().unwrap_or(Path::new("."));
-    let mut folders = std::fs::read_dir(parent).into_iter().flatten().flatten().map(|entry| entry.path());
-    let of = |folder: &Path| Some(ProcessFile::at(&folder.join("pid"))?.text("vdisk")?.to_string());
-    let found = folders.find(|folder| of(folder).as_deref() == Some(id));
-    if found.is_none() && of(&by_name).is_some() {
-        bail!("{disk} is not attached here; a disk that had its name before is");
-    }
-    Ok(found.unwrap_or(by_name))
+pub fn folder_of_present(place: &Place, disk: &str, id: VdiskId) -> Result<PathBuf> {
+    let by_name = folder_named(place, disk)?;
+    let of = |process: &ProcessFile| process.text("vdisk") == Some(&id.to_string());
+    let beside = std::fs::read_dir(by_name.parent().unwrap_or(Path::new("."))).into_iter().flatten().flatten();
+    let found = beside.map(|entry| entry.path()).find(|f| ProcessFile::at(&f.join("pid")).is_some_and(|p| of(&p)));
+    // A disk that had this name before is attached.
+    let taken = ProcessFile::alive_at(&by_name.join("pid")).is_some_and(|p| p.text("vdisk").is_some() && !of(&p));
+    Ok(found.unwrap_or_else(|| if taken { by_name.with_file_name(format!("{disk}@{id}")) } else { by_name }))
 }
 
-/// Where an attached disk's process keeps its files.
-fn folder_of(place: &Place, disk: &str) -> Result<PathBuf> {
+/// By the name that it had when it was attached.
+fn folder_named(place: &Place, disk: &str) -> Result<PathBuf> {
     // Names of disks have no slash and no dot in front (the cluster refuses them): safe as file names.
     ensure!(!disk.is_empty() && !disk.contains('/') && !disk.starts_with('.'), "'{disk}' is not the name of a disk");
     match place {

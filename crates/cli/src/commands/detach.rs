@@ -42,7 +42,7 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
         println!("Session {session} is over.");
     }
     if let Some(disk) = arguments.disk {
-        detach_folder(&attach::folder_of_attached(place, &disk)?, &disk)?;
+        detach_folder(&attach::folder_of(place, &disk)?, &disk)?;
         println!("Detached {disk}.");
     }
     Ok(())
