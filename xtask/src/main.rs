@@ -6,6 +6,7 @@ mod bench_failures;
 mod bench_snapshots;
 mod cluster;
 mod e2e;
+mod faulty_disk;
 mod network;
 mod packages;
 mod run;

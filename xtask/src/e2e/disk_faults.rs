@@ -1,6 +1,8 @@
 //! Disks that go bad under a running server.
 
+use super::failures::{declared_down, full_again, incarnation, server_status};
 use crate::cluster::Cluster;
+use crate::faulty_disk::FaultyDisk;
 use crate::run::{nbdsh, read};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -93,4 +95,101 @@ fn marked(file: &File) -> Result<Vec<u64>> {
         places.extend(blocks.filter(|(_, b)| b.starts_with(MARK)).map(|(i, _)| at + i as u64 * BLOCK));
     }
     Ok(places)
+}
+
+/// Bytes of a disk that hangs or fails.
+const DISK_SIZE: u64 = 2 << 30;
+
+/// A cluster in which everything was written once, and s2 has its disk on a device that is told what to do.
+fn with_faulty_disk(cluster: &Cluster) -> Result<FaultyDisk<'_>> {
+    cluster.up(&["--disk-size", &DISK_SIZE.to_string()])?;
+    read(nbdsh().args(["-u", &cluster.nbd_uri("vol0")?, "-c", WRITE]))?;
+    read(cluster.petal().args(["down", "s2"]))?;
+    let faulty = FaultyDisk::put_below(cluster, "s2", DISK_SIZE)?;
+    cluster.up(&[])?;
+    full_again(cluster)?;
+    Ok(faulty)
+}
+
+/// Another content for everything, and what must be there then. Both have a time within which they must be done: with a
+/// disk in the way they would wait for ever.
+const WRITE_NEXT: &str = "[h.pwrite(b'n' * (1 << 20), i << 20) for i in range(32)]";
+const CHECK_NEXT: &str =
+    "assert all(h.pread(1 << 20, i << 20) == b'n' * (1 << 20) for i in range(32)), 'a write is lost'";
+
+fn in_time(cluster: &Cluster, code: &str) -> Result<()> {
+    let uri = cluster.nbd_uri("vol0")?;
+    let mut nbdsh = nbdsh();
+    read(nbdsh.args(["-u", &uri, "-c", "import signal; signal.alarm(30)", "-c", code])).map(|_| ())
+}
+
+pub fn hanging_disk(cluster: &Cluster) -> Result<()> {
+    let mut disk = with_faulty_disk(cluster)?;
+    let life = incarnation(cluster, "s2")?;
+    disk.tell("hang")?;
+    in_time(cluster, WRITE_NEXT)?;
+    in_time(cluster, CHECK_NEXT)?;
+    declared_down(cluster, "s2")?;
+    let s2 = server_status(cluster, "s2")?;
+    let why = s2["why_down"].as_str().unwrap_or_default();
+    ensure!(why.contains("disk1"), "the status does not say that its disk hangs: {s2}");
+    println!("s2 is down: {why}");
+    let held = disk.tell("pass")?;
+    ensure!(held > 0, "nothing hung");
+    println!("{held} requests hung; the disk answers again");
+    full_again(cluster)?;
+    ensure!(incarnation(cluster, "s2")? > life, "it must have begun a new life");
+    in_time(cluster, CHECK_NEXT)?;
+    println!("petal verify: {}", read(cluster.petal().arg("verify"))?.trim());
+    drop(disk);
+    Ok(())
+}
+
+pub fn unreadable_blocks(cluster: &Cluster) -> Result<()> {
+    let mut disk = with_faulty_disk(cluster)?;
+    let places = marked(&File::open(&disk.below)?)?;
+    ensure!(places.len() > 1000, "only {} blocks of the scenario are on s2", places.len());
+    // Whoever reads an element loses all of it to one bad block: of more the disk would be given up.
+    let spoilt: Vec<String> = places.iter().step_by(places.len() / 20).map(u64::to_string).collect();
+    disk.tell(&format!("fail-reads {}", spoilt.join(" ")))?;
+    // Clients are answered from the other copy, from wherever they are told.
+    for _ in 0..3 {
+        in_time(cluster, CHECK)?;
+    }
+    let scrub: Value = serde_json::from_str(&read(cluster.petal().args(["scrub", "--json"]))?)?;
+    println!("petal scrub: {scrub}");
+    let s2 = server_status(cluster, "s2")?;
+    let repaired = s2["counters"]["repaired_blocks"].as_u64().context("no counter")?;
+    ensure!(repaired >= spoilt.len() as u64, "{repaired} of {} blocks were repaired", spoilt.len());
+    println!("{} blocks could not be read, {repaired} were repaired", spoilt.len());
+    // Elsewhere on the disk, which has not got better: nothing in use is on the bad places any more.
+    let again: Value = serde_json::from_str(&read(cluster.petal().args(["scrub", "--json"]))?)?;
+    let bad: u64 = again.as_array().into_iter().flatten().filter_map(|r| r["bad"].as_u64()).sum();
+    ensure!(bad == 0, "something was left: {again}");
+    let failed = disk.tell("fail-reads")?;
+    ensure!(failed >= spoilt.len() as u64, "the device failed {failed} reads only");
+    in_time(cluster, CHECK)?;
+    println!("petal verify: {}", read(cluster.petal().arg("verify"))?.trim());
+    drop(disk);
+    Ok(())
+}
+
+pub fn disk_that_cannot_be_written(cluster: &Cluster) -> Result<()> {
+    let mut disk = with_faulty_disk(cluster)?;
+    disk.tell("fail-writes")?;
+    in_time(cluster, WRITE_NEXT)?;
+    in_time(cluster, CHECK_NEXT)?;
+    declared_down(cluster, "s2")?;
+    let s2 = server_status(cluster, "s2")?;
+    let why = s2["why_down"].as_str().unwrap_or_default();
+    ensure!(why.contains("disk1"), "the status does not name the disk: {s2}");
+    println!("s2 is down: {why}");
+    ensure!(disk.tell("pass")? > 0, "no write failed");
+    // The disk is well again: whoever has seen to that starts the server.
+    cluster.up(&[])?;
+    full_again(cluster)?;
+    in_time(cluster, CHECK_NEXT)?;
+    println!("petal verify: {}", read(cluster.petal().arg("verify"))?.trim());
+    drop(disk);
+    Ok(())
 }

@@ -262,7 +262,7 @@ pub(super) fn pid_of(cluster: &Cluster, server: &str) -> Result<u32> {
     pid.map(|p| p as u32).with_context(|| format!("{server} does not run"))
 }
 
-fn incarnation(cluster: &Cluster, server: &str) -> Result<u64> {
+pub(super) fn incarnation(cluster: &Cluster, server: &str) -> Result<u64> {
     server_status(cluster, server)?["incarnation"].as_u64().with_context(|| format!("{server} tells no incarnation"))
 }
 
