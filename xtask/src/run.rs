@@ -4,9 +4,14 @@ use anyhow::{Context, Result, bail};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
 /// Characters of a failed program's output that are shown.
 const SHOWN: usize = 4000;
+
+/// How long a program may run whose output is read: several times what the longest of a scenario takes.
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// The workspace's folder.
 pub fn root() -> PathBuf {
@@ -61,9 +66,35 @@ pub fn read_failure(command: &mut Command) -> Result<(i32, String)> {
     Ok((code, tail(&output)))
 }
 
-/// Runs it and returns all of what became of it.
+/// Runs it and returns all of what became of it; see [`output_within`].
 pub fn output(command: &mut Command) -> Result<Output> {
-    command.output().with_context(|| format!("cannot start {}", words(command)))
+    output_within(command, LIMIT)
+}
+
+/// Runs it and returns all of what became of it. A program that has hung is ended at the limit and told
+/// as such: a run of everything must come to its end, and say what hung.
+pub fn output_within(command: &mut Command, limit: Duration) -> Result<Output> {
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().with_context(|| format!("cannot start {}", words(command)))?;
+    let pid = child.id().to_string();
+    let (done, hung) = mpsc::channel::<()>();
+    let guard = std::thread::spawn(move || {
+        let late = hung.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
+        if late {
+            // What it has started holds the same pipes.
+            let _ = Command::new("pkill").args(["-KILL", "-P", &pid]).status();
+            let _ = Command::new("kill").args(["-9", &pid]).status();
+        }
+        late
+    });
+    let output = child.wait_with_output();
+    drop(done);
+    let late = guard.join().expect("the guard does not panic");
+    let output = output.with_context(|| format!("cannot read what {} says", words(command)))?;
+    if late {
+        bail!("{} did not end within {limit:?}\n{}", words(command), tail(&output));
+    }
+    Ok(output)
 }
 
 /// The end of what a program said.

@@ -4,7 +4,10 @@
 use crate::run::{self, cargo};
 use crate::{e2e, packages, sim, tidy};
 use anyhow::{Context, Result, bail};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How long the tests of the workspace may take, with their build on a slow machine.
+const TESTS_LIMIT: Duration = Duration::from_secs(2400);
 
 /// What to leave out.
 #[derive(clap::Args)]
@@ -105,7 +108,7 @@ fn with_nextest() -> Result<(u64, u64)> {
     nextest.args(["nextest", "run", "--workspace", "--no-fail-fast", "--status-level", "fail", "--color", "never"]);
     nextest.args(["--no-tests", "pass"]);
     eprintln!("$ {}", run::words(&nextest));
-    let output = run::output(&mut nextest)?;
+    let output = run::output_within(&mut nextest, TESTS_LIMIT)?;
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     print!("{text}");
     // "     Summary [   1.2s] 210 tests run: 209 passed (1 slow), 1 failed, 0 skipped"
@@ -126,7 +129,7 @@ fn with_cargo_test() -> Result<(u64, u64)> {
     let mut test = cargo();
     test.args(["test", "--workspace", "--all-targets", "--no-fail-fast", "--quiet"]);
     eprintln!("$ {}", run::words(&test));
-    let output = run::output(&mut test)?;
+    let output = run::output_within(&mut test, TESTS_LIMIT)?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     print!("{text}{}", String::from_utf8_lossy(&output.stderr));
     // "test result: ok. 12 passed; 0 failed; 0 ignored; ..."

@@ -29,6 +29,7 @@ const DIRECTIONS: &[(&str, &[&str])] = &[
     ("petal-cli", &["stdx", "petal", "petal-wire", "petal-io", "petal-nbd", "petal-fuse", "petal-stream"]),
     ("petal-sim", &["stdx", "petal", "petal-wire"]),
     ("petal-model", &[]),
+    ("petal-fuzz", &["stdx", "petal", "petal-wire", "petal-nbd", "petal-stream"]),
     ("xtask", &[]),
 ];
 

@@ -378,6 +378,9 @@ const WARN_EVERY: Duration = Duration::from_secs(1);
 /// A server that has not answered for so long may be away: reads go to another copy, and somebody else is
 /// asked who acts now. A few times what a slow disk takes, a fraction of a lease.
 const IMPATIENCE: Duration = Duration::from_millis(150);
+/// How long one server may take to pass an operation on and an answer back, before it goes another way: the operation
+/// itself may be what takes long, and each way is a message more.
+const RELAY_PATIENCE: Duration = Duration::from_millis(300);
 /// What a request costs besides its bytes.
 const REQUEST_COST: u64 = 4096;
 /// What a walk costs: lists of elements of some servers.

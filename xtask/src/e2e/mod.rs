@@ -39,7 +39,7 @@ pub struct Arguments {
 type Scenario = (&'static str, fn(&Cluster) -> Result<()>);
 
 const SCENARIOS: &[Scenario] = &[
-    ("up_is_ready_in_five_seconds_and_down_leaves_no_process", processes::up_and_down),
+    ("up_serves_a_disk_and_down_leaves_no_process", processes::up_and_down),
     ("disks_are_created_renamed_resized_and_deleted", processes::disk_commands),
     ("a_second_up_starts_the_server_that_was_killed", processes::second_up_starts_what_is_missing),
     ("everything_killed_at_once_comes_back", processes::everything_killed_comes_back),

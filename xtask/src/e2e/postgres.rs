@@ -251,7 +251,9 @@ impl Database {
         let database = Database::mounted(device, name)?;
         let pid = database.data().join("postmaster.pid");
         ensure!(pid.exists(), "nothing ran when the snapshot of {name} was made");
+        // The number in them may be that of another process of this machine by now, or of one that nobody has waited for.
         std::fs::remove_file(pid)?;
+        std::fs::remove_file(database.data().join(".s.PGSQL.5432.lock"))?;
         database.start()?;
         Ok(database)
     }

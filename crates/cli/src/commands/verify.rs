@@ -104,57 +104,59 @@ async fn online(place: &Place) -> Result<Findings> {
         bail!("{away} does not answer, and all copies are compared: start it first (`petal status`)");
     }
     let mut findings = Findings::default();
-    let mut after = None;
-    loop {
-        let mut parts = BTreeMap::new();
-        for (server, _) in state.servers.iter().filter(|(_, s)| s.incarnation.0 > 0) {
-            parts.insert(*server, connection.verify(*server, after).await?);
-        }
-        // Every server has told all its elements up to here.
-        let bound = parts.values().filter_map(|p| p.next).min();
-        let suspects = differing(&state, &parts, after, bound);
-        for (server, part) in parts {
-            findings.add(&server.to_string(), within(part, bound));
-        }
-        for element in suspects {
+    let servers = state.servers.iter().filter(|(_, s)| s.incarnation.0 > 0).map(|(server, _)| *server);
+    let mut walks: BTreeMap<ServerId, Walk> = servers.map(|server| (server, Walk::default())).collect();
+    // Who is the furthest behind goes on, so that nobody tells much that cannot be compared yet.
+    while let Some(behind) = walks.iter().filter(|(_, w)| !w.ended).min_by_key(|(_, w)| w.told).map(|(s, _)| *s) {
+        let walk = walks.get_mut(&behind).expect("just chosen");
+        let mut part = connection.verify(behind, walk.told).await?;
+        walk.take(&mut part);
+        findings.add(&behind.to_string(), part);
+        for element in differing(&state, &mut walks) {
             findings.complaints.extend(look_again(&connection, &state, element).await?);
         }
-        after = bound;
-        if after.is_none() {
-            return Ok(findings);
-        }
+    }
+    Ok(findings)
+}
+
+/// How far a server has told its elements, and what it told that the others have not told yet.
+#[derive(Default)]
+struct Walk {
+    told: Option<ElementKey>,
+    ended: bool,
+    digests: BTreeMap<ElementKey, u32>,
+}
+
+impl Walk {
+    fn take(&mut self, part: &mut VerifyPart) {
+        self.digests.extend(part.digests.drain(..));
+        self.told = part.next;
+        self.ended = part.next.is_none();
     }
 }
 
-/// Without what the next parts will tell again.
-fn within(mut part: VerifyPart, bound: Option<ElementKey>) -> VerifyPart {
-    if let Some(bound) = bound {
-        let beyond = part.digests.iter().filter(|(key, _)| *key > bound).count() as u64;
-        part.elements -= beyond;
-    }
-    part
-}
-
-/// Elements after `after`, up to `bound`, that the in-sync replicas do not all tell alike.
-fn differing(
-    state: &State,
-    parts: &BTreeMap<ServerId, VerifyPart>,
-    after: Option<ElementKey>,
-    bound: Option<ElementKey>,
-) -> BTreeSet<ElementKey> {
+/// Elements that the in-sync replicas do not all tell alike, as far as every server has told them; those are not
+/// looked at again.
+fn differing(state: &State, walks: &mut BTreeMap<ServerId, Walk>) -> BTreeSet<ElementKey> {
+    let bound = walks.values().filter(|w| !w.ended).map(|w| w.told).min();
     let mut told: BTreeMap<ElementKey, BTreeMap<ServerId, u32>> = BTreeMap::new();
-    for (server, part) in parts {
-        for (key, digest) in part.digests.iter().filter(|(key, _)| bound.is_none_or(|b| *key <= b)) {
-            told.entry(*key).or_default().insert(*server, *digest);
+    for (server, walk) in walks {
+        let beyond = match bound {
+            None => BTreeMap::new(),
+            Some(None) => continue,
+            Some(Some(bound)) => {
+                walk.digests.split_off(&ElementKey { element: bound.element.saturating_add(1), ..bound })
+            }
+        };
+        for (key, digest) in std::mem::replace(&mut walk.digests, beyond) {
+            told.entry(key).or_default().insert(*server, digest);
         }
     }
     let differs = |(key, digests): &(&ElementKey, &BTreeMap<ServerId, u32>)| {
         let slot = state.slot_of(key.family, key.element).and_then(|id| state.slot(id));
         let expected: BTreeSet<ServerId> = slot.into_iter().flat_map(|s| s.in_sync()).collect();
         let first = digests.values().next();
-        after.is_none_or(|a| **key > a)
-            && !expected.is_empty()
-            && !expected.iter().all(|s| digests.get(s).is_some_and(|d| Some(d) == first))
+        !expected.is_empty() && !expected.iter().all(|s| digests.get(s).is_some_and(|d| Some(d) == first))
     };
     told.iter().filter(differs).map(|(key, _)| *key).collect()
 }
@@ -165,11 +167,15 @@ async fn look_again(connection: &Connection, state: &State, element: ElementKey)
     let before = before.or(Some(ElementKey { family: FamilyId(element.family.0 - 1), element: u64::MAX }));
     for _ in 0..LOOKS {
         tokio::time::sleep(Duration::from_millis(100)).await;
-        let mut parts = BTreeMap::new();
+        let mut walks = BTreeMap::new();
         for server in state.servers.keys() {
-            parts.insert(*server, connection.verify(*server, before).await?);
+            let mut walk = Walk::default();
+            walk.take(&mut connection.verify(*server, before).await?);
+            walk.digests.retain(|key, _| *key == element);
+            walk.ended = true;
+            walks.insert(*server, walk);
         }
-        if !differing(state, &parts, before, Some(element)).contains(&element) {
+        if differing(state, &mut walks).is_empty() {
             return Ok(None);
         }
     }

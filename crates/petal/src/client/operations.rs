@@ -79,6 +79,8 @@ pub(super) struct Operation {
     trouble: Option<Refusal>,
     /// Refusals in a row.
     tries: u32,
+    /// Who was to pass it on, since it was last sent to the one that is to answer.
+    carriers: SmallVec<[ServerId; 2]>,
     /// Replicas whose copy cannot be used, in this round.
     bad: SmallVec<[ServerId; 2]>,
     bad_rounds: u32,
@@ -98,6 +100,7 @@ impl Operation {
             target: None,
             trouble: None,
             tries: 0,
+            carriers: SmallVec::new(),
             bad: SmallVec::new(),
             bad_rounds: 0,
             primary_only: false,
@@ -288,12 +291,13 @@ impl Client {
         }
     }
 
-    /// Who may pass an operation on to a server that cannot be reached: somebody who answers, a replica of the slot
-    /// before others.
+    /// Who may pass an operation on to a server that cannot be reached: somebody who answers and has not tried, a
+    /// replica of the slot before others. When all have tried, it goes to that server itself once more.
     fn carrier(&mut self, index: u32, server: ServerId) -> Option<ServerId> {
         let operation = self.operations.get_mut(index).expect("it is being routed");
         let in_sync = &self.sessions[&operation.session].slot(operation.element()).in_sync;
         let able = self.links.iter().filter(|(s, link)| **s != server && link.has_room() && !link.silent);
+        let able = able.filter(|(s, _)| !operation.carriers.contains(s));
         able.min_by_key(|(s, link)| (!in_sync.contains(s), link.outstanding())).map(|(s, _)| *s)
     }
 
@@ -314,6 +318,11 @@ impl Client {
         let operation = self.operations.get_mut(index).expect("it is being sent");
         let attempt = Attempt { server, via, at: self.now, tag };
         operation.state = State::Sent(attempt);
+        if attempt.is_relayed() {
+            operation.carriers.push(via);
+        } else {
+            operation.carriers.clear();
+        }
         if matches!(operation.task, Task::Read { .. }) && !operation.primary_only {
             let in_sync = &self.sessions[&operation.session].slot(operation.element()).in_sync;
             if in_sync.len() > 1 {
@@ -698,10 +707,13 @@ impl Client {
             // Who passes on may be waiting itself.
             let is_direct = |attempt: &Attempt| !attempt.is_relayed();
             silent.extend(operation.attempts().filter(is_late).filter(is_direct).map(|attempt| attempt.server));
+            // Who was to pass it on may be as hard to reach, and the other one not any more.
             if operation.second.is_none()
                 && let State::Sent(only) = operation.state
-                && is_direct(&only)
-                && self.links.get(&only.server).is_some_and(|l| l.is_away(self.now))
+                && match is_direct(&only) {
+                    true => is_late(&only) && self.links.get(&only.server).is_some_and(|l| l.is_away(self.now)),
+                    false => self.now.since(only.at) >= RELAY_PATIENCE,
+                }
             {
                 unreached.push(index);
             }
@@ -743,7 +755,7 @@ impl Client {
         for index in unreached {
             let operation = self.operations.get_mut(index).expect("just seen");
             let State::Sent(attempt) = operation.state else { continue };
-            if self.carrier(index, attempt.server).is_some() {
+            if attempt.is_relayed() || self.carrier(index, attempt.server).is_some() {
                 let operation = self.operations.get_mut(index).expect("just seen");
                 operation.end_attempt(attempt);
                 self.links.get_mut(&attempt.via).expect("it was sent there").in_flight -= 1;

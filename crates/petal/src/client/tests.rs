@@ -10,6 +10,7 @@ use crate::translator::vdir::{Family, Imported, Lineage, Policy, Vdisk};
 use stdx::checksum::crc32c;
 
 mod hedges;
+mod relays;
 
 const SERVERS: u16 = 4;
 const SLOTS: u32 = 8;
