@@ -175,13 +175,15 @@ impl Joiner {
         self.counts() && !self.is_proposed()
     }
 
-    /// What it lacks cannot be read here: it stays as it is until something changes.
-    fn is_stuck(&self) -> bool {
+    /// Something is to be done for it before it can be proposed, and can be done: not where what it lacks cannot be
+    /// read here.
+    fn is_under_way(&self) -> bool {
         match &self.stage {
             Stage::Copying { stale, todo, comparing, active: 0 } => {
-                !stale.is_empty() && todo.is_empty() && comparing.is_empty()
+                stale.is_empty() || !todo.is_empty() || !comparing.is_empty()
             }
-            _ => false,
+            Stage::Closing { .. } | Stage::Proposing { .. } => false,
+            _ => true,
         }
     }
 
@@ -208,7 +210,7 @@ impl DataAccess {
         for index in 0..self.slots.len() {
             self.drop_lost_joiners(ctx, index);
             for (server, joiner) in self.slots[index].acting.iter().flat_map(|a| &a.joiners) {
-                *joining.entry(*server).or_default() += usize::from(!joiner.is_stuck());
+                *joining.entry(*server).or_default() += usize::from(joiner.is_under_way());
             }
         }
         let mut asks: BTreeMap<ServerId, Vec<(SlotId, Term)>> = BTreeMap::new();
@@ -645,6 +647,7 @@ impl DataAccess {
             Sabotage::InSyncWithSendsOutstanding => Stage::Proposing { key: None },
             _ => Stage::Closing { number: m.number },
         };
+        self.joins_due = true;
         if self.connected.contains(&server) {
             ctx.send(Peer::Server(server), Body::Replicate(m));
         }

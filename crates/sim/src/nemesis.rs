@@ -56,8 +56,18 @@ pub enum Trap {
         /// The member.
         to: ServerId,
     },
-    /// A member is asked for its promise: an older proposal about it comes.
+    /// A member is asked for its promise: an older proposal about it comes, and `Believed` follows.
     Late,
+    /// It is asked for its promise of a newer term: the proposal was believed, and who asks is killed before it has made
+    /// the member equal.
+    Believed {
+        /// The slot.
+        slot: SlotId,
+        /// The member.
+        to: ServerId,
+        /// Newer than this.
+        term: Term,
+    },
 }
 
 impl Trap {
@@ -179,6 +189,14 @@ impl World {
         match trap {
             Trap::Lag | Trap::Counted { .. } => self.lag_behind(trap, host, connection, side, message),
             Trap::Late => self.come_late(host, server, message),
+            Trap::Believed { slot, to, term } => {
+                let Body::Promise(promise) = &message.body else { return };
+                if server == to && promise.slots.iter().any(|(s, t)| *s == slot && *t > term) {
+                    self.trap = None;
+                    let at = self.now + self.draw(self.options.net.max * 2);
+                    self.queue.plan(at, Event::Ambush { host: Some(host) });
+                }
+            }
             Trap::Cut if matches!(message.body, Body::Replicate(_) | Body::StreamAck(_)) => {
                 let most = self.options.net.max * 2;
                 self.trap = None;
@@ -278,11 +296,9 @@ impl World {
         if proposed == term && present == Some(incarnation) {
             return;
         }
-        self.trap = None;
+        self.trap = Some(Trap::Believed { slot, to: server, term });
         self.counters.count(Kind::Late);
         self.execute_anywhere(Command::InSync { server, incarnation, slots: vec![(slot, proposed)] });
-        let at = self.now + Duration::from_micros(self.chaos.between(5_000, 150_000));
-        self.queue.plan(at, Event::Ambush { host: Some(host) });
     }
 
     pub(crate) fn on_cut(&mut self, connection: ConnectionId) {

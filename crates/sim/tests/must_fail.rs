@@ -156,7 +156,7 @@ fn reading(faults: FaultWeights) -> Overrides {
 #[test]
 fn reads_without_a_lease() {
     let ground = reading(FaultWeights { isolate: 1, ..FaultWeights::NONE });
-    must_be_caught_within(Sabotage::ReadWithoutLease, 15..75, ground);
+    must_be_caught_within(Sabotage::ReadWithoutLease, 75..135, ground);
 }
 
 /// A server is taken out, does not know it, and has a lease.
