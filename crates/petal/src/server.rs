@@ -257,7 +257,7 @@ impl Server {
             unstaged: VecDeque::new(),
             own_commands: BTreeMap::new(),
             deferred: VecDeque::new(),
-            relays: Relays::default(),
+            relays: Relays::new(incarnation),
             connected: BTreeMap::new(),
             sabotage: config.sabotage,
             leads: false,

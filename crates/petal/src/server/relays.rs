@@ -32,10 +32,22 @@ pub(crate) fn carrier(client: ClientId) -> Option<ServerId> {
 }
 
 /// Messages that were passed on and are not answered.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Relays {
     last: Tag,
     waiting: BTreeMap<Tag, Relay>,
+}
+
+impl Relays {
+    /// No life of this server gives a tag that another one gave: who was asked by an earlier life may answer this one.
+    pub fn new(incarnation: Incarnation) -> Relays {
+        Relays { last: Tag::from(incarnation.0) << 40, waiting: BTreeMap::new() }
+    }
+
+    fn new_tag(&mut self) -> Tag {
+        self.last += 1;
+        self.last
+    }
 }
 
 #[derive(Debug)]
@@ -84,8 +96,7 @@ impl Server {
         if !self.connected.contains_key(&to) || self.relays.waiting.len() >= RELAYS_MAX {
             return self.with_data(|data, ctx| data.answer_refused(ctx, client, access, refusal));
         }
-        self.relays.last += 1;
-        let tag = self.relays.last;
+        let tag = self.relays.new_tag();
         match &mut body {
             Body::Read(m) => m.access.tag = tag,
             Body::Write(m) => m.access.tag = tag,
@@ -115,5 +126,17 @@ impl Server {
         self.relays.waiting.retain(|_, relay| relay.client != client);
         self.deferred.retain(|d| d.from != Peer::Client(client));
         self.with_data(|data, ctx| data.on_client_gone(ctx, client));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tag_of_an_earlier_life_is_nobodys() {
+        let (mut earlier, mut later) = (Relays::new(Incarnation(6)), Relays::new(Incarnation(7)));
+        let old: BTreeSet<Tag> = (0..100).map(|_| earlier.new_tag()).collect();
+        assert!((0..100).all(|_| !old.contains(&later.new_tag())));
     }
 }
