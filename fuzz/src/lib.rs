@@ -14,8 +14,11 @@ use std::time::Duration;
 use stdx::checksum::{crc32c, crc32c_append};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+/// What is done with bytes from outside.
+pub type Target = fn(&[u8]);
+
 /// Every target by its name.
-pub const TARGETS: &[(&str, fn(&[u8]))] = &[
+pub const TARGETS: &[(&str, Target)] = &[
     ("frames", frames),
     ("superblock", superblock),
     ("journal", journal),

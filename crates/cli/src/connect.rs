@@ -3,6 +3,7 @@
 //! Reads and writes have none: a disk waits for its servers like a hard mount.
 
 use crate::cluster_folder::ClusterFolder;
+use crate::holder;
 use crate::place::Place;
 use crate::supervisor;
 use anyhow::{Context, Result, bail};
@@ -19,6 +20,7 @@ pub use petal_io::client::Disk;
 use petal_io::client::{Client, Config, ConnectError};
 use std::collections::BTreeSet;
 use std::time::Duration;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// How long to try to reach a first server.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
@@ -43,10 +45,30 @@ pub fn block_on<T: 'static>(future: impl Future<Output = Result<T>> + 'static) -
 
 /// Resolves when the process is told to end (SIGTERM, Ctrl-C). A closed terminal is not that.
 pub async fn stop_signal() -> Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
     let _ignored = signal(SignalKind::hangup()).context("cannot listen for signals")?;
     petal_io::server::terminated().await;
     Ok(())
+}
+
+/// Told to end: Ctrl-C, SIGTERM, a closed terminal. From when it was made on no signal ends the process by itself.
+struct Told([Signal; 3]);
+
+impl Told {
+    fn listen() -> Result<Told> {
+        let listen = |kind| signal(kind).context("cannot listen for signals");
+        Ok(Told([listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?, listen(SignalKind::hangup())?]))
+    }
+
+    /// Does the work, or leaves it when the process is told to end.
+    async fn unless<T>(&mut self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let [interrupt, terminate, hangup] = &mut self.0;
+        tokio::select! {
+            done = work => done,
+            _ = interrupt.recv() => bail!("interrupted"),
+            _ = terminate.recv() => bail!("told to end (SIGTERM)"),
+            _ = hangup.recv() => bail!("the terminal was closed"),
+        }
+    }
 }
 
 /// A connected client.
@@ -231,6 +253,25 @@ impl Connection {
                 advice: "a majority of the ring must be up to attach a disk; see `petal status`".into(),
             })
         })
+    }
+
+    /// Does some work with a disk attached, and ends the session whatever comes of it: also when the process is told to
+    /// end meanwhile.
+    pub async fn attached<T>(
+        &self,
+        name: &str,
+        mode: Attachment,
+        what: &str,
+        take_over: bool,
+        work: impl AsyncFnOnce(&Disk) -> Result<T>,
+    ) -> Result<T> {
+        let mut told = Told::listen()?;
+        let disk = self.attach(name, mode, &holder::of_process(what), take_over).await?;
+        let done = told.unless(work(&disk)).await;
+        let detached = told.unless(async { Ok(disk.detach().await?) }).await;
+        let done = done?; // It says more.
+        detached?;
+        Ok(done)
     }
 }
 

@@ -36,7 +36,7 @@ use std::process::ExitCode;
 #[command(name = "petal", version, max_term_width = 100, after_help = EXAMPLES)]
 struct Arguments {
     /// The cluster: its folder, or HOST:PORT or unix:PATH of one of its servers (several with commas)
-    #[arg(long, global = true, env = "PETAL_CLUSTER", default_value = "./petal-data", value_name = "WHERE")]
+    #[arg(long, global = true, env = place::CLUSTER_VARIABLE, default_value = place::CLUSTER_DEFAULT, value_name = "WHERE")]
     cluster: place::Place,
     #[command(subcommand)]
     command: Command,

@@ -3,8 +3,13 @@
 use crate::cluster_folder::ClusterFolder;
 use anyhow::{Result, bail};
 use std::convert::Infallible;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
+
+/// What is meant where nobody says which cluster: what this variable says, or else this folder.
+pub const CLUSTER_VARIABLE: &str = "PETAL_CLUSTER";
+/// The second of these.
+pub const CLUSTER_DEFAULT: &str = "./petal-data";
 
 /// What `--cluster` named.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,9 +48,42 @@ impl Place {
     }
 }
 
+/// What a person types here to reach the cluster in a folder: `petal`, or `petal --cluster FOLDER`.
+pub fn petal(folder: &ClusterFolder) -> String {
+    let meant = std::env::var(CLUSTER_VARIABLE).unwrap_or_else(|_| CLUSTER_DEFAULT.into());
+    let is_meant = ClusterFolder::at(Path::new(&meant)).is_ok_and(|meant| meant.path() == folder.path());
+    if is_meant { "petal".into() } else { format!("petal --cluster {}", quoted(&shorter(folder.path()))) }
+}
+
+/// The path as seen from here, where that is shorter.
+pub fn shorter(path: &Path) -> String {
+    let here = std::env::current_dir().unwrap_or_default();
+    path.strip_prefix(here).unwrap_or(path).display().to_string()
+}
+
+/// As one word of a shell.
+fn quoted(word: &str) -> String {
+    let is_plain = |c: char| c.is_alphanumeric() || "/._-+:=@,".contains(c);
+    if !word.is_empty() && word.chars().all(is_plain) {
+        word.into()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_hint_names_the_cluster_unless_it_is_the_one_that_is_meant_anyway() {
+        let hint = |path: &str| petal(&ClusterFolder::at(Path::new(path)).unwrap());
+        let meant = std::env::var(CLUSTER_VARIABLE).unwrap_or_else(|_| CLUSTER_DEFAULT.into());
+        assert_eq!(hint(&meant), "petal");
+        assert_eq!(hint("/nowhere/other"), "petal --cluster /nowhere/other");
+        assert_eq!(hint("/nowhere/it's here"), r"petal --cluster '/nowhere/it'\''s here'");
+        assert_eq!(hint("beside"), "petal --cluster beside");
+    }
 
     #[test]
     fn addresses_and_folders_are_told_apart() {

@@ -178,8 +178,10 @@ fn notes(state: &State, tree: &Tree, disk: &Vdisk) -> String {
         other => other.words(),
     };
     let attached = if holders.is_empty() { String::new() } else { format!("attached by {}", holders.join("; ")) };
-    let notes = [origin, if disk.protected { "protected".into() } else { String::new() }, attached];
-    notes.into_iter().filter(|n| !n.is_empty()).collect::<Vec<_>>().join(", ")
+    let note = |is_so: bool, note: &str| if is_so { note.into() } else { String::new() };
+    let states = [note(disk.protected, "protected"), note(disk.is_importing(), "import unfinished")];
+    let notes = [origin].into_iter().chain(states).chain([attached]);
+    notes.filter(|n| !n.is_empty()).collect::<Vec<_>>().join(", ")
 }
 
 /// The tree for programs: a list, parents before what hangs on them.
@@ -199,6 +201,7 @@ pub fn json(state: &State, root: Option<&Vdisk>, space: Option<&BTreeMap<FamilyI
             "size": disk.size,
             "made": disk.made,
             "protected": disk.protected,
+            "import_unfinished": disk.is_importing(),
             "attached": disk.sessions.len(),
         });
         if let Some(space) = space {

@@ -83,13 +83,16 @@ fn a_file_gives_the_same_json_as_standard_input() {
 fn a_stream_that_is_cut_or_damaged_is_refused_with_the_place() {
     let whole = stream();
     let cut = whole.len() - 40;
-    refused(&verify(&whole[..cut], &[]), &["standard input", &format!("byte {cut}"), "after element 9", "cut"]);
+    refused(
+        &verify(&whole[..cut], &[]),
+        &["standard input", &format!("byte {cut}"), "the disk's first 655360 bytes", "cut"],
+    );
     let mut flipped = whole.clone();
     let data = whole.len() - 72 - 24 - 72 - 2 * BLOCK_SIZE;
     flipped[data + 100] ^= 1;
-    refused(&verify(&flipped, &[]), &[&format!("byte {data}"), "the data of element 7", "checksum"]);
+    refused(&verify(&flipped, &[]), &[&format!("byte {data}"), "the data of byte 458752 of the disk", "checksum"]);
     refused(&verify(b"#!/bin/sh\n", &[]), &["byte 0", "not begin like a backup stream"]);
-    refused(&verify(b"", &[]), &["byte 0"]);
+    refused(&verify(b"", &[]), &["byte 0", "it is empty"]);
     refused(&verify(&[&whole[..], b"x"].concat(), &[]), &["behind its end"]);
 }
 

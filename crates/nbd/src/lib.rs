@@ -26,7 +26,7 @@
 //!
 //! What a client sends can do three things: be answered, be refused with the protocol's error, or end
 //! its own connection. It cannot panic the server, and it cannot make it hold more than
-//! [`Config`] allows. An export that fails a request fails that request alone; one that panics ends
+//! [`Config`] allows, and beyond that one request of each connection. An export that fails a request fails that request alone; one that panics ends
 //! the connection whose request it was.
 //!
 //! # Invariants

@@ -94,6 +94,9 @@ pub const RETRY_MIN: Duration = Duration::from_millis(20);
 pub const RETRY_MAX: Duration = Duration::from_secs(1);
 /// How long a management call waits to settle before it says for whom it waits.
 pub const SETTLE_DEADLINE: Duration = Duration::from_secs(10);
+/// Bytes of an encoded command at most: with what is around it, it fits into a frame of a client, which has 64 KiB.
+/// Names, holders and addresses are bounded one by one when the command is applied; this keeps monsters out of the log.
+pub const COMMAND_MAX: usize = (64 << 10) - 256;
 /// Log entries that the ring keeps behind its snapshot.
 pub const LOG_KEEP: usize = 1024;
 /// Longest read or write that a client takes in one request: two of the largest NBD requests, 1,024

@@ -12,14 +12,14 @@
 //! depends on it (P9). What is newest is said by the state index at which it was made: a leader whose clock is wrong
 //! gives names that are wrong, and makes one snapshot in each of *its* hours; it deletes nothing too early.
 //!
-//! What somebody deleted by hand within its hour is not made again, unless another server begins to lead meanwhile.
+//! What somebody deleted by hand within its hour, day or week is not made again: the disk remembers the last of each kind
+//! ([`Automatic`](crate::translator::vdir::Automatic)).
 
 use crate::global_state::{Command, CommandError, Outcome, SnapshotOf, State};
 use crate::ids::*;
 use crate::message::CommandId;
-use crate::translator::vdir::{Policy, Vdisk};
+use crate::translator::vdir::{Kind, Vdisk};
 use std::collections::BTreeMap;
-use stdx::calendar::{Utc, iso_week};
 use stdx::{Duration, Instant};
 
 /// Time between two looks.
@@ -29,52 +29,6 @@ const PROPOSED_MAX: usize = 64;
 /// Snapshots that one command deletes.
 const DELETED_AT_ONCE: usize = 64;
 
-/// A kind of snapshot.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-enum Kind {
-    Hourly,
-    Daily,
-    Weekly,
-}
-
-impl Kind {
-    const ALL: [Kind; 3] = [Kind::Hourly, Kind::Daily, Kind::Weekly];
-
-    fn keeps(self, policy: Policy) -> usize {
-        usize::from(match self {
-            Kind::Hourly => policy.hourly,
-            Kind::Daily => policy.daily,
-            Kind::Weekly => policy.weekly,
-        })
-    }
-
-    /// Name of the one that belongs to this moment.
-    fn name(self, unix_seconds: u64) -> String {
-        let Utc { year, month, day, hour, .. } = Utc::at(unix_seconds);
-        match self {
-            Kind::Hourly => format!("auto-hourly-{year:04}-{month:02}-{day:02}T{hour:02}"),
-            Kind::Daily => format!("auto-daily-{year:04}-{month:02}-{day:02}"),
-            Kind::Weekly => {
-                let (year, week) = iso_week(unix_seconds);
-                format!("auto-weekly-{year:04}-W{week:02}")
-            }
-        }
-    }
-
-    /// The kind of a snapshot that was made here, by its name without the disk's. A name that only begins alike is
-    /// a person's.
-    fn of(name: &str) -> Option<Kind> {
-        if !name.starts_with("auto-") {
-            return None; // Most snapshots, and a hundred thousand are looked at.
-        }
-        let like = |sample: &str| {
-            let alike = |(a, b): (u8, u8)| if b.is_ascii_digit() { a.is_ascii_digit() } else { a == b };
-            name.len() == sample.len() && name.bytes().zip(sample.bytes()).all(alike)
-        };
-        Kind::ALL.into_iter().find(|kind| like(&kind.name(0)))
-    }
-}
-
 /// What the leader does about policies.
 #[derive(Debug, Default)]
 pub(crate) struct Policies {
@@ -83,7 +37,7 @@ pub(crate) struct Policies {
     look_at: Option<Instant>,
     /// What is under way, of each disk.
     proposed: BTreeMap<VdiskId, CommandId>,
-    /// The name of the last snapshot of each kind that was proposed.
+    /// The name of the last snapshot of each kind that was proposed: what was refused is not proposed all the time.
     made: BTreeMap<(VdiskId, Kind), String>,
 }
 
@@ -125,7 +79,9 @@ impl Policies {
                 continue;
             }
             let disk = state.vdisk(id).expect("just found");
-            let command = self.due(state, disk, seconds).or_else(|| over(disk, snapshots));
+            // What an import has written a part of is no state to be kept.
+            let due = if disk.is_importing() { None } else { self.due(state, disk, seconds) };
+            let command = due.or_else(|| over(disk, snapshots));
             wanted.extend(command.map(|command| (id, command)));
         }
         wanted
@@ -136,7 +92,8 @@ impl Policies {
         for kind in Kind::ALL.into_iter().filter(|kind| kind.keeps(disk.policy) > 0) {
             let name = kind.name(seconds);
             let is_there = state.vdisk_named(&format!("{}@{name}", disk.name)).is_some();
-            if is_there || self.made.get(&(disk.id, kind)) == Some(&name) {
+            let was_there = disk.automatic.last(kind).is_some_and(|made| kind.name(made) == name);
+            if is_there || was_there || self.made.get(&(disk.id, kind)) == Some(&name) {
                 continue;
             }
             self.made.insert((disk.id, kind), name.clone());
@@ -195,6 +152,7 @@ fn over(disk: &Vdisk, snapshots: [Vec<&Vdisk>; 3]) -> Option<Command> {
 mod tests {
     use super::*;
     use crate::global_state::{Attachment, Fixture};
+    use crate::translator::vdir::Policy;
 
     /// 2026-11-29 02:15:07 UTC, a Sunday.
     const SUNDAY: u64 = 1_795_918_507;
@@ -354,6 +312,8 @@ mod tests {
         let made = led.f.state.vdisk_named("db@auto-hourly-2026-11-29T02").unwrap().id;
         led.f.run(Command::DeleteDisks { vdisks: vec![made] }).unwrap();
         assert_eq!(led.at(SUNDAY + 60), []);
+        led.policies = Policies::default();
+        assert_eq!(led.at(SUNDAY + 120), [], "whoever leads");
         assert_eq!(led.at(SUNDAY + HOUR).len(), 1);
     }
 

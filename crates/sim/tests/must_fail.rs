@@ -170,7 +170,7 @@ fn serving_at_once_when_a_member_was_taken_out() {
 #[test]
 fn a_lease_that_is_judged_by_a_clock_that_was_read_before() {
     let ground = reading(FaultWeights { freeze: 1, ..FaultWeights::NONE });
-    must_be_caught_within(Sabotage::LeaseByEarlierClock, 220..260, ground);
+    must_be_caught_within(Sabotage::LeaseByEarlierClock, 270..310, ground);
 }
 
 /// A disk is taken over; a server that has not heard of it acknowledges what the old holder asks.

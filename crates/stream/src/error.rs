@@ -1,5 +1,6 @@
 //! Why a stream is refused, and where.
 
+use crate::ELEMENT_SIZE;
 use crate::header::HeaderError;
 use crate::record::Counts;
 use core::fmt;
@@ -32,9 +33,16 @@ impl fmt::Display for Place {
         match self {
             Place::Header => write!(f, "in the header"),
             Place::BeforeFirst => write!(f, "before the first element"),
-            Place::After(element) => write!(f, "after element {element}"),
+            Place::After(element) => {
+                write!(f, "behind what belongs to the disk's first {} bytes", byte(&element.saturating_add(1)))
+            }
         }
     }
+}
+
+/// Where an element begins.
+fn byte(element: &u64) -> u64 {
+    element.saturating_mul(ELEMENT_SIZE as u64)
 }
 
 /// What has a checksum of its own.
@@ -55,7 +63,7 @@ impl fmt::Display for Part {
         match self {
             Part::Header => write!(f, "the header"),
             Part::Head => write!(f, "the head of a record"),
-            Part::Data(element) => write!(f, "the data of element {element}"),
+            Part::Data(element) => write!(f, "the data of byte {} of the disk", byte(element)),
             Part::Mark => write!(f, "a check mark"),
         }
     }
@@ -95,6 +103,9 @@ pub enum Fault {
         /// End of the last check mark, or of the header.
         good: u64,
     },
+    /// Not even one byte.
+    #[error("it is empty: what was to write it may have failed; see what that said, and export again")]
+    Empty,
     /// It ends before anything could be known of it.
     #[error("it ends here, before the end of its header: it holds nothing; take another copy, or export again")]
     NoHeader,
@@ -116,7 +127,7 @@ pub enum Fault {
     #[error("a record that makes no sense: {0}")]
     Record(&'static str),
     /// Elements do not ascend.
-    #[error("element {element} comes after element {before}: they must ascend")]
+    #[error("byte {} of the disk comes after byte {}: they must ascend", byte(element), byte(before))]
     Order {
         /// The one before.
         before: u64,
@@ -124,7 +135,7 @@ pub enum Fault {
         element: u64,
     },
     /// An element, or blocks of it, behind the end of the disk.
-    #[error("element {element} has blocks outside of the disk of {size} bytes")]
+    #[error("byte {} of the disk comes with blocks outside of its {size} bytes", byte(element))]
     Outside {
         /// The element.
         element: u64,
@@ -161,10 +172,10 @@ pub enum Fault {
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
     /// The header makes no sense.
-    #[error("no stream can be made with such a header: {0}")]
+    #[error("no stream can be made with such a header")]
     Header(#[from] HeaderError),
     /// The bytes could not be put away.
-    #[error("the backup stream cannot be written at byte {offset}: {source}")]
+    #[error("the backup stream cannot be written at byte {offset}")]
     Io {
         /// Bytes of the stream until then; how many of them arrived, only a scan tells.
         offset: u64,

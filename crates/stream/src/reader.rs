@@ -227,6 +227,9 @@ impl<R: Read> Reader<R> {
 fn read_header(input: &mut impl Read) -> Result<Vec<u8>, (usize, Fault)> {
     let mut head = [0; header::HEAD_SIZE];
     let length = fill(input, &mut head).map_err(|e| (0, e.into()))?;
+    if length == 0 {
+        return Err((0, Fault::Empty));
+    }
     let magic = length.min(MAGIC.len());
     if head[..magic] != MAGIC[..magic] {
         return Err((0, Fault::NotAStream));

@@ -2,11 +2,14 @@
 //! must be refused.
 
 use super::snapshots::{image, json, same};
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, kill9};
 use crate::run::{command, nbdsh, read, read_failure};
 use anyhow::{Context, Result, ensure};
+use std::io::Write;
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 const INCREMENTS: u32 = 10;
@@ -169,12 +172,20 @@ pub fn refused(cluster: &Cluster) -> Result<()> {
     fails(cluster, &["export", "vol0@s1", &out, "--from", "vol0"], &["no earlier snapshot"])?;
     fails(cluster, &["export", "vol0@s1", &stream(0)], &["exists", "another name"])?;
     fails(cluster, &["export", "vol0@s1", &stream(0), "--raw"], &["never written over"])?;
-    fails(cluster, &["export", "vol0@s1", "/dev/full"], &["space"])?;
+    fails(cluster, &["export", "vol0@s1", &out, "--from", "vol0@s1"], &["itself", "earlier snapshot"])?;
+    let folder = cluster.folder().display().to_string();
+    fails(cluster, &["export", "vol0@s1", &folder], &["is a folder", "vol0-s1.petal"])?;
+    fails(cluster, &["export", "vol0@s1", &folder, "--raw"], &["is a folder", "vol0-s1.img"])?;
+    let (_, text) = read_failure(cluster.petal().args(["export", "vol0@s1", "/dev/full"]))?;
+    ensure!(text.matches("No space left").count() == 1, "a full disk is told once: {text}");
     ensure!(!Path::new(&out).exists(), "a refused export left a file");
     petal(cluster, &["disk", "create", "stranger", "64MiB"])?;
     fails(cluster, &["diff", "vol0@s1", "stranger"], &["nothing in common"])?;
 
     // Imports.
+    fails(&other, &["import", "-", "copy"], &["standard input", "it is empty"])?;
+    fails(&other, &["import", &folder, "copy"], &["is a folder"])?;
+    fails(&other, &["import", &stream(0), "copy@s0"], &["names a snapshot", "'copy'"])?;
     fails(&other, &["import", &stream(1), "copy"], &["does not have", "import that first"])?;
     fails(&other, &["import", &stream(0), "vol0"], &["already", "another name"])?;
     ensure!(names(&other)? == ["vol0"], "refused imports left {:?}", names(&other)?);
@@ -208,7 +219,7 @@ pub fn refused(cluster: &Cluster) -> Result<()> {
             bytes
         };
         std::fs::write(&broken, &bytes)?;
-        let place = if at < 100 { "byte" } else { "after element" };
+        let place = if at < 100 { "byte" } else { "of the disk" };
         fails(&other, &["stream", "verify", &broken], &["broken.petal"])?;
         let (_, text) = read_failure(other.petal().args(["import", &broken, "copy"]))?;
         ensure!(text.contains(place) || text.contains("byte"), "no place is told for {at} of {length}: {text}");
@@ -239,7 +250,7 @@ fn no_space(cluster: &Cluster) -> Result<()> {
     petal(cluster, &["export", "big@s", &stream])?;
     let small = cluster.another("small")?;
     small.up(&["--servers", "3", "--disk-size", "128MiB", "--size", "16MiB"])?;
-    fails(&small, &["import", &stream, "big"], &["space", "delete the disk"])?;
+    fails(&small, &["import", &stream, "big"], &["space", "make room", "delete the disk"])?;
     ensure!(names(&small)? == ["vol0", "big"], "left are {:?}", names(&small)?);
     petal(&small, &["disk", "delete", "big", "--yes"])?;
     // The room is there again.
@@ -247,6 +258,133 @@ fn no_space(cluster: &Cluster) -> Result<()> {
     same(&image(cluster, "vol0@s0", "from.img")?, &image(&small, "copy", "to.img")?)?;
     petal(&small, &["verify"])?;
     small.down()
+}
+
+/// A command that does not end by itself, with a pipe to it or from it.
+fn held(cluster: &Cluster, arguments: &[&str], stream: &[u8]) -> Result<Child> {
+    let mut petal = cluster.petal();
+    petal.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = petal.spawn().context("cannot start petal")?;
+    child.stdin.as_mut().context("no pipe")?.write_all(stream)?;
+    Ok(child)
+}
+
+/// It ends by this signal; what it said.
+fn signalled(mut child: Child, signal: &str) -> Result<String> {
+    read(command("kill").args([signal, &child.id().to_string()]))?;
+    let mut ended = Ok(None);
+    Cluster::wait_for(&format!("the end by {signal}"), Duration::from_secs(20), || {
+        ended = child.try_wait();
+        !matches!(ended, Ok(None))
+    })?;
+    ensure!(ended?.is_some_and(|status| !status.success()), "it ended well by {signal}");
+    let output = child.wait_with_output()?;
+    Ok(String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+fn sessions(cluster: &Cluster, disk: &str) -> Result<Vec<String>> {
+    let info = json(cluster, &["disk", "info", disk])?;
+    let attached = info["attached"].as_array().context("no sessions")?.iter();
+    Ok(attached.filter_map(|s| s["session"].as_str().map(String::from)).collect())
+}
+
+fn is_attached(cluster: &Cluster, disk: &str) -> Result<()> {
+    let is_attached = || sessions(cluster, disk).is_ok_and(|sessions| sessions.len() == 1);
+    Cluster::wait_for(&format!("{disk} is attached"), Duration::from_secs(20), is_attached)
+}
+
+fn is_unfinished(cluster: &Cluster) -> bool {
+    json(cluster, &["disk", "info", "copy"]).is_ok_and(|info| info["import_unfinished"] == true)
+}
+
+pub fn interrupted(cluster: &Cluster) -> Result<()> {
+    source(cluster, 1)?;
+    let other = cluster.another("interrupted")?;
+    other.up(&["--servers", "3", "--size", "16MiB"])?;
+    interrupted_imports(cluster, &other)?;
+    interrupted_exports(cluster)?;
+    for cluster in [&other, cluster] {
+        petal(cluster, &["verify"])?;
+        cluster.down()?;
+    }
+    Ok(())
+}
+
+fn interrupted_imports(cluster: &Cluster, other: &Cluster) -> Result<()> {
+    let stream = file(cluster, "0.petal");
+    let whole = std::fs::read(&stream)?;
+    let begin = || -> Result<Child> {
+        let child = held(other, &["import", "-", "copy"], &whole[..whole.len() / 2])?;
+        is_attached(other, "copy")?;
+        Cluster::wait_for("the import has begun", Duration::from_secs(20), || is_unfinished(other))?;
+        Ok(child)
+    };
+    for signal in ["-INT", "-TERM", "-HUP"] {
+        let said = signalled(begin()?, signal)?;
+        ensure!(said.contains("'copy' has not ended"), "it says nothing of what it leaves: {said}");
+        ensure!(sessions(other, "copy")?.is_empty(), "{signal} left a session");
+    }
+    for list in ["disk", "snapshot"] {
+        let all = json(other, &[list, "list"])?;
+        let copy = all.as_array().context("no list")?.iter().find(|d| d["name"] == "copy").context("no copy")?;
+        ensure!(copy["import_unfinished"] == true, "{list} list: {copy}");
+        let text = petal(other, &[list, "list"])?;
+        ensure!(text.contains("import unfinished"), "{list} list: {text}");
+    }
+    let text = petal(other, &["disk", "info", "copy"])?;
+    ensure!(text.contains("unfinished"), "disk info: {text}");
+
+    // Until it has ended only an import writes it, and nothing is made of it.
+    read_failure(nbdsh().args(["-u", &other.nbd_uri("copy")?, "-c", "h.pwrite(b'x' * 4096, 4 << 20)"]))?;
+    fails(other, &["bench", "copy", "--write", "--seconds", "1"], &["has not ended", "petal import FILE copy"])?;
+    fails(other, &["snapshot", "create", "copy", "--name", "half"], &["has not ended"])?;
+    fails(other, &["clone", "copy", "half"], &["has not ended"])?;
+    fails(other, &["disk", "resize", "copy", "4MiB", "--shrink"], &["has not ended"])?;
+
+    // One that was killed stands in the way until it is told to be gone.
+    let mut killed = begin()?;
+    kill9(killed.id())?;
+    killed.wait()?;
+    ensure!(sessions(other, "copy")?.len() == 1, "the session of a dead import is gone by itself");
+    fails(other, &["import", &stream, "copy"], &["attached by petal import", "--take-over"])?;
+    petal(other, &["import", &stream, "copy", "--take-over"])?;
+    ensure!(!is_unfinished(other) && sessions(other, "copy")?.is_empty(), "the import has not ended");
+    let from = image(cluster, "vol0@s0", "from.img")?;
+    same(&from, &image(other, "copy@s0", "to.img")?)?;
+    same(&from, &image(other, "copy", "to.img")?)?;
+    write(other, "copy", "h.pwrite(b'x' * 4096, 4 << 20); h.flush()")
+}
+
+fn interrupted_exports(cluster: &Cluster) -> Result<()> {
+    let begin = || -> Result<Child> {
+        let child = held(cluster, &["export", "vol0@s0", "-"], &[])?;
+        is_attached(cluster, "vol0@s0")?;
+        Ok(child)
+    };
+    for signal in ["-INT", "-TERM", "-HUP"] {
+        signalled(begin()?, signal)?;
+        ensure!(sessions(cluster, "vol0@s0")?.is_empty(), "{signal} left a session");
+    }
+    // An image gets its name when it is whole; what one that was killed left is in nobody's way.
+    let (image_file, part) = (cluster.folder().join("raw.img"), cluster.folder().join("raw.img.part"));
+    let raw = ["export", "vol0@s0", "raw.img", "--raw"];
+    let mut killed = command("prlimit");
+    killed.arg("--fsize=8388608").arg(cluster.petal().get_program()).args(raw);
+    killed.current_dir(cluster.folder()).env("PETAL_CLUSTER", cluster.data());
+    let output = crate::run::output(&mut killed)?;
+    ensure!(output.status.signal().is_some(), "the export was not killed: {}", crate::run::tail(&output));
+    ensure!(!image_file.exists() && part.exists(), "a part of an image has the name of the whole");
+    petal(cluster, &raw)?;
+    ensure!(!part.exists(), "the part is left beside the whole image");
+    same(&image(cluster, "vol0@s0", "from.img")?, &image_file)?;
+
+    // The dead one's session is named where it is in the way, with what ends it.
+    let left = sessions(cluster, "vol0@s0")?;
+    let [session] = &left[..] else { anyhow::bail!("the session of a dead export is gone by itself: {left:?}") };
+    let remedy = format!("petal detach --session {session}");
+    fails(cluster, &["snapshot", "delete", "vol0@s0"], &["petal export (pid", &remedy])?;
+    petal(cluster, &["detach", "--session", session])?;
+    petal(cluster, &["snapshot", "delete", "vol0@s0"]).map(drop)
 }
 
 pub fn flattened(cluster: &Cluster) -> Result<()> {

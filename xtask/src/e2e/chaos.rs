@@ -52,7 +52,8 @@ pub fn history_is_linearizable(cluster: &Cluster) -> Result<()> {
 
 /// What the simulator's checker says of a record; an error if it cannot be explained.
 pub(super) fn judge(record: &Path) -> Result<String> {
-    let said = read(cargo().args(["run", "--release", "--quiet", "-p", "petal-sim", "--", "--judge"]).arg(record))?;
+    run::show(cargo().args(["build", "--release", "--quiet", "-p", "petal-sim"]))?;
+    let said = read(run::command(run::root().join("target/release/petal-sim")).arg("--judge").arg(record))?;
     Ok(said.trim().to_string())
 }
 

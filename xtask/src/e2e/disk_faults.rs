@@ -123,17 +123,23 @@ fn in_time(cluster: &Cluster, code: &str) -> Result<()> {
     read(nbdsh.args(["-u", &uri, "-c", "import signal; signal.alarm(30)", "-c", code])).map(|_| ())
 }
 
-pub fn hanging_disk(cluster: &Cluster) -> Result<()> {
-    let mut disk = with_faulty_disk(cluster)?;
-    let life = incarnation(cluster, "s2")?;
-    disk.tell("hang")?;
+/// What clients write is done and read while the server goes out of the way, and the status says why it did.
+fn goes_down_for_its_disk(cluster: &Cluster) -> Result<()> {
     in_time(cluster, WRITE_NEXT)?;
     in_time(cluster, CHECK_NEXT)?;
     declared_down(cluster, "s2")?;
     let s2 = server_status(cluster, "s2")?;
     let why = s2["why_down"].as_str().unwrap_or_default();
-    ensure!(why.contains("disk1"), "the status does not say that its disk hangs: {s2}");
+    ensure!(why.contains("disk1"), "the status does not name the disk: {s2}");
     println!("s2 is down: {why}");
+    Ok(())
+}
+
+pub fn hanging_disk(cluster: &Cluster) -> Result<()> {
+    let mut disk = with_faulty_disk(cluster)?;
+    let life = incarnation(cluster, "s2")?;
+    disk.tell("hang")?;
+    goes_down_for_its_disk(cluster)?;
     let held = disk.tell("pass")?;
     ensure!(held > 0, "nothing hung");
     println!("{held} requests hung; the disk answers again");
@@ -141,7 +147,6 @@ pub fn hanging_disk(cluster: &Cluster) -> Result<()> {
     ensure!(incarnation(cluster, "s2")? > life, "it must have begun a new life");
     in_time(cluster, CHECK_NEXT)?;
     println!("petal verify: {}", read(cluster.petal().arg("verify"))?.trim());
-    drop(disk);
     Ok(())
 }
 
@@ -170,26 +175,18 @@ pub fn unreadable_blocks(cluster: &Cluster) -> Result<()> {
     ensure!(failed >= spoilt.len() as u64, "the device failed {failed} reads only");
     in_time(cluster, CHECK)?;
     println!("petal verify: {}", read(cluster.petal().arg("verify"))?.trim());
-    drop(disk);
     Ok(())
 }
 
 pub fn disk_that_cannot_be_written(cluster: &Cluster) -> Result<()> {
     let mut disk = with_faulty_disk(cluster)?;
     disk.tell("fail-writes")?;
-    in_time(cluster, WRITE_NEXT)?;
-    in_time(cluster, CHECK_NEXT)?;
-    declared_down(cluster, "s2")?;
-    let s2 = server_status(cluster, "s2")?;
-    let why = s2["why_down"].as_str().unwrap_or_default();
-    ensure!(why.contains("disk1"), "the status does not name the disk: {s2}");
-    println!("s2 is down: {why}");
+    goes_down_for_its_disk(cluster)?;
     ensure!(disk.tell("pass")? > 0, "no write failed");
     // The disk is well again: whoever has seen to that starts the server.
     cluster.up(&[])?;
     full_again(cluster)?;
     in_time(cluster, CHECK_NEXT)?;
     println!("petal verify: {}", read(cluster.petal().arg("verify"))?.trim());
-    drop(disk);
     Ok(())
 }

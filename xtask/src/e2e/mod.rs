@@ -20,7 +20,8 @@ use crate::cluster::{self, Cluster};
 use crate::packages;
 use anyhow::{Result, bail};
 use std::path::Path;
-use std::time::Instant;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
 
 /// Which scenarios.
 #[derive(clap::Args)]
@@ -37,6 +38,10 @@ pub struct Arguments {
 
 /// A scenario: a sentence without spaces, and what to do with a fresh folder.
 type Scenario = (&'static str, fn(&Cluster) -> Result<()>);
+
+/// How long a scenario may take: many times what the longest does. One that waits for what never comes ends the run, by
+/// its name.
+const SCENARIO_LIMIT: Duration = Duration::from_secs(1800);
 
 const SCENARIOS: &[Scenario] = &[
     ("up_serves_a_disk_and_down_leaves_no_process", processes::up_and_down),
@@ -89,6 +94,7 @@ const SCENARIOS: &[Scenario] = &[
     ("the_cluster_makes_snapshots_by_itself_and_none_twice", snapshots::made_by_the_cluster),
     ("ten_increments_in_another_cluster_are_the_source_bit_for_bit", backup::chain),
     ("a_backup_that_cannot_be_taken_in_is_refused_and_nothing_is_half_made", backup::refused),
+    ("an_interrupted_import_or_export_stands_in_nobodys_way_for_ever", backup::interrupted),
     ("a_clone_that_is_flattened_needs_nothing_of_its_parents", backup::flattened),
     ("scrub_finds_and_repairs_what_was_written_over", disk_faults::scrub_repairs),
     ("a_disk_that_hangs_gets_out_of_the_way_and_comes_back", disk_faults::hanging_disk),
@@ -149,7 +155,18 @@ fn run_these(scenarios: &[&Scenario], keep: bool) -> Result<(u64, u64)> {
 
 fn run_one(petal: &Path, name: &str, scenario: fn(&Cluster) -> Result<()>, keep: bool) -> Result<()> {
     let mut cluster = Cluster::new(petal, name)?;
+    let (done, hung) = mpsc::channel::<()>();
+    let scenario_name = name.to_string();
+    std::thread::spawn(move || {
+        if hung.recv_timeout(SCENARIO_LIMIT) == Err(RecvTimeoutError::Timeout) {
+            println!(
+                "== e2e {scenario_name}: FAILED, it hangs: not done within {SCENARIO_LIMIT:?}; nothing else is run"
+            );
+            std::process::exit(1);
+        }
+    });
     let result = scenario(&cluster);
+    drop(done);
     if result.is_err() {
         show_logs(&cluster);
         if keep {

@@ -230,6 +230,8 @@ pub fn commands(cluster: &Cluster) -> Result<()> {
     fails(&["snapshot", "create", "vol0", "--name", "a@b"], &["'@'"])?;
     fails(&["snapshot", "create", "vol0@both"], &["--name both"])?;
     fails(&["snapshot", "create", "nothing"], &["nothing", "disk list"])?;
+    // More than the log takes is refused at once, and not waited for.
+    fails(&["snapshot", "create", "vol0", "--name", &"x".repeat(70_000)], &["the command has 70", "fewer disks"])?;
     fails(&["snapshot", "create", "vol0", "--freeze"], &["not attached", "--freeze"])?;
     fails(&["snapshot", "delete", "vol0"], &["is a disk", "disk delete"])?;
     fails(&["snapshot", "delete", "vol0@nothing"], &["vol0@nothing", "snapshot list vol0"])?;

@@ -39,7 +39,11 @@ Example:
   petal attach vol0            prints /dev/loop0
   mkfs.ext4 /dev/loop0 && mount /dev/loop0 /mnt
   umount /mnt && petal detach vol0
-  petal attach vol0@monday     a snapshot, read-only (mount -o ro,noload)
+  petal attach vol0@monday     a snapshot, read-only
+
+To mount what a snapshot holds, attach a clone of it: a file system that was in use replays its
+journal then, which it cannot do read-only (with noload it may look empty):
+  petal clone vol0@monday look && petal attach look
 
 Needs root, /dev/fuse and /dev/loop-control; no kernel module of ours.")]
 pub struct Arguments {

@@ -40,11 +40,8 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
             older.family == newer.family,
             "'{from}' and '{to}' have nothing in common: neither is a snapshot or clone of the other or of the same disk"
         );
-        let holder = format!("diff:{}", std::process::id());
-        let disk = connection.attach(&to, Attachment::ReadOnly, &holder, false).await?;
-        let found = extents(&disk, Some(older.id), disk.size()).await;
-        disk.detach().await?;
-        let found = found?;
+        let differ = async |disk: &Disk| extents(disk, Some(older.id), disk.size()).await;
+        let found = connection.attached(&to, Attachment::ReadOnly, "petal diff", false, differ).await?;
         let bytes: u64 = found.iter().map(|(_, length)| length).sum();
         if format.json {
             let extents: Vec<_> =

@@ -203,6 +203,7 @@ fn describe_in(state: &State, tree: &Tree, disk: &Vdisk) -> Value {
         "snapshots": tree.snapshots(disk.id).len(),
         "origin": tree.origin(disk).json(),
         "protected": disk.protected,
+        "import_unfinished": disk.is_importing(),
         "made": disk.made,
         "policy": snapshot::policy_json(disk.policy),
         "attached": sessions.map(|s| json!({
@@ -240,7 +241,8 @@ pub fn print_disks(state: &State) {
         let holders = disk.sessions.iter().filter_map(|id| state.sessions.get(id)).map(|s| s.holder.clone());
         let holders: Vec<String> = holders.collect();
         let protected = if disk.protected { "protected".into() } else { String::new() };
-        let notes = [tree.origin(disk).words(), protected].into_iter().filter(|n| !n.is_empty());
+        let unfinished = if disk.is_importing() { "import unfinished".into() } else { String::new() };
+        let notes = [tree.origin(disk).words(), protected, unfinished].into_iter().filter(|n| !n.is_empty());
         table.add_row([
             disk.name.clone(),
             output::size(disk.size),
@@ -282,6 +284,9 @@ async fn info(connection: &Connection, name: &str, with_space: bool, format: out
     let origin = tree.origin(disk).words();
     if !origin.is_empty() {
         println!("origin       {origin}");
+    }
+    if disk.is_importing() {
+        println!("import       unfinished: repeat `petal import FILE {name}`, roll back, or delete the disk");
     }
     if disk.protected {
         println!("protected    `petal snapshot release {name}` takes that back");

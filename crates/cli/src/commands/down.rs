@@ -2,7 +2,7 @@
 //! over to the others first.
 
 use crate::cluster_folder::{ClusterFile, ClusterFolder};
-use crate::place::Place;
+use crate::place::{self, Place};
 use crate::processes::ProcessFile;
 use crate::{output, supervisor};
 use anyhow::{Result, ensure};
@@ -40,7 +40,7 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
     let servers = supervisor::stop_all(&folder, &file);
     let _ = std::fs::remove_file(folder.supervisor());
     let what = if supervised || servers > 0 { "Stopped." } else { "Nothing was running." };
-    println!("{what} The data are in {}; `petal up` continues.", folder.path().display());
+    println!("{what} The data are in {}; `{} up` continues.", folder.path().display(), place::petal(&folder));
     Ok(())
 }
 
@@ -52,7 +52,8 @@ fn stop_some(folder: &ClusterFolder, file: &ClusterFile, servers: &[ServerId]) -
     }
     for server in servers {
         let ran = supervisor::stop_one(folder, *server);
-        println!("{server} {}; `petal up` starts it again.", if ran { "is stopped" } else { "did not run" });
+        let petal = place::petal(folder);
+        println!("{server} {}; `{petal} up` starts it again.", if ran { "is stopped" } else { "did not run" });
     }
     Ok(())
 }

@@ -4,7 +4,8 @@
 //!  maps -> extents -> reads of up to 4 MiB ----> a thread that writes: file, or standard output
 //! ```
 //!
-//! A file that holds the beginning of the very same stream is continued behind its last good check mark.
+//! A file that holds the beginning of the very same stream is continued behind its last good check mark. A raw image gets
+//! its name when it is whole.
 
 use super::diff;
 use super::disk::find;
@@ -17,10 +18,11 @@ use petal::global_state::{Attachment, State, split_name};
 use petal::ids::{BLOCK_SIZE, BLOCKS_PER_ELEMENT, ELEMENT_SIZE};
 use petal::translator::vdir::Vdisk;
 use petal_stream::{Header, Kind, Point, Scan, Summary, Writer};
+use rustix::fs::FlockOperation;
 use std::fs::{File, OpenOptions};
 use std::io::{IsTerminal, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 /// Bytes that are asked for at one time.
 const READ_MAX: u64 = 4 << 20;
@@ -35,7 +37,7 @@ Examples:
   petal export vol0@monday vol0.img --raw                       a sparse image
   petal stream verify monday.petal                              needs no cluster
 
-The same command again continues a file that was interrupted.")]
+The same command again continues a stream that was interrupted; an image begins anew, in FILE.part.")]
 pub struct Arguments {
     /// The snapshot, DISK@SNAPSHOT
     snapshot: String,
@@ -72,10 +74,9 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
         }
         let from = arguments.from.as_deref().map(|from| find(&state, from)).transpose()?.cloned();
         let header = header(&state, &snapshot, from.as_ref())?;
-        let holder = format!("export:{}", std::process::id());
-        let disk = connection.attach(&snapshot.name, Attachment::ReadOnly, &holder, false).await?;
-        let done = export(&disk, &snapshot, from.as_ref(), header, &arguments, is_stdout).await;
-        disk.detach().await?;
+        check_target(&arguments, &snapshot)?;
+        let read = async |disk: &Disk| export(disk, &snapshot, from.as_ref(), header, &arguments, is_stdout).await;
+        let done = connection.attached(&snapshot.name, Attachment::ReadOnly, "petal export", false, read).await;
         let Some(summary) = done? else { return Ok(()) };
         if arguments.format.json {
             let told = serde_json::json!({
@@ -88,6 +89,19 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
     })
 }
 
+/// What can be said of the file before anything is read.
+fn check_target(arguments: &Arguments, snapshot: &Vdisk) -> Result<()> {
+    let path = &arguments.file;
+    let (suffix, name) = (if arguments.raw { "img" } else { "petal" }, snapshot.name.replace('@', "-"));
+    ensure!(!path.is_dir(), "{0} is a folder; name a file in it, {0}/{name}.{suffix} perhaps", path.display());
+    ensure!(
+        !arguments.raw || path == Path::new("-") || !path.exists(),
+        "{} exists, and an image is never written over; choose another name",
+        path.display()
+    );
+    Ok(())
+}
+
 fn header(state: &State, snapshot: &Vdisk, from: Option<&Vdisk>) -> Result<Header> {
     let family = state.families.get(&snapshot.family).context("the disk was deleted meanwhile")?;
     let copies = state.gmaps.get(&family.gmap).map_or(1, |g| g.scheme.copies());
@@ -95,6 +109,12 @@ fn header(state: &State, snapshot: &Vdisk, from: Option<&Vdisk>) -> Result<Heade
     let kind = match from {
         None => Kind::Full,
         Some(from) => {
+            ensure!(
+                from.id != snapshot.id,
+                "'{}' cannot be exported as what changed since itself; name an earlier snapshot with --from, or \
+                 leave that out for all of it",
+                from.name
+            );
             let is_before = from.is_snapshot()
                 && from.family == snapshot.family
                 && ((from.lineage == snapshot.lineage && from.epoch < snapshot.epoch)
@@ -143,8 +163,8 @@ async fn export(
     is_stdout: bool,
 ) -> Result<Option<Summary>> {
     let extents = diff::extents(disk, from.map(|from| from.id), snapshot.size).await?;
-    let (mut output, after) = match open(&header, arguments, is_stdout)? {
-        Opened::Ready(output, after) => (output, after),
+    let (mut output, after, image) = match open(&header, arguments, is_stdout)? {
+        Opened::Ready(output, after, image) => (output, after, image),
         Opened::Whole(summary) => {
             eprintln!("{} holds this stream already, whole.", arguments.file.display());
             return Ok(Some(summary));
@@ -152,14 +172,18 @@ async fn export(
     };
     let (sender, mut receiver) = mpsc::channel::<Piece>(64);
     let size = snapshot.size;
-    let writer = tokio::task::spawn_blocking(move || -> Result<Option<Summary>> {
-        loop {
+    let (told, written) = oneshot::channel();
+    // A thread of its own, which ends with the process: nobody waits for a pipe that takes nothing.
+    std::thread::spawn(move || {
+        let mut write = || loop {
             match receiver.blocking_recv() {
-                Some(Piece::End) => return output.finish(size),
+                Some(Piece::End) => return Ok(()),
                 Some(piece) => output.put(piece)?,
                 None => bail!("the export was interrupted"),
             }
-        }
+        };
+        let written = write().and_then(|()| output.finish(size));
+        let _ = told.send(written);
     });
     let total = extents.iter().map(|(_, length)| length).sum();
     let mut progress = Progress::begin(format!("export {}", snapshot.name), total);
@@ -188,11 +212,13 @@ async fn export(
         let _ = sender.send(Piece::End).await; // If nobody takes it, the writer says why.
     }
     drop(sender);
-    let written = writer.await.context("the writing thread ended")?;
-    match failed {
-        Some(error) => Err(error).context("the snapshot cannot be read; the same command continues the file"),
-        None => written,
+    let written = written.await.context("the writing thread ended")?;
+    if let Some(error) = failed {
+        return Err(error).context("the snapshot cannot be read; repeat the command: a stream in a file is continued");
     }
+    let written = written?;
+    image.map_or(Ok(()), Image::keep)?;
+    Ok(written)
 }
 
 /// Runs of elements `(first, last)` that the extents touch, each at most `READ_MAX` long; behind element `after`.
@@ -252,8 +278,8 @@ enum Output {
 }
 
 enum Opened {
-    /// To be written, behind this element.
-    Ready(Output, Option<u64>),
+    /// To be written, behind this element; the image gets its name in the end.
+    Ready(Output, Option<u64>, Option<Image>),
     /// There is nothing left to do.
     Whole(Summary),
 }
@@ -261,16 +287,15 @@ enum Opened {
 fn open(header: &Header, arguments: &Arguments, is_stdout: bool) -> Result<Opened> {
     let path = &arguments.file;
     if arguments.raw && is_stdout {
-        return Ok(Opened::Ready(Output::RawPipe(std::io::stdout(), 0), None));
+        return Ok(Opened::Ready(Output::RawPipe(std::io::stdout(), 0), None, None));
     }
     if arguments.raw {
-        let file = OpenOptions::new().write(true).create_new(true).open(path);
-        let file = file.with_context(|| format!("cannot make {}; an image is never written over", path.display()))?;
-        return Ok(Opened::Ready(Output::RawFile(file), None));
+        let (image, file) = Image::begin(path)?;
+        return Ok(Opened::Ready(Output::RawFile(file), None, Some(image)));
     }
     if is_stdout {
         let writer = Writer::create(Box::new(std::io::stdout()) as Box<dyn Write + Send>, header.clone())?;
-        return Ok(Opened::Ready(Output::Stream(Box::new(writer), None), None));
+        return Ok(Opened::Ready(Output::Stream(Box::new(writer), None), None, None));
     }
     if path.exists() && path.metadata().is_ok_and(|m| m.len() > 0) {
         let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -285,7 +310,7 @@ fn open(header: &Header, arguments: &Arguments, is_stdout: bool) -> Result<Opene
                 eprintln!("{} is continued at {}.", path.display(), output::size(part.offset()));
                 let (after, durable) = (part.last_element(), file.try_clone()?);
                 let writer = Writer::resume(Box::new(file) as Box<dyn Write + Send>, part);
-                Ok(Opened::Ready(Output::Stream(Box::new(writer), Some(durable)), after))
+                Ok(Opened::Ready(Output::Stream(Box::new(writer), Some(durable)), after, None))
             }
             _ => bail!(other()),
         };
@@ -293,7 +318,45 @@ fn open(header: &Header, arguments: &Arguments, is_stdout: bool) -> Result<Opene
     let file = File::create(path).with_context(|| format!("cannot make {}", path.display()))?;
     let durable = file.try_clone()?;
     let writer = Writer::create(Box::new(file) as Box<dyn Write + Send>, header.clone())?;
-    Ok(Opened::Ready(Output::Stream(Box::new(writer), Some(durable)), None))
+    Ok(Opened::Ready(Output::Stream(Box::new(writer), Some(durable)), None, None))
+}
+
+/// An image that is being written, under a name of its own until it is whole: nothing in it says where it ends.
+struct Image {
+    part: PathBuf,
+    whole: PathBuf,
+    is_kept: bool,
+}
+
+impl Image {
+    /// What one that was killed left is written over: an image cannot be continued.
+    fn begin(whole: &Path) -> Result<(Image, File)> {
+        let part = PathBuf::from(format!("{}.part", whole.display()));
+        let file = OpenOptions::new().write(true).create(true).truncate(false).open(&part);
+        let file = file.with_context(|| format!("cannot write {}", part.display()))?;
+        if let Err(error) = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            bail!("{} is being written by another export ({error}); wait for it", part.display());
+        }
+        let image = Image { part, whole: whole.into(), is_kept: false };
+        file.set_len(0)?;
+        Ok((image, file))
+    }
+
+    fn keep(mut self) -> Result<()> {
+        ensure!(!self.whole.exists(), "{} was made meanwhile; an image is never written over", self.whole.display());
+        std::fs::rename(&self.part, &self.whole)
+            .with_context(|| format!("cannot rename {} to {}", self.part.display(), self.whole.display()))?;
+        self.is_kept = true;
+        Ok(())
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        if !self.is_kept {
+            let _ = std::fs::remove_file(&self.part);
+        }
+    }
 }
 
 impl Output {

@@ -4,7 +4,7 @@
 //! cuts the clone off. Nothing that anybody reads changes, and no data moves. It may be interrupted and repeated.
 
 use super::disk::find;
-use crate::connect::Connection;
+use crate::connect::{Connection, Disk};
 use crate::progress::Progress;
 use anyhow::{Result, bail, ensure};
 use petal::global_state::{Attachment, Command};
@@ -36,23 +36,17 @@ pub async fn flatten(connection: &Connection, name: &str) -> Result<()> {
             "clones of '{name}' need what it inherits; flatten or delete them first: `petal snapshot list` shows them"
         );
     }
-    let holder = format!("flatten:{}", std::process::id());
-    let attached = connection.attach(name, Attachment::ReadOnly, &holder, false).await?;
-    let mut progress = Progress::begin(format!("flatten {name}"), disk.size);
-    let mut result = Ok(());
-    let mut at = 0;
-    while at < disk.size && result.is_ok() {
-        let length = STEP.min(disk.size - at);
-        result = attached.inherit(at, length).await;
-        at += length;
-        progress.at(at);
-    }
-    progress.end();
-    if result.is_ok() {
+    let cut_off = async |attached: &Disk| -> Result<()> {
+        let mut progress = Progress::begin(format!("flatten {name}"), disk.size);
+        for at in (0..disk.size).step_by(STEP as usize) {
+            progress.at(at);
+            attached.inherit(at, STEP.min(disk.size - at)).await?;
+        }
+        progress.end();
         connection.execute(Command::Flatten { vdisk: disk.id, lineage: disk.lineage }).await?;
-    }
-    attached.detach().await?;
-    result?;
+        Ok(())
+    };
+    connection.attached(name, Attachment::ReadOnly, "petal disk flatten", false, cut_off).await?;
     println!("Disk {name} needs nothing of its parents any more.");
     Ok(())
 }

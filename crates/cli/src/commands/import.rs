@@ -1,25 +1,28 @@
 //! `petal import`: a stream of `petal export` becomes a disk, or the next state of one.
 //!
 //! ```text
-//!  the disk is noted as begun -> elements are written -> end mark -> snapshot of the stream's name -> noted as whole
+//!  the disk is noted as begun -> elements are written -> end mark -> snapshot of the stream's name, whole: in one
 //! ```
 //!
-//! Nothing counts before the end mark: the snapshot appears then. An import that was interrupted is begun again with
-//! the same stream, which writes the same once more. An increment goes only onto the very state that it starts from.
+//! Nothing counts before the end mark: the snapshot appears then, and until then nobody else writes the disk. An import
+//! that was interrupted is begun again with the same stream, which writes the same once more. An increment goes only
+//! onto the very state that it starts from.
 
 use super::diff;
 use super::disk::{create, find};
-use crate::connect::{self, Connection, Disk};
+use crate::connect::{self, Connection, Disk, refusal};
 use crate::output;
 use crate::place::Place;
 use crate::progress::Progress;
 use anyhow::{Context, Result, bail, ensure};
-use petal::global_state::{Attachment, Command, SnapshotOf, State};
+use petal::client::RequestError;
+use petal::global_state::{Attachment, Command, State, split_name};
 use petal::ids::{BLOCK_SIZE, ClusterId, ELEMENT_SIZE, Epoch, FamilyId, LineageId};
-use petal::translator::vdir::{ForeignState, IMPORTER, Imported, Vdisk};
-use petal_stream::{Fit, Header, Item, Kind, Point, Reader, StateId, Summary, Target};
+use petal::message::Refusal;
+use petal::translator::vdir::{ForeignState, Imported, Vdisk};
+use petal_stream::{Fit, Header, Item, Kind, Point, Reader, StateId, StreamError, Summary, Target};
 use std::fs::File;
-use std::io::Read;
+use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -35,7 +38,8 @@ Examples:
   petal import tuesday.petal vol0                the increment that follows
   zstd -dc monday.petal.zst | petal import - vol0
 
-The same command again goes on with an import that was interrupted.")]
+The same command again goes on with an import that was interrupted; with --take-over if that was killed.
+Until it has ended nobody else writes the disk.")]
 pub struct Arguments {
     /// The stream; `-` is standard input
     file: PathBuf,
@@ -44,6 +48,9 @@ pub struct Arguments {
     /// Copies of a new disk; as in the stream without it
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=3))]
     copies: Option<u8>,
+    /// End the session of who has the disk attached, such as an import that was killed
+    #[arg(long)]
+    take_over: bool,
     #[command(flatten)]
     format: output::Format,
 }
@@ -52,41 +59,34 @@ pub struct Arguments {
 pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
     let place = place.clone();
     connect::block_on(async move {
-        let Arguments { file, disk: name, copies, format } = arguments;
-        let input: Box<dyn Read + Send> = if file == Path::new("-") {
-            Box::new(std::io::stdin())
-        } else {
-            Box::new(File::open(&file).with_context(|| format!("cannot read {}", file.display()))?)
-        };
-        let length = if file == Path::new("-") { 0 } else { file.metadata().map_or(0, |m| m.len()) };
-        let reader = Reader::open(input).with_context(|| format!("{}", file.display()))?;
+        let Arguments { file, disk: name, copies, take_over, format } = arguments;
+        if let (disk, Some(_)) = split_name(&name) {
+            bail!(
+                "'{name}' names a snapshot, which is never written; name a disk, '{disk}' perhaps: the import makes the snapshot"
+            );
+        }
+        let (input, what, length) = open(&file)?;
+        let reader = Reader::open(input).with_context(|| what.clone())?;
         let header = reader.header().clone();
         let connection = Connection::open(&place).await?;
-        let Some(disk) = prepare(&connection, &name, &header, copies).await? else {
+        let Some(seen) = prepare(&connection, &name, &header, copies).await? else {
             eprintln!("'{name}' holds this state already.");
             return Ok(());
         };
-        let written = write(&disk, reader, length, &name).await;
-        let summary = match written {
-            Ok(summary) => summary,
-            Err(error) => {
-                let _ = disk.detach().await;
-                return Err(error).with_context(|| {
-                    format!(
-                        "the import into '{name}' has not ended and shows nothing new; repeat it with a whole stream, or delete the disk"
-                    )
-                });
-            }
-        };
-        // The session is ended behind the snapshot: what anybody else writes is not in it.
-        let finished = async {
+        let take_in = async |disk: &Disk| -> Result<Summary> {
+            begin(&connection, disk, &seen, &header).await?;
+            let written = write(disk, reader, length, &name, &what).await?;
             disk.flush().await?;
-            finish(&connection, &name, &header).await
+            // The session is ended behind the snapshot: what anybody else writes is not in it.
+            let (vdisk, session) = (disk.id(), disk.session());
+            let (snapshot, made) = (header.snapshot.clone(), output::unix_seconds());
+            connection.execute(Command::EndImport { vdisk, session, name: snapshot, made }).await?;
+            Ok(written)
         };
-        let finished = finished.await;
-        let detached = disk.detach().await;
-        finished?;
-        detached?;
+        let summary = match connection.attached(&name, Attachment::Import, "petal import", take_over, take_in).await {
+            Ok(summary) => summary,
+            Err(error) => return Err(explained(&connection, &name, error).await),
+        };
         if format.json {
             return output::print_json(&serde_json::json!({
                 "disk": name, "snapshot": format!("{name}@{}", header.snapshot), "bytes": summary.bytes,
@@ -96,6 +96,36 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
         println!("Imported {name}@{} ({}).", header.snapshot, output::size(summary.bytes));
         Ok(())
     })
+}
+
+/// The stream, what it is called in sentences, and its bytes if that is known.
+fn open(file: &Path) -> Result<(Box<dyn Read + Send>, String, u64)> {
+    if file == Path::new("-") {
+        ensure!(!std::io::stdin().is_terminal(), "standard input is a terminal; send a stream through a pipe");
+        return Ok((Box::new(std::io::stdin()), "standard input".into(), 0));
+    }
+    let name = file.display().to_string();
+    ensure!(!file.is_dir(), "{name} is a folder; name the stream in it");
+    let opened = File::open(file).with_context(|| format!("cannot read {name}"))?;
+    Ok((Box::new(opened), name, file.metadata().map_or(0, |m| m.len())))
+}
+
+/// An import that was left in the middle: what is to be done now.
+async fn explained(connection: &Connection, name: &str, error: anyhow::Error) -> anyhow::Error {
+    let state = connection.state().await.ok();
+    let is_unfinished = state.and_then(|state| state.vdisk_named(name).map(Vdisk::is_importing));
+    if is_unfinished != Some(true) || refusal(&error).is_some() {
+        return error;
+    }
+    let is_full = matches!(error.downcast_ref(), Some(RequestError::Refused(Refusal::NoSpace)));
+    let room = if is_full {
+        "make room first (`petal snapshot list --space` shows what takes it) or add disks, then "
+    } else {
+        ""
+    };
+    error.context(format!(
+        "the import into '{name}' has not ended and shows nothing new; {room}repeat it with the whole stream, or delete the disk"
+    ))
 }
 
 fn foreign(state: StateId) -> ForeignState {
@@ -116,22 +146,21 @@ fn target(imported: &Imported) -> Target {
     Target { newest: imported.newest.map(state), begun: imported.begun.map(state) }
 }
 
-/// The disk to write to, attached; `None` if it holds the state already.
-async fn prepare(connection: &Connection, name: &str, header: &Header, copies: Option<u8>) -> Result<Option<Disk>> {
-    let state = connection.state().await?;
-    let holder = format!("{IMPORTER}{}", std::process::id());
-    let is_new = !state.vdisks.values().any(|d| d.name == name);
+/// The disk to write to, made if there is none; `None` if it holds the state already.
+async fn prepare(connection: &Connection, name: &str, header: &Header, copies: Option<u8>) -> Result<Option<Vdisk>> {
+    let mut state = connection.state().await?;
+    let is_new = state.vdisk_named(name).is_none();
     if is_new {
         // Refused before anything is made.
         header.fit(&Target::default())?;
-        create(connection, name, header.size, copies.unwrap_or(header.copies), Some(header.stripe_unit)).await?;
+        let copies = copies.unwrap_or(header.copies);
+        let id = create(connection, name, header.size, copies, Some(header.stripe_unit)).await?;
+        state = connection.state_with(id).await?;
     }
-    let state = connection.state().await?;
     let present = find(&state, name)?;
-    ensure!(!present.is_snapshot(), "'{name}' is a snapshot, and never changes; name a disk");
     let holds_nothing = present.imported == Imported::default();
     if !is_new && holds_nothing {
-        bail!("there is a disk named '{name}' already that was not imported; choose another name");
+        bail!("there is a disk named '{name}' already that was not imported; choose another name, or delete it first");
     }
     let fit = header.fit(&target(&present.imported)).with_context(|| format!("'{name}' cannot take this stream"))?;
     if fit == Fit::Present {
@@ -142,31 +171,24 @@ async fn prepare(connection: &Connection, name: &str, header: &Header, copies: O
         state.vdisk_named(&full).is_none(),
         "there is a snapshot '{full}' already, and the stream's is to have that name; rename or delete it first"
     );
-    let disk = connection.attach(name, Attachment::Exclusive, &holder, false).await?;
-    let ready = async {
-        // Nobody else can write from here on.
-        if fit == Fit::Begin && !is_new {
-            unchanged(&disk, &connection.state().await?, present, header).await?;
-        }
-        begin(connection, &disk, present, header).await
-    };
-    if let Err(error) = ready.await {
-        let _ = disk.detach().await; // The other error says more.
-        return Err(error);
-    }
-    Ok(Some(disk))
+    Ok(Some(present.clone()))
 }
 
 /// Notes what is to come, and makes the disk as large as that.
 async fn begin(connection: &Connection, disk: &Disk, present: &Vdisk, header: &Header) -> Result<()> {
-    let begun = Imported { begun: Some(foreign(header.state())), ..present.imported };
-    connection.execute(Command::NoteImport { vdisk: present.id, imported: begun }).await?;
+    // Nobody else writes from here on.
+    if present.imported.begun.is_none() {
+        unchanged(disk, &connection.state().await?, present, header).await?;
+    }
+    let (vdisk, session) = (present.id, disk.session());
+    connection
+        .execute(Command::BeginImport { vdisk, session, seen: present.imported, to: foreign(header.state()) })
+        .await?;
     let size = disk.size();
     if header.size != size {
         if header.size < size {
             disk.zero(header.size, size - header.size).await?;
         }
-        let (vdisk, session) = (present.id, disk.session());
         connection.execute(Command::ResizeDisk { vdisk, size: header.size, session }).await?;
         disk.refresh().await?;
     }
@@ -197,21 +219,29 @@ enum Piece {
     End(Box<Summary>),
 }
 
-async fn write(disk: &Disk, mut reader: Reader<Box<dyn Read + Send>>, length: u64, name: &str) -> Result<Summary> {
-    let (sender, mut receiver) = mpsc::channel::<Piece>(64);
-    let reading = tokio::task::spawn_blocking(move || -> Result<()> {
+async fn write(
+    disk: &Disk,
+    mut reader: Reader<Box<dyn Read + Send>>,
+    length: u64,
+    name: &str,
+    what: &str,
+) -> Result<Summary> {
+    let (sender, mut receiver) = mpsc::channel::<Result<Piece, StreamError>>(64);
+    // A thread of its own, which ends with the process: nobody waits for a pipe that is silent.
+    std::thread::spawn(move || {
         loop {
             let at = reader.offset();
-            let piece = match reader.next_item()? {
-                Item::Mark(_) => continue,
-                Item::End(summary) => Piece::End(Box::new(summary)),
-                Item::Element(e) => {
-                    Piece::Element { number: e.number, data: e.data, zero: e.zero, bytes: e.bytes.to_vec(), at }
+            let piece = match reader.next_item() {
+                Err(refused) => Err(refused),
+                Ok(Item::Mark(_)) => continue,
+                Ok(Item::End(summary)) => Ok(Piece::End(Box::new(summary))),
+                Ok(Item::Element(e)) => {
+                    Ok(Piece::Element { number: e.number, data: e.data, zero: e.zero, bytes: e.bytes.to_vec(), at })
                 }
             };
-            let is_end = matches!(piece, Piece::End(_));
-            if sender.blocking_send(piece).is_err() || is_end {
-                return Ok(());
+            let is_last = !matches!(piece, Ok(Piece::Element { .. }));
+            if sender.blocking_send(piece).is_err() || is_last {
+                return;
             }
         }
     });
@@ -221,8 +251,9 @@ async fn write(disk: &Disk, mut reader: Reader<Box<dyn Read + Send>>, length: u6
     let mut failed = None;
     while let Some(piece) = receiver.recv().await {
         match piece {
-            Piece::End(end) => summary = Some(*end),
-            Piece::Element { number, data, zero, bytes, at } => {
+            Err(refused) => failed = Some(anyhow::Error::from(refused).context(what.to_string())),
+            Ok(Piece::End(end)) => summary = Some(*end),
+            Ok(Piece::Element { number, data, zero, bytes, at }) => {
                 progress.at(at);
                 if writes.len() >= WRITES_MAX {
                     failed = writes.join_next().await.and_then(flat);
@@ -243,7 +274,6 @@ async fn write(disk: &Disk, mut reader: Reader<Box<dyn Read + Send>>, length: u6
     if let Some(error) = failed {
         return Err(error);
     }
-    reading.await.context("the reading thread ended")??;
     summary.context("the stream ended without its end mark")
 }
 
@@ -280,21 +310,5 @@ async fn element(disk: &Disk, number: u64, data: u16, zero: u16, bytes: Vec<u8>)
             block += run;
         }
     }
-    Ok(())
-}
-
-/// The end mark has come: the state gets its name.
-async fn finish(connection: &Connection, name: &str, header: &Header) -> Result<()> {
-    let vdisk = find(&connection.state().await?, name)?.id;
-    let state_here = Some(foreign(header.state()));
-    let made = output::unix_seconds();
-    let snapshot = |state: &State| {
-        let disk = find(state, name)?;
-        let of = vec![SnapshotOf { vdisk: disk.id, epoch: disk.epoch, name: header.snapshot.clone() }];
-        Ok(Command::Snapshot { of, made, protected: false })
-    };
-    connection.execute_on_present(snapshot).await?;
-    let imported = Imported { newest: state_here, begun: None };
-    connection.execute(Command::NoteImport { vdisk, imported }).await?;
     Ok(())
 }

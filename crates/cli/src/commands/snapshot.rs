@@ -347,10 +347,10 @@ pub async fn delete_all(connection: &Connection, going: &BTreeSet<VdiskId>) -> R
 /// Who is in the way of a deletion or a rollback cannot be taken over from.
 pub fn not_while_attached(error: anyhow::Error) -> anyhow::Error {
     match refusal(&error) {
-        Some(CommandError::InUse { name, holder }) if split_name(name).1.is_none() => anyhow::anyhow!(
+        Some(CommandError::InUse { name, holder, session }) if split_name(name).1.is_none() => anyhow::anyhow!(
             "'{name}' is attached by {holder}; detach it there first (`petal detach {name}` for what `petal attach` \
-             began; an NBD client by disconnecting), or, if that program is gone, end its session \
-             (`petal disk info {name}` shows it) with `petal detach --session ID`"
+             began; an NBD client by disconnecting), or, if that program is gone, end its session with \
+             `petal detach --session {session}`"
         ),
         _ => error,
     }

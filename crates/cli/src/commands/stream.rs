@@ -28,7 +28,7 @@ Examples:
 
 Needs no cluster. Reads everything, and says which disk and which state of it the stream holds; of
 an increment, on top of which state it goes. If the stream was cut or damaged, says at which byte
-and after which element. Long ones tell on standard error every 10 seconds how far they are.
+of it, and of the disk. Long ones tell on standard error every 10 seconds how far they are.
 
 Exit code 1 if the stream is not whole.")]
     Verify {
@@ -83,7 +83,8 @@ fn progress(name: &str) -> impl FnMut(&Mark) {
     move |mark| {
         if told.elapsed() >= TELL_EVERY {
             told = Instant::now();
-            let at = mark.last_element.map_or_else(String::new, |element| format!(", element {element}"));
+            let byte = |element: u64| (element + 1) * petal_stream::ELEMENT_SIZE as u64;
+            let at = mark.last_element.map_or_else(String::new, |e| format!(", {} of the disk", output::size(byte(e))));
             eprintln!("{name}: good up to {}{at}", output::size(mark.offset));
         }
     }

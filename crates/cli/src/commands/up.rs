@@ -11,7 +11,7 @@ use super::nbd::Front;
 use crate::cluster_folder::{ClusterFile, ClusterFolder, FirstDisk, ServerEntry};
 use crate::connect::{self, Connection};
 use crate::nbd_exports::ClusterExports;
-use crate::place::Place;
+use crate::place::{self, Place, shorter};
 use crate::processes::{self, Log, ProcessFile};
 use crate::supervisor::{self, Started};
 use crate::{disk_files, holder, output};
@@ -386,14 +386,9 @@ fn print_usage(folder: &ClusterFolder, process: &ProcessFile) {
     for warning in process.warnings() {
         println!("  warning: {warning}");
     }
-    println!("  look     petal status");
+    let petal = place::petal(folder);
+    println!("  look     {petal} status");
     println!("  try      nbdinfo 'nbd+unix:///vol0?socket={socket}'");
-    println!("  mount    petal attach vol0        (root: a kernel block device)");
-    println!("  stop     petal down");
-}
-
-/// The path as seen from here, where that is shorter.
-fn shorter(path: &Path) -> String {
-    let here = std::env::current_dir().unwrap_or_default();
-    path.strip_prefix(here).unwrap_or(path).display().to_string()
+    println!("  mount    {petal} attach vol0        (root: a kernel block device)");
+    println!("  stop     {petal} down");
 }

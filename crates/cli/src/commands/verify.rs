@@ -138,15 +138,16 @@ impl Walk {
 /// Elements that the in-sync replicas do not all tell alike, as far as every server has told them; those are not
 /// looked at again.
 fn differing(state: &State, walks: &mut BTreeMap<ServerId, Walk>) -> BTreeSet<ElementKey> {
+    // As far as all have told; to the end, if all have ended.
     let bound = walks.values().filter(|w| !w.ended).map(|w| w.told).min();
+    if bound == Some(None) {
+        return BTreeSet::new();
+    }
     let mut told: BTreeMap<ElementKey, BTreeMap<ServerId, u32>> = BTreeMap::new();
     for (server, walk) in walks {
-        let beyond = match bound {
+        let beyond = match bound.flatten() {
             None => BTreeMap::new(),
-            Some(None) => continue,
-            Some(Some(bound)) => {
-                walk.digests.split_off(&ElementKey { element: bound.element.saturating_add(1), ..bound })
-            }
+            Some(bound) => walk.digests.split_off(&ElementKey { element: bound.element.saturating_add(1), ..bound }),
         };
         for (key, digest) in std::mem::replace(&mut walk.digests, beyond) {
             told.entry(key).or_default().insert(*server, digest);
@@ -155,8 +156,10 @@ fn differing(state: &State, walks: &mut BTreeMap<ServerId, Walk>) -> BTreeSet<El
     let differs = |(key, digests): &(&ElementKey, &BTreeMap<ServerId, u32>)| {
         let slot = state.slot_of(key.family, key.element).and_then(|id| state.slot(id));
         let expected: BTreeSet<ServerId> = slot.into_iter().flat_map(|s| s.in_sync()).collect();
-        let first = digests.values().next();
-        !expected.is_empty() && !expected.iter().all(|s| digests.get(s).is_some_and(|d| Some(d) == first))
+        // Who is not in sync may have anything, or nothing.
+        let mut told = expected.iter().map(|server| digests.get(server));
+        let first = told.next().flatten();
+        told.any(|digest| digest != first)
     };
     told.iter().filter(differs).map(|(key, _)| *key).collect()
 }
@@ -168,14 +171,15 @@ async fn look_again(connection: &Connection, state: &State, element: ElementKey)
     for _ in 0..LOOKS {
         tokio::time::sleep(Duration::from_millis(100)).await;
         let mut walks = BTreeMap::new();
-        for server in state.servers.keys() {
+        for (server, _) in state.servers.iter().filter(|(_, s)| s.incarnation.0 > 0) {
             let mut walk = Walk::default();
             walk.take(&mut connection.verify(*server, before).await?);
             walk.digests.retain(|key, _| *key == element);
             walk.ended = true;
             walks.insert(*server, walk);
         }
-        if differing(state, &mut walks).is_empty() {
+        // By who is in sync now.
+        if differing(&connection.state().await?, &mut walks).is_empty() {
             return Ok(None);
         }
     }

@@ -7,7 +7,7 @@ use petal::ids::*;
 use petal::message::*;
 use petal::store::BlockSum;
 use petal::translator::gmap::slot_of_element;
-use petal::translator::vdir::{Family, Imported, Lineage, Policy, Vdisk};
+use petal::translator::vdir::{Automatic, Family, Imported, Lineage, Policy, Vdisk};
 use petal_wire::{Hello, Role};
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicU64;
@@ -66,6 +66,7 @@ impl World {
             made: 0,
             policy: Policy::default(),
             imported: Imported::default(),
+            automatic: Automatic::default(),
             revision: 5,
             sessions: vec![],
         };

@@ -12,7 +12,7 @@
 use super::operations::backoff;
 use super::session::{Refresh, hints_make_sense};
 use super::*;
-use crate::global_state::{CommandError, Outcome};
+use crate::global_state::{CommandError, Outcome, check_length};
 use crate::message::{Admin, AdminReply, CommandId, Hints};
 
 /// Tags of calls; those of operations never have this bit.
@@ -112,6 +112,10 @@ impl Client {
     }
 
     pub(super) fn begin_execute(&mut self, number: RequestNumber, command: Command, deadline: Duration) {
+        // No server would take a frame with it.
+        if let Err(refused) = check_length(&command) {
+            return self.answer(number, Err(RequestError::Admin(refused.into())));
+        }
         let Some(command_number) = self.next_command(number) else { return };
         // The server says for whom it waits when its deadline ends; only its silence ends here.
         let patience = Some(deadline + CALL_PATIENCE);

@@ -284,6 +284,8 @@ impl Client {
         if link.has_room() {
             return self.send_operation(index, server, server);
         }
+        // It cannot go to that server itself: whoever has tried may try again.
+        operation.carriers.clear();
         operation.state = State::Queued(server);
         link.queue.push_back(index);
         if !link.dialed {
@@ -352,7 +354,7 @@ impl Client {
     fn ask_second(&mut self, index: u32) {
         let operation = self.operations.get_mut(index).expect("it is not answered");
         let slot = self.sessions[&operation.session].slot(operation.element());
-        let asked = operation.attempts().map(|attempt| attempt.server);
+        let asked = operation.attempts().flat_map(|attempt| [attempt.server, attempt.via]);
         let asked: SmallVec<[ServerId; 2]> = asked.chain(operation.bad.iter().copied()).collect();
         let links = &self.links;
         let others = slot.in_sync.iter().filter(|s| !asked.contains(s)).filter_map(|s| Some((*s, links.get(s)?)));
@@ -632,9 +634,11 @@ impl Client {
     pub(super) fn take_back_operations(&mut self, server: ServerId) {
         for (index, entry) in self.operations.entries.iter_mut().enumerate() {
             if let Some(operation) = entry.1.as_mut()
-                && let Some(attempt) = operation.attempts().find(|a| a.via == server)
+                && operation.attempts().any(|a| a.via == server)
             {
-                operation.end_attempt(attempt);
+                while let Some(attempt) = operation.attempts().find(|a| a.via == server) {
+                    operation.end_attempt(attempt);
+                }
                 if operation.state == State::Ready {
                     self.ready.push_back(index as u32);
                 }

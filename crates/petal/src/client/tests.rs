@@ -2,11 +2,11 @@
 //! told to, refuse, break connections, or say nothing.
 
 use super::*;
-use crate::global_state::Outcome;
+use crate::global_state::{CommandError, Outcome};
 use crate::message::*;
 use crate::store::BlockSum;
 use crate::translator::gmap::slot_of_element;
-use crate::translator::vdir::{Family, Imported, Lineage, Policy, Vdisk};
+use crate::translator::vdir::{Automatic, Family, Imported, Lineage, Policy, Vdisk};
 use stdx::checksum::crc32c;
 
 mod hedges;
@@ -73,6 +73,7 @@ impl World {
             made: 0,
             policy: Policy::default(),
             imported: Imported::default(),
+            automatic: Automatic::default(),
             revision: 5,
             sessions: vec![],
         };
@@ -751,6 +752,16 @@ fn a_command_is_executed_once_though_the_connection_breaks() {
     world.disconnect(to);
     let Ok(Response::Admin(AdminResponse::Executed { index, .. })) = world.wait(number) else { panic!() };
     assert_eq!((index, world.hints.state_index), (11, 11));
+}
+
+#[test]
+fn a_command_that_no_frame_holds_is_refused_at_once() {
+    let mut world = World::new();
+    let command = Command::AddServer { addresses: vec!["x".repeat(COMMAND_MAX)], token: 1 };
+    let result = world.run(Request::Execute { command, deadline: Duration::from_secs(5) });
+    let is_refusal =
+        |e: &RequestError| matches!(e, RequestError::Admin(AdminError::Refused(CommandError::TooLong { .. })));
+    assert!(result.as_ref().is_err_and(is_refusal) && world.to_servers.is_empty(), "{result:?}");
 }
 
 #[test]

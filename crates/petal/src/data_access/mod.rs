@@ -563,7 +563,10 @@ impl DataAccess {
             op.phase = Phase::Parked;
             return;
         }
-        if !acts && (writes || !may_read) {
+        // What is passed on may come late, to a life that does not know what its session had finished (I6): a new life
+        // has a new term.
+        let is_late = writes && op.access.relay.is_some() && op.access.need.term != slot.term;
+        if is_late || !acts && (writes || !may_read) {
             return self.refuse(ctx, number, Refusal::StaleMap);
         }
         if is_gated {

@@ -28,6 +28,8 @@ impl Verification {
 impl DataAccess {
     /// Verifies the next elements of this server after `after`.
     pub fn on_verify(&mut self, ctx: &mut Context, client: ClientId, tag: Tag, after: Option<ElementKey>) {
+        // One at a time for each client: what it asked before it does not wait for any more.
+        self.verifications.retain(|v| !v.is_for(client));
         let scan = ctx.stores.scan_all(after, PART);
         let part = VerifyPart::default();
         let job = Verification {

@@ -12,10 +12,10 @@ const STRIPE_UNITS: std::ops::RangeInclusive<u64> = ELEMENT_SIZE..=1 << 30;
 
 /// Whether an attachment stands in the way of another.
 pub(super) fn conflict(wanted: Attachment, present: Attachment) -> bool {
-    use Attachment::{Exclusive, ReadOnly, Shared};
+    use Attachment::{Exclusive, Import, ReadOnly, Shared};
     match (wanted, present) {
         (ReadOnly, _) | (_, ReadOnly) | (Shared, Shared) => false,
-        (Exclusive, Exclusive | Shared) | (Shared, Exclusive) => true,
+        (Exclusive | Import, _) | (_, Exclusive | Import) => true,
     }
 }
 
@@ -27,6 +27,8 @@ pub(super) fn check_name(name: &str) -> Result<(), CommandError> {
         "it is empty".into()
     } else if name.len() > NAME_MAX {
         format!("it has {} bytes, and {NAME_MAX} is the most", name.len())
+    } else if name.contains('@') {
+        "'@' stands between the names of a disk and of a snapshot of it, and is in neither".into()
     } else if let Some(c) = name.chars().find(|c| !allowed(*c)) {
         format!("{c:?} is not allowed; use letters, digits, '.', '_' and '-'")
     } else if name.starts_with(['-', '.']) {

@@ -2,9 +2,10 @@
 
 use super::arguments::split_name;
 use crate::ids::*;
+use crate::limits::ANCESTORS_MAX;
 use crate::message::CommandId;
 use crate::translator::gmap::Scheme;
-use crate::translator::vdir::{Imported, Policy};
+use crate::translator::vdir::{ForeignState, Imported, Policy};
 use serde::{Deserialize, Serialize};
 
 /// One entry of the log.
@@ -25,6 +26,8 @@ pub enum Attachment {
     Shared,
     /// Any number, no writes.
     ReadOnly,
+    /// One client, which imports: only so is a disk written whose import has not ended.
+    Import,
 }
 
 /// The cluster at state index 0: what `petal init` decided. The same on every ring member.
@@ -269,12 +272,27 @@ pub enum Command {
         /// Its lineage, as the caller saw it.
         lineage: LineageId,
     },
-    /// What is imported into a disk (`petal import`).
-    NoteImport {
+    /// What follows is written into a disk by an import, and is no state of it before its end (`petal import`).
+    BeginImport {
         /// The disk.
         vdisk: VdiskId,
-        /// From now on.
-        imported: Imported,
+        /// The import's.
+        session: SessionId,
+        /// What its caller saw of earlier ones.
+        seen: Imported,
+        /// Where it leads to.
+        to: ForeignState,
+    },
+    /// Everything was written: the state gets its name.
+    EndImport {
+        /// The disk.
+        vdisk: VdiskId,
+        /// The import's.
+        session: SessionId,
+        /// Of the snapshot, without the disk's.
+        name: String,
+        /// In seconds since 1970.
+        made: u64,
     },
 }
 
@@ -357,10 +375,8 @@ impl std::fmt::Display for Command {
                 "{vdisk} gets snapshots by itself: {} hourly, {} daily, {} weekly are kept",
                 policy.hourly, policy.daily, policy.weekly
             ),
-            Command::NoteImport { vdisk, imported: Imported { begun: Some(_), .. } } => {
-                write!(f, "an import into {vdisk} begins")
-            }
-            Command::NoteImport { vdisk, .. } => write!(f, "an import into {vdisk} is whole"),
+            Command::BeginImport { vdisk, .. } => write!(f, "an import into {vdisk} begins"),
+            Command::EndImport { vdisk, name, .. } => write!(f, "an import into {vdisk} is whole: snapshot '{name}'"),
             Command::Flatten { vdisk, .. } => write!(f, "{vdisk} needs nothing of its parents any more"),
         }
     }
@@ -393,7 +409,7 @@ pub enum CommandError {
     #[error("{}", name_taken(.0))]
     NameTaken(String),
     /// Not a name.
-    #[error("'{name}' is not a name for a disk: {why}")]
+    #[error("'{name}' is not a name for a disk or a snapshot: {why}")]
     BadName {
         /// The name.
         name: String,
@@ -425,12 +441,14 @@ pub enum CommandError {
     #[error("the disk {0} does not exist any more")]
     NoSuchDisk(VdiskId),
     /// Attached by somebody.
-    #[error("'{name}' is attached by {holder}; {}", until_detached(name))]
+    #[error("'{name}' is attached by {holder}; {}", until_detached(name, *session))]
     InUse {
         /// The disk.
         name: String,
         /// Who has it.
         holder: String,
+        /// By which session.
+        session: SessionId,
     },
     /// A smaller size, and not by who has the disk to himself.
     #[error(
@@ -544,7 +562,10 @@ pub enum CommandError {
         of: String,
     },
     /// The chain of parents is as long as it may be.
-    #[error("'{name}' is a clone of clones, {depth} deep; make it stand by itself first with `petal disk flatten`")]
+    #[error(
+        "'{name}' would stand on {depth} states, each made by a clone or rollback from the one before, and {ANCESTORS_MAX} are the most; \
+         `petal disk flatten` makes a disk stand by itself (what was made of it must be deleted first)"
+    )]
     TooDeep {
         /// The disk.
         name: String,
@@ -554,6 +575,22 @@ pub enum CommandError {
     /// The proposer had declared the command finished: a late copy of it, which changes nothing.
     #[error("the command was executed before, and its result is forgotten")]
     Forgotten,
+    /// Half of it is what was, and half is what is to be.
+    #[error(
+        "an import into '{name}' has not ended; repeat it with the same stream (`petal import FILE {name}`), go back to an earlier snapshot with `petal rollback {name} --to SNAPSHOT`, or delete the disk"
+    )]
+    ImportUnfinished {
+        /// The disk.
+        name: String,
+    },
+    /// More than an entry of the log may have.
+    #[error("the command has {bytes} bytes, and {limit} are the most; name fewer disks at one time")]
+    TooLong {
+        /// Its own.
+        bytes: usize,
+        /// The most.
+        limit: usize,
+    },
 }
 
 fn name_taken(name: &str) -> String {
@@ -566,12 +603,12 @@ fn name_taken(name: &str) -> String {
     )
 }
 
-fn until_detached(name: &str) -> String {
+fn until_detached(name: &str, session: SessionId) -> String {
     match split_name(name) {
         (_, None) => "detach it there, or take it over with --take-over".into(),
         // Readers stand in nobody's way but a deletion's.
-        (_, Some(_)) => "detach it there, or, if that program is gone, end its session \
-             (`petal disk info NAME` shows it) with `petal detach --session ID`"
-            .replace("NAME", name),
+        (_, Some(_)) => format!(
+            "detach it there, or, if that program is gone, end its session with `petal detach --session {session}`"
+        ),
     }
 }

@@ -15,6 +15,7 @@ mod state;
 pub use arguments::split_name;
 pub use command::{Attachment, Command, CommandError, Entry, Genesis, GenesisServer, Outcome, SnapshotOf};
 pub use ring::RingDamaged;
+pub(crate) use room::check_length;
 pub use room::{Accepted, GlobalOutput, GlobalState, Own, RecentEntry};
 #[cfg(test)]
 pub(crate) use state::tests::Fixture;

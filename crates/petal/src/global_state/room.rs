@@ -34,7 +34,7 @@
 use super::ring::{Decided, Forgotten, Ring, RingDamaged, Votes};
 use super::{Command, CommandError, Effects, Entry, Genesis, State};
 use crate::ids::*;
-use crate::limits::{ENTRIES_PER_MESSAGE_MAX, LOG_KEEP, PROPOSALS_MAX, RETRY_MAX, RETRY_MIN};
+use crate::limits::{COMMAND_MAX, ENTRIES_PER_MESSAGE_MAX, LOG_KEEP, PROPOSALS_MAX, RETRY_MAX, RETRY_MIN};
 use crate::message::{self, Body, CommandId};
 use crate::sabotage::Sabotage;
 use bytes::Bytes;
@@ -50,9 +50,6 @@ const STAND_AGAIN: Duration = Duration::from_millis(300);
 /// for twice as long.
 const ENDING_MIN: Duration = Duration::from_millis(300);
 const ENDING_MAX: Duration = Duration::from_secs(5);
-/// Bytes of an encoded command at most. Names, holders and addresses are bounded one by one when the
-/// command is applied; this keeps monsters out of the log.
-const COMMAND_MAX: usize = 64 << 10;
 
 /// What the room wants.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -833,8 +830,15 @@ fn make_unconditional(state: &State, command: &mut Command) {
 }
 
 /// Whether a command may go into the log at all.
+pub(crate) fn check_length(command: &Command) -> Result<(), CommandError> {
+    match postcard::to_stdvec(command).map_or(usize::MAX, |bytes| bytes.len()) {
+        bytes if bytes > COMMAND_MAX => Err(CommandError::TooLong { bytes, limit: COMMAND_MAX }),
+        _ => Ok(()),
+    }
+}
+
 fn small(command: &Command) -> bool {
-    postcard::to_stdvec(command).is_ok_and(|bytes| bytes.len() <= COMMAND_MAX)
+    check_length(command).is_ok()
 }
 
 #[cfg(test)]

@@ -610,6 +610,17 @@ fn a_monster_of_a_command_is_not_proposed() {
 }
 
 #[test]
+fn a_command_is_as_long_as_an_entry_may_be_and_no_longer() {
+    let deletion = |count| Command::DeleteDisks { vdisks: vec![VdiskId::made_by(1 << 40, 0); count] };
+    let empty = postcard::to_stdvec(&deletion(0)).unwrap().len();
+    let each = postcard::to_stdvec(&deletion(1)).unwrap().len() - empty;
+    let most = (COMMAND_MAX - empty - 2) / each; // The count takes two bytes more then.
+    assert_eq!(check_length(&deletion(most)), Ok(()));
+    let bytes = postcard::to_stdvec(&deletion(most + 1)).unwrap().len();
+    assert_eq!(check_length(&deletion(most + 1)), Err(CommandError::TooLong { bytes, limit: COMMAND_MAX }));
+}
+
+#[test]
 fn messages_that_make_no_sense_change_nothing() {
     let mut cluster = Cluster::new(5, 3, 1, KIND);
     cluster.with_disk(1);

@@ -9,10 +9,10 @@
 
 use super::arguments::{check_name, split_name};
 use super::command::{Attachment, CommandError, Outcome, SnapshotOf};
-use super::state::{Applied, Effects, FIRST_EPOCH, State};
+use super::state::{Applied, Effects, FIRST_EPOCH, Session, State};
 use crate::ids::*;
 use crate::limits::*;
-use crate::translator::vdir::{Imported, Lineage, Policy, Vdisk};
+use crate::translator::vdir::{Automatic, ForeignState, Imported, Kind, Lineage, Policy, Vdisk};
 use std::collections::BTreeSet;
 
 impl State {
@@ -38,6 +38,9 @@ impl State {
         let snapshots: Vec<VdiskId> = (0..of.len()).map(|n| VdiskId::made_by(self.index, n)).collect();
         for (id, one) in snapshots.iter().zip(of) {
             self.name_epoch(*id, one.vdisk, &one.name, made, protected);
+            if let Some(kind) = Kind::of(&one.name) {
+                self.vdisks.get_mut(&one.vdisk).expect("checked above").automatic.made(kind, made);
+            }
             self.close_epoch(one.vdisk, of.len() > 1, effects);
         }
         let families: BTreeSet<FamilyId> = disks.iter().map(|id| self.vdisks[id].family).collect();
@@ -60,6 +63,7 @@ impl State {
         let is_snapshot = from.is_snapshot();
         if !is_snapshot {
             self.disk_in_epoch(source, epoch)?;
+            self.check_no_imports([source])?;
         }
         let (family, size) = (from.family, from.size);
         self.check_room_in(family, 1)?;
@@ -79,6 +83,7 @@ impl State {
             made,
             policy: Policy::default(),
             imported: Imported::default(),
+            automatic: Automatic::default(),
             revision: self.index,
             sessions: Vec::new(),
         });
@@ -115,6 +120,9 @@ impl State {
             self.check_room_in(family, 1)?;
         }
         let lineage = self.branch(family, parent, &name)?;
+        // What an import had written is no longer there: one that goes on must not count on it; and what is kept of it
+        // is not the state that it was to lead to.
+        self.vdisks.get_mut(&id).expect("found above").imported.begun = None;
         if let Some(keep) = keep {
             self.name_epoch(VdiskId::made_by(self.index, 0), id, keep, made, false);
         }
@@ -122,8 +130,6 @@ impl State {
         let disk = self.vdisks.get_mut(&id).expect("found above");
         (disk.lineage, disk.epoch, disk.size) = (lineage, FIRST_EPOCH, size);
         (disk.stands_on, disk.revision) = (index, index);
-        // What an import had written is no longer there: one that goes on must not count on it.
-        disk.imported.begun = None;
         self.look_anew(family);
         self.narrow(family, effects);
         effects.families_narrowed.push(family);
@@ -207,13 +213,52 @@ impl State {
         Ok(Outcome::Done)
     }
 
-    pub(super) fn note_import(&mut self, id: VdiskId, imported: Imported) -> Applied {
-        let disk = self.vdisks.get_mut(&id).ok_or(CommandError::NoSuchDisk(id))?;
-        if disk.is_snapshot() {
-            return Err(CommandError::IsSnapshot { name: disk.name.clone() });
+    pub(super) fn begin_import(
+        &mut self,
+        id: VdiskId,
+        session: SessionId,
+        seen: Imported,
+        to: ForeignState,
+    ) -> Applied {
+        self.check_importer(id, session)?;
+        let imported = &mut self.vdisks.get_mut(&id).expect("just checked").imported;
+        if *imported != seen {
+            return Err(CommandError::Overtaken);
         }
-        disk.imported = imported;
+        imported.begun = Some(to);
         Ok(Outcome::Done)
+    }
+
+    /// The snapshot, and that the import is over, in one: nothing comes in between. The snapshot keeps the mark of the
+    /// import, which says what state it is.
+    pub(super) fn end_import(
+        &mut self,
+        id: VdiskId,
+        session: SessionId,
+        name: &str,
+        made: u64,
+        effects: &mut Effects,
+    ) -> Applied {
+        self.check_importer(id, session)?;
+        let disk = &self.vdisks[&id];
+        let begun = disk.imported.begun.ok_or(CommandError::Overtaken)?;
+        let of = [SnapshotOf { vdisk: id, epoch: disk.epoch, name: name.into() }];
+        let made = self.snapshot(&of, made, false, effects)?;
+        self.vdisks.get_mut(&id).expect("just snapshotted").imported = Imported { newest: Some(begun), begun: None };
+        Ok(made)
+    }
+
+    /// What an import has written a part of is no state of a disk: nothing is made of these.
+    pub(super) fn check_no_imports(&self, disks: impl IntoIterator<Item = VdiskId>) -> Result<(), CommandError> {
+        match disks.into_iter().filter_map(|id| self.vdisks.get(&id)).find(|disk| disk.is_importing()) {
+            Some(disk) => Err(CommandError::ImportUnfinished { name: disk.name.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    fn check_importer(&self, id: VdiskId, session: SessionId) -> Result<(), CommandError> {
+        let is_own = |s: &Session| s.vdisk == id && s.mode == Attachment::Import;
+        self.sessions.get(&session).is_some_and(is_own).then_some(()).ok_or(CommandError::NoSuchSession(session))
     }
 
     /// Of everything that its parents have the clone has a row of its own by now (its caller has seen to that, with a
@@ -297,6 +342,7 @@ impl State {
             protected,
             made,
             policy: Policy::default(),
+            automatic: Automatic::default(),
             revision: self.index,
             sessions: Vec::new(),
             ..disk.clone()
@@ -378,6 +424,124 @@ mod tests {
         take(&mut f, disk, "a").unwrap();
         let of = vec![SnapshotOf { vdisk: disk, epoch: Epoch(1), name: "b".into() }];
         assert_eq!(f.run(Command::Snapshot { of, made: 0, protected: false }), Err(CommandError::Overtaken));
+    }
+
+    /// A state of another cluster.
+    fn foreign(epoch: u32) -> ForeignState {
+        ForeignState { cluster: ClusterId(9), family: FamilyId(1), lineage: LineageId(1), epoch: Epoch(epoch) }
+    }
+
+    fn begin(f: &mut Fixture, vdisk: VdiskId, to: u32) -> SessionId {
+        let session = f.attach(vdisk, Attachment::Import, false).unwrap();
+        let seen = f.state.vdisk(vdisk).unwrap().imported;
+        f.run(Command::BeginImport { vdisk, session, seen, to: foreign(to) }).unwrap();
+        session
+    }
+
+    fn end(f: &mut Fixture, vdisk: VdiskId, session: SessionId, name: &str) -> Applied {
+        f.run(Command::EndImport { vdisk, session, name: name.into(), made: 7 })
+    }
+
+    #[test]
+    fn only_an_import_writes_where_one_has_not_ended() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let session = begin(&mut f, disk, 4);
+        let refused = || CommandError::ImportUnfinished { name: "db".into() };
+        for is_gone in [false, true] {
+            for mode in [Attachment::Exclusive, Attachment::Shared] {
+                assert_eq!(f.attach(disk, mode, true), Err(refused()), "not by a take-over either");
+            }
+            assert_eq!(take(&mut f, disk, "half"), Err(refused()));
+            assert_eq!(clone(&mut f, disk, "half"), Err(refused()));
+            let reader = f.attach(disk, Attachment::ReadOnly, false).unwrap();
+            f.run(Command::Detach { session: reader }).unwrap();
+            if !is_gone {
+                assert!(f.attach(disk, Attachment::Import, false).is_err(), "one at a time");
+                f.run(Command::Detach { session }).unwrap();
+            }
+        }
+        let session = begin(&mut f, disk, 4);
+        let Ok(Outcome::Disks(made)) = end(&mut f, disk, session, "monday") else { panic!() };
+        let (snapshot, db) = (f.state.vdisk(made[0]).unwrap(), f.state.vdisk(disk).unwrap());
+        assert_eq!((snapshot.name.as_str(), snapshot.imported.begun), ("db@monday", Some(foreign(4))));
+        assert_eq!(db.imported, Imported { newest: Some(foreign(4)), begun: None });
+        assert_eq!((snapshot.epoch, db.epoch), (Epoch(1), Epoch(2)));
+        assert!(f.effects.narrows && !f.effects.concerned.is_empty());
+        f.run(Command::Detach { session }).unwrap();
+        f.attach(disk, Attachment::Exclusive, false).unwrap();
+        take(&mut f, disk, "mine").unwrap();
+    }
+
+    #[test]
+    fn an_import_that_lost_its_session_neither_begins_nor_ends() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let lost = f.attach(disk, Attachment::Import, false).unwrap();
+        let other = f.attach(disk, Attachment::Exclusive, true).unwrap();
+        let seen = Imported::default();
+        let late = Command::BeginImport { vdisk: disk, session: lost, seen, to: foreign(4) };
+        assert_eq!(f.run(late.clone()), Err(CommandError::NoSuchSession(lost)));
+        f.run(Command::Detach { session: other }).unwrap();
+        assert_eq!(f.run(late), Err(CommandError::NoSuchSession(lost)), "what was written meanwhile would be in it");
+        let lost = begin(&mut f, disk, 4);
+        let own = f.attach(disk, Attachment::Import, true).unwrap();
+        assert_eq!(end(&mut f, disk, lost, "monday"), Err(CommandError::NoSuchSession(lost)));
+        end(&mut f, disk, own, "monday").unwrap();
+        assert_eq!(end(&mut f, disk, own, "tuesday"), Err(CommandError::Overtaken), "nothing was begun");
+        let reader = f.attach(disk, Attachment::ReadOnly, false).unwrap();
+        let seen = f.state.vdisk(disk).unwrap().imported;
+        let by_reader = Command::BeginImport { vdisk: disk, session: reader, seen, to: foreign(5) };
+        assert_eq!(f.run(by_reader), Err(CommandError::NoSuchSession(reader)));
+        let of_before = Command::BeginImport { vdisk: disk, session: own, seen: Imported::default(), to: foreign(5) };
+        assert_eq!(f.run(of_before), Err(CommandError::Overtaken), "another one has ended meanwhile");
+    }
+
+    #[test]
+    fn a_rollback_ends_an_import_and_what_it_keeps_is_not_the_state_that_was_to_come() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let session = begin(&mut f, disk, 4);
+        let Ok(Outcome::Disks(monday)) = end(&mut f, disk, session, "monday") else { panic!() };
+        let seen = f.state.vdisk(disk).unwrap().imported;
+        f.run(Command::BeginImport { vdisk: disk, session, seen, to: foreign(5) }).unwrap();
+        f.run(Command::Detach { session }).unwrap();
+        let (epoch, keep) = (f.state.vdisk(disk).unwrap().epoch, Some("half".into()));
+        f.run(Command::Rollback { vdisk: disk, epoch, to: monday[0], keep, made: 0 }).unwrap();
+        let half = f.state.vdisk_named("db@half").unwrap();
+        assert_eq!(half.imported.begun, None);
+        assert_eq!(f.state.vdisk(disk).unwrap().imported, Imported { newest: Some(foreign(4)), begun: None });
+        f.attach(disk, Attachment::Exclusive, false).unwrap();
+    }
+
+    #[test]
+    fn rollbacks_deepen_a_disk_up_to_a_bound_and_flattening_makes_it_stand_by_itself() {
+        let mut f = Fixture::up(3);
+        let vdisk = f.disk("db");
+        let mut back = |last: Option<VdiskId>| {
+            let to = take(&mut f, vdisk, if last.is_some() { "b" } else { "a" }).unwrap();
+            let epoch = f.state.vdisk(vdisk).unwrap().epoch;
+            let done = f.run(Command::Rollback { vdisk, epoch, to, keep: None, made: 0 });
+            last.map(|last| f.run(Command::DeleteDisks { vdisks: vec![last] }).unwrap());
+            f.run(Command::RenameDisk { vdisk: to, name: "a".into() }).unwrap();
+            let disk = f.state.vdisk(vdisk).unwrap().clone();
+            let depth = f.state.family(disk.family).unwrap().ancestors(disk.lineage).count();
+            (to, done, depth, disk.lineage)
+        };
+        let mut last = None;
+        for n in 1..=ANCESTORS_MAX {
+            let (to, done, depth, _) = back(last);
+            assert_eq!((done, depth), (Ok(Outcome::Done), n));
+            last = Some(to);
+        }
+        let (to, refused, depth, lineage) = back(last);
+        let too_deep = CommandError::TooDeep { name: "db".into(), depth: ANCESTORS_MAX + 1 };
+        assert_eq!((refused, depth), (Err(too_deep), ANCESTORS_MAX));
+        f.run(Command::DeleteDisks { vdisks: vec![to] }).unwrap();
+        f.run(Command::Flatten { vdisk, lineage }).unwrap();
+        let to = take(&mut f, vdisk, "c").unwrap();
+        let epoch = f.state.vdisk(vdisk).unwrap().epoch;
+        f.run(Command::Rollback { vdisk, epoch, to, keep: None, made: 0 }).unwrap();
     }
 
     #[test]
@@ -494,38 +658,6 @@ mod tests {
         assert_eq!((disk.lineage, disk.epoch), (LineageId(2), Epoch(1)));
         let family = f.state.family(disk.family).unwrap();
         assert_eq!(family.ancestors(disk.lineage).collect::<Vec<_>>(), [(LineageId(1), Epoch(1))]);
-    }
-
-    #[test]
-    fn who_may_write_voids_an_import_that_was_begun() {
-        let mut f = Fixture::up(3);
-        let disk = f.disk("db");
-        let (cluster, family, lineage) = (ClusterId(7), FamilyId(1), LineageId(1));
-        let begun = Some(crate::translator::vdir::ForeignState { cluster, family, lineage, epoch: Epoch(2) });
-        let begun_after = |f: &mut Fixture, mode, holder: &str| {
-            f.run(Command::NoteImport { vdisk: disk, imported: Imported { newest: None, begun } }).unwrap();
-            f.run(Command::Attach { vdisk: disk, mode, holder: holder.into(), take_over: true }).unwrap();
-            f.state.vdisk(disk).unwrap().imported.begun
-        };
-        assert_eq!(begun_after(&mut f, Attachment::Exclusive, "import:77"), begun);
-        assert_eq!(begun_after(&mut f, Attachment::ReadOnly, "nbd@here"), begun);
-        assert_eq!(begun_after(&mut f, Attachment::Exclusive, "nbd@here"), None);
-        assert_eq!(begun_after(&mut f, Attachment::Shared, "nbd@here"), None);
-    }
-
-    #[test]
-    fn a_rollback_voids_an_import_that_was_begun() {
-        let mut f = Fixture::up(3);
-        let disk = f.disk("db");
-        let snapshot = take(&mut f, disk, "a").unwrap();
-        let state = |epoch| {
-            let (cluster, family, lineage) = (ClusterId(7), FamilyId(1), LineageId(1));
-            Some(crate::translator::vdir::ForeignState { cluster, family, lineage, epoch: Epoch(epoch) })
-        };
-        let imported = Imported { newest: state(1), begun: state(2) };
-        f.run(Command::NoteImport { vdisk: disk, imported }).unwrap();
-        f.run(Command::Rollback { vdisk: disk, epoch: Epoch(2), to: snapshot, keep: None, made: 0 }).unwrap();
-        assert_eq!(f.state.vdisk(disk).unwrap().imported, Imported { newest: state(1), begun: None });
     }
 
     #[test]

@@ -31,13 +31,13 @@ use crate::limits::*;
 use crate::message::{CommandId, Hints, ServerHint, SlotHint};
 use crate::placement::{self, Candidate, PlanError};
 use crate::translator::gmap::{Gmap, Scheme, slot_of_element};
-use crate::translator::vdir::{Family, IMPORTER, Imported, Lineage, Policy, Vdisk};
+use crate::translator::vdir::{Automatic, Family, Imported, Lineage, Policy, Vdisk};
 use crate::translator::visible::Visible;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Version of the encoding of a [`State`]: its first byte.
-const STATE_VERSION: u8 = 4;
+const STATE_VERSION: u8 = 5;
 
 /// The first lineage of a family, and the first epoch of a lineage.
 const FIRST_LINEAGE: LineageId = LineageId(1);
@@ -635,7 +635,10 @@ impl State {
                 Ok(Outcome::Done)
             }
             Command::DiskFailed { server, incarnation, why: _ } => self.goodbye(*server, *incarnation, effects),
-            Command::Snapshot { of, made, protected } => self.snapshot(of, *made, *protected, effects),
+            Command::Snapshot { of, made, protected } => {
+                self.check_no_imports(of.iter().map(|one| one.vdisk))?;
+                self.snapshot(of, *made, *protected, effects)
+            }
             Command::Clone { source, epoch, name, made } => self.clone_of(*source, *epoch, name, *made, effects),
             Command::Rollback { vdisk, epoch, to, keep, made } => {
                 self.rollback(*vdisk, *epoch, *to, keep.as_deref(), *made, effects)
@@ -644,7 +647,10 @@ impl State {
             Command::Protect { vdisk, protected } => self.protect(*vdisk, *protected),
             Command::SetPolicy { vdisk, policy } => self.set_policy(*vdisk, *policy),
             Command::Flatten { vdisk, lineage } => self.flatten(*vdisk, *lineage, effects),
-            Command::NoteImport { vdisk, imported } => self.note_import(*vdisk, *imported),
+            Command::BeginImport { vdisk, session, seen, to } => self.begin_import(*vdisk, *session, *seen, *to),
+            Command::EndImport { vdisk, session, name, made } => {
+                self.end_import(*vdisk, *session, name, *made, effects)
+            }
         }
     }
 
@@ -694,6 +700,7 @@ impl State {
             made: 0,
             policy: Policy::default(),
             imported: Imported::default(),
+            automatic: Automatic::default(),
             revision: self.index,
             sessions: Vec::new(),
         });
@@ -781,7 +788,8 @@ impl State {
             return Err(CommandError::IsSnapshot { name: disk.name.clone() });
         }
         let shrinks = size < disk.size;
-        let is_own = self.sessions.get(&session).is_some_and(|s| s.vdisk == id && s.mode == Attachment::Exclusive);
+        let alone = |mode| matches!(mode, Attachment::Exclusive | Attachment::Import);
+        let is_own = self.sessions.get(&session).is_some_and(|s| s.vdisk == id && alone(s.mode));
         if shrinks && !is_own {
             return Err(CommandError::NotExclusive { name: disk.name.clone() });
         }
@@ -797,7 +805,8 @@ impl State {
 
     // -------------------------------------------------------------------------------- sessions
 
-    /// Exclusive stands against exclusive and shared; read-only stands against nothing.
+    /// Exclusive stands against exclusive and shared; read-only stands against nothing. Where an import has not ended
+    /// only an import writes.
     fn attach(
         &mut self,
         id: VdiskId,
@@ -812,6 +821,9 @@ impl State {
         let disk = self.vdisks.get(&id).ok_or(CommandError::NoSuchDisk(id))?;
         if disk.is_snapshot() && mode != Attachment::ReadOnly {
             return Err(CommandError::IsSnapshot { name: disk.name.clone() });
+        }
+        if matches!(mode, Attachment::Exclusive | Attachment::Shared) {
+            self.check_no_imports([id])?;
         }
         let in_the_way = |s: &&SessionId| self.sessions.get(s).is_some_and(|s| conflict(mode, s.mode));
         let in_the_way: Vec<SessionId> = disk.sessions.iter().filter(in_the_way).copied().collect();
@@ -831,9 +843,6 @@ impl State {
         let disk = self.vdisks.get_mut(&id).expect("found above");
         disk.sessions.retain(|s| !in_the_way.contains(s));
         disk.sessions.push(session);
-        if mode != Attachment::ReadOnly && !holder.starts_with(IMPORTER) {
-            disk.imported.begun = None; // An import that goes on would not know what was written meanwhile.
-        }
         // A server that does not know the session yet must catch up before it refuses its messages.
         disk.revision = self.index;
         if !in_the_way.is_empty() {
@@ -863,7 +872,7 @@ impl State {
 
     pub(super) fn in_use(&self, disk: &Vdisk, session: SessionId) -> CommandError {
         let holder = self.sessions.get(&session).map_or_else(String::new, |s| s.holder.clone());
-        CommandError::InUse { name: disk.name.clone(), holder }
+        CommandError::InUse { name: disk.name.clone(), holder, session }
     }
 
     pub(super) fn check_free(&self, name: &str) -> Result<(), CommandError> {

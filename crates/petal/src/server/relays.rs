@@ -93,8 +93,14 @@ impl Server {
     }
 
     fn pass_to(&mut self, to: ServerId, client: ClientId, access: Access, refusal: Answer, mut body: Body) {
-        if !self.connected.contains_key(&to) || self.relays.waiting.len() >= RELAYS_MAX {
+        if !self.connected.contains_key(&to) {
             return self.with_data(|data, ctx| data.answer_refused(ctx, client, access, refusal));
+        }
+        // The oldest is the one that its client has most likely sent another way since.
+        if self.relays.waiting.len() >= RELAYS_MAX
+            && let Some((_, Relay { client, access, refusal, .. })) = self.relays.waiting.pop_first()
+        {
+            self.with_data(|data, ctx| data.answer_refused(ctx, client, access, refusal));
         }
         let tag = self.relays.new_tag();
         match &mut body {
@@ -132,6 +138,7 @@ impl Server {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
 
     #[test]
     fn a_tag_of_an_earlier_life_is_nobodys() {

@@ -15,6 +15,7 @@
 use crate::ids::{ClusterId, Epoch, FamilyId, GmapId, LineageId, Revision, SessionId, StateIndex, VdiskId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use stdx::calendar::{Utc, iso_week};
 
 /// One virtual disk, or one snapshot of it.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -43,6 +44,8 @@ pub struct Vdisk {
     pub made: u64,
     /// Snapshots that the cluster makes of it by itself.
     pub policy: Policy,
+    /// When it made the last ones.
+    pub automatic: Automatic,
     /// What was imported into it.
     pub imported: Imported,
     /// State index of the last command that changed what its data messages may do.
@@ -55,6 +58,11 @@ impl Vdisk {
     /// True for a snapshot.
     pub fn is_snapshot(&self) -> bool {
         self.snapshot_of.is_some()
+    }
+
+    /// True for a disk into which an import was begun that has not ended.
+    pub fn is_importing(&self) -> bool {
+        !self.is_snapshot() && self.imported.begun.is_some()
     }
 }
 
@@ -76,6 +84,71 @@ impl Policy {
     }
 }
 
+/// A kind of snapshots that the cluster makes by itself.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Kind {
+    /// One an hour.
+    Hourly,
+    /// One a day.
+    Daily,
+    /// One a week.
+    Weekly,
+}
+
+impl Kind {
+    pub(crate) const ALL: [Kind; 3] = [Kind::Hourly, Kind::Daily, Kind::Weekly];
+
+    /// How many of them a policy keeps.
+    pub(crate) fn keeps(self, policy: Policy) -> usize {
+        usize::from(match self {
+            Kind::Hourly => policy.hourly,
+            Kind::Daily => policy.daily,
+            Kind::Weekly => policy.weekly,
+        })
+    }
+
+    /// Name of the one that belongs to this moment.
+    pub(crate) fn name(self, unix_seconds: u64) -> String {
+        let Utc { year, month, day, hour, .. } = Utc::at(unix_seconds);
+        match self {
+            Kind::Hourly => format!("auto-hourly-{year:04}-{month:02}-{day:02}T{hour:02}"),
+            Kind::Daily => format!("auto-daily-{year:04}-{month:02}-{day:02}"),
+            Kind::Weekly => {
+                let (year, week) = iso_week(unix_seconds);
+                format!("auto-weekly-{year:04}-W{week:02}")
+            }
+        }
+    }
+
+    /// The kind of a snapshot that was made here, by its name without the disk's. A name that only begins alike is
+    /// a person's.
+    pub(crate) fn of(name: &str) -> Option<Kind> {
+        if !name.starts_with("auto-") {
+            return None; // Most snapshots, and a hundred thousand are looked at.
+        }
+        let like = |sample: &str| {
+            let alike = |(a, b): (u8, u8)| if b.is_ascii_digit() { a.is_ascii_digit() } else { a == b };
+            name.len() == sample.len() && name.bytes().zip(sample.bytes()).all(alike)
+        };
+        Kind::ALL.into_iter().find(|kind| like(&kind.name(0)))
+    }
+}
+
+/// When the cluster made the last snapshot of each kind of a disk, in seconds since 1970; zero: none. What was made once
+/// and deleted by hand is not made again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Automatic([u64; 3]);
+
+impl Automatic {
+    pub(crate) fn made(&mut self, kind: Kind, seconds: u64) {
+        self.0[kind as usize] = seconds;
+    }
+
+    pub(crate) fn last(&self, kind: Kind) -> Option<u64> {
+        Some(self.0[kind as usize]).filter(|made| *made > 0)
+    }
+}
+
 /// A state of some family, anywhere.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct ForeignState {
@@ -89,15 +162,12 @@ pub struct ForeignState {
     pub epoch: Epoch,
 }
 
-/// How the holder of an import's session begins.
-pub const IMPORTER: &str = "import:";
-
 /// What was imported into a disk: increments must follow each other.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Imported {
     /// The newest state that was imported to its end.
     pub newest: Option<ForeignState>,
-    /// The state that an import was to lead to which has not ended.
+    /// The state that an import was to lead to which has not ended; of a snapshot, the state that it is.
     pub begun: Option<ForeignState>,
 }
 

@@ -35,3 +35,18 @@ fn who_was_to_pass_it_on_and_does_not_is_passed_by_too() {
     assert_eq!(world.wait(number), Ok(Response::Done));
     assert_eq!(world.read(session, 0, 5), b"hello");
 }
+
+#[test]
+fn without_a_connection_those_that_tried_try_again() {
+    let (mut world, session) = World::attached();
+    let primary = world.hints.slots[world.slot(0) as usize].in_sync[0];
+    world.disconnect(primary);
+    let (number, ways) = ways(&mut world, session, Duration::from_secs(4));
+    let all: BTreeSet<ServerId> = (1..=SERVERS).map(ServerId).filter(|s| *s != primary).collect();
+    for round in ways.chunks_exact(all.len()) {
+        assert_eq!(round.iter().map(|(_, via)| *via).collect::<BTreeSet<_>>(), all, "{ways:?}");
+    }
+    assert!(ways.len() >= 3 * all.len(), "it does not end: {ways:?}");
+    world.connect(primary);
+    assert_eq!(world.wait(number), Ok(Response::Done));
+}
