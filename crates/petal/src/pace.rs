@@ -151,12 +151,15 @@ impl Pace {
         self.step_ends = now + STEP;
         let has_copied = std::mem::take(&mut self.has_copied);
         let learns = !has_copied || self.rate == FLOOR;
-        let mut expected = 0;
-        let mut waited = 0;
+        let mut expected = 0u64;
+        let mut waited = 0u64;
         for waits in [&mut self.reads, &mut self.writes] {
             if let Some(mean) = waits.sum.checked_div(waits.count) {
-                waited += waits.sum;
-                expected += waits.usual.saturating_mul(waits.count);
+                // Where it is not known what is usual nobody can say that it took long.
+                if waits.usual > 0 {
+                    waited = waited.saturating_add(waits.sum);
+                    expected = expected.saturating_add(waits.usual.saturating_mul(waits.count));
+                }
                 waits.learn(mean, learns);
             }
             (waits.count, waits.sum) = (0, 0);
@@ -165,7 +168,7 @@ impl Pace {
             false => FLOOR,
             // Nobody waited, or it is not known yet what is usual.
             true if waited == 0 => self.rate,
-            true if waited > expected + expected / 2 => self.rate / 2,
+            true if waited > expected.saturating_add(expected / 2) => self.rate / 2,
             true => self.rate + self.rate / 4,
         };
         self.rate = self.rate.clamp(FLOOR, CEILING);
@@ -283,6 +286,36 @@ mod tests {
         }
         steps(&mut pace, 2000, 10, true, USUAL);
         assert!(pace.rate > 4 * FLOOR, "writes are slower than reads, and as quick as writes are");
+    }
+
+    #[test]
+    fn what_is_not_known_yet_does_not_slow_copies_down() {
+        let mut pace = Pace::default();
+        steps(&mut pace, 0, 10, false, USUAL);
+        steps(&mut pace, 1000, 10, true, USUAL);
+        let rate = pace.rate;
+        assert!(rate > FLOOR);
+        // The first reads ever, in the same step as writes that take as long as usual.
+        pace.answered(at(2000), false, USUAL * 20);
+        steps(&mut pace, 2000, 1, true, USUAL);
+        pace.look(at(2100));
+        assert!(pace.rate > rate, "{} after {rate}", pace.rate);
+    }
+
+    #[test]
+    fn nobody_waits_and_nothing_is_known_and_copies_still_go_on_at_the_floor() {
+        let mut pace = Pace::default();
+        let mut copied = 0;
+        for ms in 0..1000 {
+            pace.look(at(ms));
+            while pace.admits(at(ms)) {
+                pace.spend(at(ms), 64 << 10);
+                copied += 64 << 10;
+            }
+            assert!(pace.next_timeout().is_some_and(|wake| wake > at(ms)), "it waits for a time to come");
+        }
+        assert_eq!(pace.rate, FLOOR);
+        assert!((FLOOR * 9 / 10..FLOOR * 12 / 10).contains(&copied), "{copied}");
     }
 
     #[test]
