@@ -47,7 +47,8 @@ pub enum Trap {
     Ghost,
     /// Anything goes to a member that is being brought back: one of the two ends is killed, or everybody.
     Relapse,
-    /// A member is told that it has everything: this is held up and its sender killed, or `Counted` follows.
+    /// An element is copied to a member: this is held up, and `Believed` follows. Or it is told that it has everything:
+    /// this is held up and its sender killed, or `Counted` follows.
     Lag,
     /// A write goes to that member: the same.
     Counted {
@@ -251,6 +252,14 @@ impl World {
         let Node::Server(to) = to else { return };
         let Some(to) = self.servers[to].id else { return };
         let springs = match trap {
+            Trap::Lag if matches!(m.part, Part::Copy { settles: false, .. }) => {
+                if self.has_data(m.slot) && self.chaos.chance(1, 8) {
+                    self.trap = Some(Trap::Believed { slot: m.slot, to, term: m.term });
+                    self.counters.count(Kind::Lag);
+                    self.net.stall(connection, side.other(), self.now + Duration::from_millis(500));
+                }
+                return;
+            }
             Trap::Lag if matches!(m.part, Part::CaughtUp) && self.has_data(m.slot) => {
                 let now = self.chaos.chance(1, 2);
                 if !now {
