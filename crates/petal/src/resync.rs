@@ -37,7 +37,7 @@ use crate::promise::{COPY_BLOCKS_MAX, ahead_part, finished_below, lacking};
 use crate::repair::Retry;
 use crate::sabotage::Sabotage;
 use crate::server::Peer;
-use crate::store::{ElementImage, Loaded, ReadBlocks, ReadError};
+use crate::store::{BlockSum, ElementImage, Loaded, ReadBlocks, ReadError, RowImage};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use stdx::Instant;
 
@@ -552,6 +552,10 @@ impl DataAccess {
             return self.end_copy(ctx, number, true);
         }
         if self.sabotage == Sabotage::CopyOnlyIfNewer && theirs.version >= image.version {
+            return self.end_copy(ctx, number, true);
+        }
+        let is_zero = |row: &RowImage| row.sums.iter().all(|sum| *sum == BlockSum::Zero);
+        if self.sabotage == Sabotage::DeletionWithoutVersion && image.rows.iter().all(is_zero) {
             return self.end_copy(ctx, number, true);
         }
         let (mut blocks, mut twins) = ctx.stores.twins(element, &image, &lacking(&image, Some(&theirs)));

@@ -108,6 +108,14 @@ fn copies_of_newer_versions_only() {
     must_be_caught(Sabotage::CopyOnlyIfNewer, 150, often(recovering(faults)));
 }
 
+/// A member has what was discarded while it was away.
+#[test]
+fn a_deletion_without_a_version() {
+    let faults = Some(FaultWeights { crash_one: 1, ..FaultWeights::NONE });
+    let ground = Overrides { recovering: true, faults, ..replicated() };
+    must_be_caught(Sabotage::DeletionWithoutVersion, 40, ground);
+}
+
 /// A client that has not heard that a server is out of sync asks it.
 #[test]
 fn reads_while_catching_up() {
