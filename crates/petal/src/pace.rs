@@ -9,9 +9,9 @@
 //! ```
 //!
 //! *Usual* is what reads and writes of clients took here, each for itself. What is quicker is learnt soon, what is
-//! slower slowly; and not at all while something is copied above the floor, or copying would become the habit itself. At
-//! the floor it is: what is slow there has other reasons (clients ask for more at a time, a disk is worn), and copies
-//! would stay there for ever.
+//! slower slowly; and not at all while something is copied above the floor, or copying would become the habit itself.
+//! At the floor it is: what is slow there has other reasons (clients ask for more at a time, a disk is worn), and
+//! copies would stay there for ever.
 //!
 //! Copies come in bursts: many small ones side by side share what makes them durable, and each alone would stand in the
 //! way of everybody else's. New terms are asked for together, too.
@@ -195,8 +195,8 @@ mod tests {
         Instant::from_nanos(millis * 1_000_000)
     }
 
-    /// Steps of 100 ms in which something is copied as fast as admitted, or nothing is, and a hundred writes take so long
-    /// each; returns the bytes.
+    /// Steps of 100 ms in which something is copied as fast as admitted, or nothing is, and a hundred writes take so
+    /// long each; returns the bytes.
     fn steps(pace: &mut Pace, from: u64, steps: u64, copies: bool, write: Duration) -> u64 {
         let mut copied = 0;
         for ms in from..from + steps * 100 {

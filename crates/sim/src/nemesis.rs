@@ -59,8 +59,8 @@ pub enum Trap {
     },
     /// A member is asked for its promise: an older proposal about it comes, and `Believed` follows.
     Late,
-    /// It is asked for its promise of a newer term: the proposal was believed, and who asks is killed before it has made
-    /// the member equal.
+    /// It is asked for its promise of a newer term: the proposal was believed, and who asks is killed before it has
+    /// made the member equal.
     Believed {
         /// The slot.
         slot: SlotId,
