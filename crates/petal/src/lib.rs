@@ -18,6 +18,7 @@ pub mod ids;
 pub mod limits;
 pub mod liveness;
 pub mod message;
+mod pace;
 pub mod placement;
 pub(crate) mod policy;
 pub mod promise;

@@ -47,7 +47,8 @@ pub enum Trap {
     Ghost,
     /// Anything goes to a member that is being brought back: one of the two ends is killed, or everybody.
     Relapse,
-    /// A member is told that it has everything: this is held up and its sender killed, or `Counted` follows.
+    /// An element is copied to a member: this is held up, and `Believed` follows. Or it is told that it has everything:
+    /// this is held up and its sender killed, or `Counted` follows.
     Lag,
     /// A write goes to that member: the same.
     Counted {
@@ -56,8 +57,18 @@ pub enum Trap {
         /// The member.
         to: ServerId,
     },
-    /// A member is asked for its promise: an older proposal about it comes.
+    /// A member is asked for its promise: an older proposal about it comes, and `Believed` follows.
     Late,
+    /// It is asked for its promise of a newer term: the proposal was believed, and who asks is killed before it has
+    /// made the member equal.
+    Believed {
+        /// The slot.
+        slot: SlotId,
+        /// The member.
+        to: ServerId,
+        /// Newer than this.
+        term: Term,
+    },
 }
 
 impl Trap {
@@ -179,6 +190,14 @@ impl World {
         match trap {
             Trap::Lag | Trap::Counted { .. } => self.lag_behind(trap, host, connection, side, message),
             Trap::Late => self.come_late(host, server, message),
+            Trap::Believed { slot, to, term } => {
+                let Body::Promise(promise) = &message.body else { return };
+                if server == to && promise.slots.iter().any(|(s, t)| *s == slot && *t > term) {
+                    self.trap = None;
+                    let at = self.now + self.draw(self.options.net.max * 2);
+                    self.queue.plan(at, Event::Ambush { host: Some(host) });
+                }
+            }
             Trap::Cut if matches!(message.body, Body::Replicate(_) | Body::StreamAck(_)) => {
                 let most = self.options.net.max * 2;
                 self.trap = None;
@@ -233,6 +252,14 @@ impl World {
         let Node::Server(to) = to else { return };
         let Some(to) = self.servers[to].id else { return };
         let springs = match trap {
+            Trap::Lag if matches!(m.part, Part::Copy { settles: false, .. }) => {
+                if self.has_data(m.slot) && self.chaos.chance(1, 8) {
+                    self.trap = Some(Trap::Believed { slot: m.slot, to, term: m.term });
+                    self.counters.count(Kind::Lag);
+                    self.net.stall(connection, side.other(), self.now + Duration::from_millis(500));
+                }
+                return;
+            }
             Trap::Lag if matches!(m.part, Part::CaughtUp) && self.has_data(m.slot) => {
                 let now = self.chaos.chance(1, 2);
                 if !now {
@@ -251,7 +278,8 @@ impl World {
         self.trap = None;
         self.counters.count(Kind::Lag);
         self.net.stall(connection, side.other(), self.now + Duration::from_millis(500));
-        let at = self.now + Duration::from_micros(self.chaos.between(5_000, 150_000));
+        // A primary waits up to 200 ms with what it proposes.
+        let at = self.now + Duration::from_micros(self.chaos.between(5_000, 400_000));
         self.queue.plan(at, Event::Ambush { host: Some(host) });
     }
 
@@ -277,11 +305,9 @@ impl World {
         if proposed == term && present == Some(incarnation) {
             return;
         }
-        self.trap = None;
+        self.trap = Some(Trap::Believed { slot, to: server, term });
         self.counters.count(Kind::Late);
         self.execute_anywhere(Command::InSync { server, incarnation, slots: vec![(slot, proposed)] });
-        let at = self.now + Duration::from_micros(self.chaos.between(5_000, 150_000));
-        self.queue.plan(at, Event::Ambush { host: Some(host) });
     }
 
     pub(crate) fn on_cut(&mut self, connection: ConnectionId) {

@@ -146,6 +146,8 @@ struct Operation {
     phase: Phase,
     /// State index at which it was judged last: its version, or what it reads, is by that state.
     at: StateIndex,
+    /// It came.
+    since: Instant,
     /// It holds its blocks in the element's queue.
     holds: bool,
     /// What the client asked, where an unaligned write was completed to whole blocks: begun again in a new
@@ -259,6 +261,8 @@ pub struct DataAccess {
     queues: FastMap<ElementKey, ElementQueue>,
     /// Elements being copied to members that are brought back; numbered like operations.
     pub(crate) copies: BTreeMap<OpNumber, crate::resync::Copy>,
+    /// How fast that goes on.
+    pub(crate) pace: crate::pace::Pace,
     /// Elements whose bad blocks are made good (`repair.rs`), and the search for such (`scrub.rs`).
     pub(crate) repairs: crate::repair::Repairs,
     pub(crate) scrub: crate::scrub::Scrub,
@@ -328,6 +332,7 @@ impl DataAccess {
             next_operation: 1,
             queues: FastMap::new(),
             copies: BTreeMap::new(),
+            pace: crate::pace::Pace::default(),
             repairs: crate::repair::Repairs::default(),
             scrub,
             joining: BTreeSet::new(),
@@ -536,6 +541,7 @@ impl DataAccess {
             kind,
             phase,
             at: 0,
+            since: ctx.now,
             holds: false,
             original: None,
             joined: SmallVec::new(),
@@ -919,6 +925,7 @@ impl DataAccess {
         self.in_progress.remove(&w.id);
         if result.is_ok() {
             self.counters.writes += 1;
+            self.pace.answered(ctx.now, true, ctx.now.since(op.since));
         } else {
             self.counters.refused += 1;
         }
@@ -1036,6 +1043,7 @@ impl DataAccess {
         let (result, data) = match result {
             Ok(blocks) => {
                 self.counters.reads += 1;
+                self.pace.answered(ctx.now, false, ctx.now.since(op.since));
                 (Ok(blocks.sums), Payload(blocks.data))
             }
             Err(refusal) => {
@@ -1385,7 +1393,8 @@ impl DataAccess {
     /// When something is due although nothing else happens.
     pub fn next_timeout(&self) -> Option<Instant> {
         let rooms = [self.silence.next_look(), self.repairs.next_timeout(), self.scrub.next_timeout()];
-        rooms.into_iter().chain([self.watermark_timer, self.wake_at, self.reclaim.next_timeout()]).flatten().min()
+        let rooms = rooms.into_iter().chain([self.reclaim.next_timeout(), self.pace.next_timeout()]);
+        rooms.chain([self.watermark_timer, self.wake_at]).flatten().min()
     }
 
     /// A session is over: nothing of it will be asked again.
