@@ -889,7 +889,9 @@ impl Machine for Server {
                 }
                 let ring: Vec<ServerId> =
                     self.state().map_or_else(Vec::new, |s| s.ring.members.iter().map(|m| m.server).collect());
-                self.admin.tick(now, &ring, &mut self.out);
+                for id in self.admin.tick(now, &ring, &mut self.out) {
+                    self.global().forget_proposal(&id);
+                }
                 if self.growth_retry.is_some_and(|at| at <= now) {
                     self.growth_retry = None;
                     self.stores.retry_growth();

@@ -295,6 +295,8 @@ pub struct DataAccess {
     /// Elements whose settlement waits for the same.
     pub(crate) blocked_settling: BTreeSet<(SlotIndex, ElementKey)>,
     pub(crate) acks_due: Vec<SlotIndex>,
+    /// Slots whose stream came damaged.
+    again_due: BTreeSet<SlotIndex>,
     window_due: BTreeSet<ServerId>,
     watermarks_due: Vec<SlotIndex>,
     watermark_timer: Option<Instant>,
@@ -356,6 +358,7 @@ impl DataAccess {
             blocked_incoming: BTreeSet::new(),
             blocked_settling: BTreeSet::new(),
             acks_due: Vec::new(),
+            again_due: BTreeSet::new(),
             window_due: BTreeSet::new(),
             watermarks_due: Vec::new(),
             watermark_timer: None,

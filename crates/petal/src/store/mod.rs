@@ -727,6 +727,15 @@ impl Stores {
         }
     }
 
+    /// Every disk notes the watermark of a slot that has everything again. Nobody waits for it.
+    pub fn note_caught_up(&mut self, slot: SlotId, watermark: Version) {
+        let known = self.watermarks.entry(slot).or_default();
+        *known = (*known).max(watermark);
+        for disk in &mut self.disks {
+            disk.stage_watermark(slot, watermark);
+        }
+    }
+
     /// True if a change with so many blocks can be staged now on whatever disk it goes to, if there is
     /// space at all; false while a disk's file is being grown, or a checkpoint makes room in a journal.
     /// A change that finds this true, and no more blocks wanted than are free, is not refused.
