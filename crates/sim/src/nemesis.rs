@@ -45,6 +45,8 @@ pub enum Trap {
     Differ,
     /// A write goes to a secondary: it will come again later.
     Ghost,
+    /// Data go to a replica: a bit of them turns over on the way.
+    Damage,
     /// Anything goes to a member that is being brought back: one of the two ends is killed, or everybody.
     Relapse,
     /// An element is copied to a member: this is held up, and `Believed` follows. Or it is told that it has everything:
@@ -129,7 +131,8 @@ impl World {
             26 => self.lie(),
             27 => self.isolate(),
             28 => self.oust(),
-            _ => self.estrange(),
+            29 => self.estrange(),
+            _ => self.trap = Some(Trap::Damage),
         }
     }
 
@@ -223,6 +226,17 @@ impl World {
                 let most = self.options.net.max * 3 + self.options.disk_times.max * 10;
                 let at = self.now + most / 2 + self.draw(most / 2);
                 self.queue.plan(at, Event::Ambush { host: Some(other) });
+            }
+            Trap::Damage if self.chaos.chance(1, 3) => {
+                let Body::Replicate(m) = &mut message.body else { return };
+                let mut bytes = m.data.to_bytes().to_vec();
+                if !bytes.is_empty() {
+                    self.trap = None;
+                    self.counters.count(Kind::Damage);
+                    let at = self.chaos.below(bytes.len() as u64) as usize;
+                    bytes[at] ^= 1 << self.chaos.below(8);
+                    m.data = Payload(vec![Bytes::from(bytes)]);
+                }
             }
             Trap::Ghost if is_write && self.chaos.chance(1, 3) => {
                 self.trap = None;

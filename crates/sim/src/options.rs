@@ -151,6 +151,8 @@ pub struct FaultWeights {
     pub oust: u64,
     /// Cut a client off from one server, which all others reach.
     pub estrange: u64,
+    /// A bit of what is sent to a replica turns over on the way.
+    pub damage: u64,
 }
 
 /// How likely each operation is, relative to the others.
@@ -301,6 +303,7 @@ impl Options {
         options.faults.isolate = *last.pick(&[0, 1, 3]);
         options.faults.oust = *last.pick(&[0, 1, 2]);
         options.faults.estrange = *last.pick(&[0, 1, 3]);
+        options.faults.damage = *last.pick(&[0, 1, 3]);
         if !overrides.crowded {
             let millis = *more.pick(&[None, Some(300), Some(1000), Some(5000)]);
             options.scrub_period = millis.map(Duration::from_millis);
@@ -448,6 +451,7 @@ impl FaultWeights {
         isolate: 0,
         oust: 0,
         estrange: 0,
+        damage: 0,
     };
 
     fn draw(prng: &mut Prng) -> FaultWeights {
@@ -483,11 +487,12 @@ impl FaultWeights {
             isolate: 0,
             oust: 0,
             estrange: 0,
+            damage: 0,
         }
     }
 
     /// The weights in the order of the fields.
-    pub fn list(&self) -> [u64; 30] {
+    pub fn list(&self) -> [u64; 31] {
         [
             self.crash_one,
             self.crash_several,
@@ -519,6 +524,7 @@ impl FaultWeights {
             self.isolate,
             self.oust,
             self.estrange,
+            self.damage,
         ]
     }
 }

@@ -46,9 +46,10 @@ use stdx::{Duration, Instant};
 const ANNOUNCE: Duration = Duration::from_secs(1);
 /// Between two elections for which this member stands by itself.
 const STAND_AGAIN: Duration = Duration::from_millis(300);
-/// How long entries may be undecided before a member stands for election: a server that has not applied what was
-/// accepted half a lease ago gets no lease.
-const STANDSTILL_MIN: Duration = Duration::from_millis(400);
+/// How long entries may be undecided before a member stands for election. A server that has not applied what was
+/// accepted half a lease ago gets no lease, and the one that it has lasts for another lease; and a leader whose disk
+/// answers nothing at all goes out of the way by itself after half a lease.
+const STANDSTILL_MIN: Duration = Duration::from_millis(700);
 /// The longest time between two tries.
 const STANDSTILL_MAX: Duration = Duration::from_secs(8);
 /// More proposals of its own than a server ever has under way.
