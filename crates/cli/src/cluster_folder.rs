@@ -130,7 +130,8 @@ impl ClusterFolder {
         match self.read_if_there()? {
             Some(file) => Ok(file),
             None => bail!(
-                "there is no cluster in {}; make one with `petal up`, or name another with --cluster",
+                "there is no cluster in {0}; go to the folder that has it, or name it with --cluster or PETAL_CLUSTER \
+                 (`petal --cluster {0} up` makes one)",
                 self.path.display()
             ),
         }

@@ -12,7 +12,7 @@ mod servers;
 mod snapshots;
 mod state;
 
-pub use arguments::split_name;
+pub use arguments::{check_size, split_name};
 pub use command::{Attachment, Command, CommandError, Entry, Genesis, GenesisServer, Outcome, SnapshotOf};
 pub use ring::RingDamaged;
 pub(crate) use room::check_length;
