@@ -75,6 +75,9 @@ pub struct Options {
     pub power_loss_at_end: bool,
     /// Every second client only reads: it does not learn from its own writes who acts by now.
     pub readers: bool,
+    /// For how much those ask at one time, at most: where not asked for, for no more than the checker of a cell can
+    /// follow (128 operations of all clients).
+    pub reads_max: usize,
     /// What is done with snapshots and clones, if anything.
     pub snapshots: Option<SnapshotMix>,
     /// Nobody does anything by himself: a scenario asks for everything.
@@ -288,6 +291,7 @@ impl Options {
             recovering: false,
             scrub_period: Some(petal::scrub::PERIOD_DEFAULT),
             readers: false,
+            reads_max: 96,
             power_loss_at_end: prng.chance(1, 2),
             snapshots: None,
             scripted: overrides.scripted,
@@ -329,6 +333,7 @@ impl Options {
         if overrides.readers {
             // Time for several leases to end while those who only read still ask whom they know.
             options.readers = true;
+            options.reads_max = usize::MAX;
             options.recovering = true;
             options.faulty = Duration::from_millis(more.between(6000, 9000));
             options.operations = overrides.operations.unwrap_or(options.faulty.as_millis() as u64);

@@ -343,13 +343,8 @@ impl World {
     }
 
     /// Who only reads goes on asking while nobody answers: what it asks late must be answered by what is true then.
-    /// But not for more at one time than the checker of a cell can follow.
     fn depth_of(&self, host: usize) -> usize {
-        match self.options.depth {
-            depth if !self.only_reads(host) => depth,
-            depth if depth > 4 => 96,
-            depth => depth * 32,
-        }
+        if self.only_reads(host) { (self.options.depth * 32).min(self.options.reads_max) } else { self.options.depth }
     }
 
     fn use_disks(&mut self, host: usize) {
