@@ -230,7 +230,7 @@ mod tests {
     fn the_cluster_file_is_read_as_it_was_written() {
         let dir = tempfile::tempdir().unwrap();
         let folder = ClusterFolder::at(dir.path()).unwrap();
-        assert!(folder.read().unwrap_err().to_string().contains("petal up"));
+        assert!(folder.read().unwrap_err().to_string().contains("up` makes one"));
         folder.write(&file()).unwrap();
         assert_eq!(folder.read().unwrap(), file());
         assert_eq!(folder.read().unwrap().id().unwrap(), ClusterId(5));

@@ -291,7 +291,7 @@ impl Options {
             recovering: false,
             scrub_period: Some(petal::scrub::PERIOD_DEFAULT),
             readers: false,
-            reads_max: 96,
+            reads_max: 48,
             power_loss_at_end: prng.chance(1, 2),
             snapshots: None,
             scripted: overrides.scripted,
