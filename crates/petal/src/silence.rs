@@ -14,7 +14,7 @@
 use crate::data_access::{Context, DataAccess, Slot, SlotIndex};
 use crate::global_state::Command;
 use crate::ids::*;
-use crate::limits::{LEASE, SILENCE_CONNECTED, SILENCE_DISCONNECTED, STANDSTILL};
+use crate::limits::{LEASE, SILENCE_CONNECTED, SILENCE_DISCONNECTED, SILENCE_SLOT};
 use crate::promise::Acting;
 use crate::resync::Joiner;
 use std::collections::{BTreeMap, BTreeSet};
@@ -112,7 +112,7 @@ impl DataAccess {
                 let known = before.remove(&(index, *server)).filter(|(_, known)| *known == front && !anew);
                 let (since, _) = known.unwrap_or((now, front));
                 self.silence.standing.insert((index, *server), (since, front));
-                if now.since(since) >= STANDSTILL {
+                if now.since(since) >= SILENCE_SLOT {
                     let slots: &mut BTreeSet<SlotId> = standing.entry(*server).or_default();
                     slots.insert(slot.id);
                 }
