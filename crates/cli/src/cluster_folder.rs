@@ -130,7 +130,8 @@ impl ClusterFolder {
         match self.read_if_there()? {
             Some(file) => Ok(file),
             None => bail!(
-                "there is no cluster in {}; make one with `petal up`, or name another with --cluster",
+                "there is no cluster in {0}; go to the folder that has it, or name it with --cluster or PETAL_CLUSTER \
+                 (`petal --cluster {0} up` makes one)",
                 self.path.display()
             ),
         }
@@ -229,7 +230,7 @@ mod tests {
     fn the_cluster_file_is_read_as_it_was_written() {
         let dir = tempfile::tempdir().unwrap();
         let folder = ClusterFolder::at(dir.path()).unwrap();
-        assert!(folder.read().unwrap_err().to_string().contains("petal up"));
+        assert!(folder.read().unwrap_err().to_string().contains("up` makes one"));
         folder.write(&file()).unwrap();
         assert_eq!(folder.read().unwrap(), file());
         assert_eq!(folder.read().unwrap().id().unwrap(), ClusterId(5));

@@ -131,9 +131,14 @@ impl Desk {
         self.calls.values().filter_map(waits).collect()
     }
 
-    /// Calls whose deadline has passed are answered with what is known.
-    pub fn tick(&mut self, now: Instant, ring: &[ServerId], out: &mut VecDeque<Output>) {
-        self.answer(|call| call.deadline <= now, ring, out);
+    /// Calls whose deadline has passed are answered with what is known. Returns the commands that nobody waits for any
+    /// more and that are not decided.
+    pub fn tick(&mut self, now: Instant, ring: &[ServerId], out: &mut VecDeque<Output>) -> Vec<CommandId> {
+        let is_over = |call: &Call| call.deadline <= now;
+        let undecided = |call: &Call| is_over(call) && matches!(call.stage, Stage::Deciding);
+        let given_up = self.calls.iter().filter(|(_, call)| undecided(call)).map(|(key, _)| id_of(*key)).collect();
+        self.answer(is_over, ring, out);
+        given_up
     }
 
     fn answer(&mut self, which: impl Fn(&Call) -> bool, ring: &[ServerId], out: &mut VecDeque<Output>) {
@@ -153,9 +158,7 @@ impl Desk {
 
     /// Commands that somebody waits for.
     pub fn waiting(&self) -> Vec<CommandId> {
-        let id =
-            |(proposer, number): &(u64, u64)| CommandId { proposer: *proposer, number: *number, finished_below: 0 };
-        self.calls.keys().map(id).collect()
+        self.calls.keys().copied().map(id_of).collect()
     }
 
     /// A client has gone; nobody waits for its calls any more, the commands go on.
@@ -170,6 +173,10 @@ impl Desk {
     pub fn next_timeout(&self) -> Option<Instant> {
         self.calls.values().map(|c| c.deadline).min()
     }
+}
+
+fn id_of((proposer, number): (u64, u64)) -> CommandId {
+    CommandId { proposer, number, finished_below: 0 }
 }
 
 fn reply(

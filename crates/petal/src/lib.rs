@@ -19,6 +19,7 @@ pub mod limits;
 pub mod liveness;
 pub mod message;
 pub(crate) mod mover;
+mod pace;
 pub mod placement;
 pub(crate) mod policy;
 pub mod promise;

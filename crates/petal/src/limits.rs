@@ -90,6 +90,9 @@ pub const STALL: Duration = Duration::from_millis(100);
 pub const SILENCE_DISCONNECTED: Duration = Duration::from_millis(500);
 /// The second of these.
 pub const SILENCE_CONNECTED: Duration = Duration::from_millis(1000);
+/// How long one slot's stream may stand still at a receiver that answers in other slots, before it is taken out of
+/// that slot: what is slow for a while must not look like it.
+pub const SILENCE_SLOT: Duration = Duration::from_secs(5);
 /// First delay before something unanswered is sent again.
 pub const RETRY_MIN: Duration = Duration::from_millis(20);
 /// Longest delay between two tries.

@@ -702,6 +702,8 @@ pub enum Part {
 pub struct StreamAck {
     /// One per stream that got on.
     pub slots: Vec<SlotAck>,
+    /// Slots whose stream came damaged in these terms, so that it does not go on: it is to be opened again.
+    pub again: Vec<(SlotId, Term)>,
     /// Blocks that the receiver keeps free for writes of this primary that it has not yet answered.
     pub window: u64,
     /// True if the window is small because the receiver is full, not because it is busy.

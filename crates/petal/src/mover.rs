@@ -17,7 +17,7 @@ use crate::global_state::{Command, Move, Reconfiguration, ServerState, State};
 use crate::ids::*;
 use crate::message::CommandId;
 use crate::replan::{replan, scattered};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use stdx::{Duration, Instant};
 
 /// Time between two looks at least.
@@ -73,7 +73,8 @@ fn is_live(server: &ServerState) -> bool {
 pub(crate) fn next_step(state: &State, gmap: GmapId) -> Option<Command> {
     match state.reconfigurations.get(&gmap) {
         Some(under_way) if under_way.turns_back => {
-            state.can_turn_back(gmap).then_some(Command::AbortReconfiguration { gmap })
+            let back = state.can_turn_back(gmap).then_some(Command::AbortReconfiguration { gmap });
+            back.or_else(|| moved(state, gmap, under_way))
         }
         Some(under_way) if has_drained_target(state, under_way) => Some(Command::AbortReconfiguration { gmap }),
         Some(under_way) => moved(state, gmap, under_way).or_else(|| fence(state, gmap, under_way)),
@@ -90,9 +91,8 @@ fn has_drained_target(state: &State, under_way: &Reconfiguration) -> bool {
 fn moved(state: &State, gmap: GmapId, under_way: &Reconfiguration) -> Option<Command> {
     let are_ready = |number: u32| {
         let slot = state.slot(SlotId { gmap, slot: number })?;
-        let is_ready = |s: &ServerId| {
-            slot.member(*s).is_some_and(|m| m.in_sync) && state.servers.get(s).is_some_and(is_live)
-        };
+        let is_ready =
+            |s: &ServerId| slot.member(*s).is_some_and(|m| m.in_sync) && state.servers.get(s).is_some_and(is_live);
         under_way.moves.get(&number)?.iter().all(is_ready).then_some((number, slot.term))
     };
     let slots: Vec<(u32, Term)> =
@@ -133,6 +133,14 @@ fn plan(state: &State, gmap: GmapId) -> Option<Command> {
     let differ = (0..).zip(from.slots.iter().zip(to.slots)).filter(|(_, (old, new))| *old != new);
     let mut moves: Vec<Move> = differ.map(|(number, (_, new))| (number, new)).collect();
     let more = moves.len() > MOVES_PER_PLAN;
-    moves.truncate(MOVES_PER_PLAN);
+    if more {
+        // Some of every part of a disk, not all of one.
+        let order = scattered(from.slots.len());
+        let chosen: BTreeSet<u32> = {
+            let moving: BTreeSet<u32> = moves.iter().map(|(number, _)| *number).collect();
+            order.into_iter().map(|n| n as u32).filter(|n| moving.contains(n)).take(MOVES_PER_PLAN).collect()
+        };
+        moves.retain(|(number, _)| chosen.contains(number));
+    }
     Some(Command::Reconfigure { gmap, planned_from: state.planned_from(gmap), moves, more })
 }

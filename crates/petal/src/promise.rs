@@ -228,6 +228,8 @@ impl DataAccess {
         {
             // Back in sync, from the term in which everything was copied: it knows what its primary knew.
             slot.watermark = slot.watermark.max(watermark);
+            // Also after a restart: else the whole slot would be listed at the next settlement.
+            ctx.stores.note_caught_up(slot.id, slot.watermark);
         }
         slot.term = state.term;
         slot.primary = primary;

@@ -33,7 +33,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use stdx::checksum::crc32c;
 use stdx::{Duration, Instant};
 
-/// Elements that are repaired at one time: 16 blocks of each are in memory at most, 16 MiB.
+/// Elements that are repaired at one time, and as many again for writes that wait for it: 16 blocks of each are in
+/// memory at most, 32 MiB.
 const REPAIRS_MAX: usize = 256;
 /// Blocks of an element written at one time: half of the smallest reserve of a store.
 const AT_ONCE_MAX: usize = 32;
@@ -130,8 +131,12 @@ impl Repairs {
 impl DataAccess {
     /// A block of the element could not be read here.
     pub(crate) fn begin_repair(&mut self, ctx: &mut Context, slot: SlotIndex, element: ElementKey) {
+        self.begin_repair_of(ctx, slot, element, REPAIRS_MAX);
+    }
+
+    fn begin_repair_of(&mut self, ctx: &mut Context, slot: SlotIndex, element: ElementKey, most: usize) {
         self.counters.bad_blocks += 1;
-        if self.repairs.elements.contains_key(&element) || self.repairs.elements.len() >= REPAIRS_MAX {
+        if self.repairs.elements.contains_key(&element) || self.repairs.elements.len() >= most {
             return;
         }
         let repair = Repair {
@@ -157,7 +162,8 @@ impl DataAccess {
         element: ElementKey,
         number: OpNumber,
     ) -> bool {
-        self.begin_repair(ctx, slot, element);
+        // Reads leave some room: they have another copy to go to.
+        self.begin_repair_of(ctx, slot, element, 2 * REPAIRS_MAX);
         match self.repairs.elements.get_mut(&element) {
             Some(repair) => repair.waiters.push(number),
             None => return false,

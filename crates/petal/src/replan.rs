@@ -83,7 +83,8 @@ pub fn replan(id: GmapId, from: &Gmap, candidates: &[Candidate]) -> Result<Gmap,
         }
     }
     // Who is first is primary. What moves anyway is ordered so that everybody is it in his share of slots.
-    let moves = |slot: usize, tuple: &[usize]| !tuple.iter().map(|i| servers[*i].server).eq(from.slots[slot].iter().copied());
+    let moves =
+        |slot: usize, tuple: &[usize]| !tuple.iter().map(|i| servers[*i].server).eq(from.slots[slot].iter().copied());
     let wanted: Vec<i64> = apportion(slots, &shares).into_iter().map(|n| n as i64).collect();
     let mut first = vec![0i64; servers.len()];
     for (_, tuple) in layout.iter().enumerate().filter(|(slot, tuple)| !moves(*slot, tuple)) {

@@ -23,8 +23,8 @@
 //! equal then, so nothing travels twice), and writes stop to wait for it at once. A proposed one counts until the log
 //! has spoken, so its stream goes on and resends by itself.
 //!
-//! Rate: few elements at a time while clients work, many when nobody does; and never more than the
-//! receiver's window, so a member without space delays itself and nobody else.
+//! Rate: while clients are served what their waiting allows, in bursts (`pace.rs`); many at a time when nobody asks for
+//! anything. And never more than the receiver's window, so a member without space delays itself and nobody else.
 
 use crate::data_access::{
     Context, DataAccess, LoadWaiter, OpNumber, Outgoing, ReadOwner, SlotIndex, family_ended, graft, keep_seen,
@@ -37,8 +37,9 @@ use crate::promise::{COPY_BLOCKS_MAX, ahead_part, finished_below, lacking};
 use crate::repair::Retry;
 use crate::sabotage::Sabotage;
 use crate::server::Peer;
-use crate::store::{ElementImage, Loaded, ReadBlocks, ReadError};
+use crate::store::{BlockSum, ElementImage, Loaded, ReadBlocks, ReadError, RowImage};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use stdx::Instant;
 
 /// Slots that one primary brings one member up to date in, side by side.
 const SLOTS_MAX: usize = 8;
@@ -174,13 +175,15 @@ impl Joiner {
         self.counts() && !self.is_proposed()
     }
 
-    /// What it lacks cannot be read here: it stays as it is until something changes.
-    fn is_stuck(&self) -> bool {
+    /// Something is to be done for it before it can be proposed, and can be done: not where what it lacks cannot be
+    /// read here.
+    fn is_under_way(&self) -> bool {
         match &self.stage {
             Stage::Copying { stale, todo, comparing, active: 0 } => {
-                !stale.is_empty() && todo.is_empty() && comparing.is_empty()
+                stale.is_empty() || !todo.is_empty() || !comparing.is_empty()
             }
-            _ => false,
+            Stage::Closing { .. } | Stage::Proposing { .. } => false,
+            _ => true,
         }
     }
 
@@ -207,7 +210,7 @@ impl DataAccess {
         for index in 0..self.slots.len() {
             self.drop_lost_joiners(ctx, index);
             for (server, joiner) in self.slots[index].acting.iter().flat_map(|a| &a.joiners) {
-                *joining.entry(*server).or_default() += usize::from(!joiner.is_stuck());
+                *joining.entry(*server).or_default() += usize::from(joiner.is_under_way());
             }
         }
         let mut asks: BTreeMap<ServerId, Vec<(SlotId, Term)>> = BTreeMap::new();
@@ -409,6 +412,7 @@ impl DataAccess {
 impl DataAccess {
     /// Begins as many copies as there is room for, one slot after the other.
     pub(crate) fn advance_copies(&mut self, ctx: &mut Context) {
+        self.pace.look(ctx.now);
         if self.joining.is_empty() {
             return;
         }
@@ -419,12 +423,14 @@ impl DataAccess {
         self.propose_due(ctx);
     }
 
-    fn copies_max(&self) -> usize {
-        if self.operations() == 0 { COPIES_IDLE } else { COPIES_BUSY }
+    /// Clients are served: what goes on beside them has its pace.
+    fn is_paced(&self, now: Instant) -> bool {
+        self.pace.is_busy(now, self.operations())
     }
 
     fn copy_more(&mut self, ctx: &mut Context, index: SlotIndex, server: ServerId) {
-        let most = self.copies_max();
+        let is_paced = self.is_paced(ctx.now);
+        let most = if is_paced { COPIES_BUSY } else { COPIES_IDLE };
         let mut asked = Vec::new();
         let mut begun = Vec::new();
         let slot = &mut self.slots[index];
@@ -439,6 +445,9 @@ impl DataAccess {
             if self.copies.len() + begun.len() + asked.len() >= most && *active + comparing.len() > 0 {
                 break;
             }
+            if todo.is_empty() || (is_paced && !self.pace.admits(ctx.now)) {
+                break;
+            }
             let Some(element) = todo.pop_front() else { break };
             if family_ended(ctx.state, element.family) {
                 stale.remove(&element);
@@ -446,17 +455,20 @@ impl DataAccess {
             }
             match stale.get(&element) {
                 Some(Theirs::Image(_)) => {
+                    self.pace.element(ctx.now);
                     *active += 1;
                     begun.push(element);
                 }
                 Some(Theirs::Unknown) => {
                     // One question for many: what follows in line is asked about, too.
+                    self.pace.element(ctx.now);
                     comparing.insert(element);
                     asked.push(element);
                     while asked.len() < COMPARE_MAX
                         && todo.front().is_some_and(|e| matches!(stale.get(e), Some(Theirs::Unknown)))
                     {
                         let element = todo.pop_front().expect("just seen");
+                        self.pace.element(ctx.now);
                         comparing.insert(element);
                         asked.push(element);
                     }
@@ -542,12 +554,17 @@ impl DataAccess {
         if self.sabotage == Sabotage::CopyOnlyIfNewer && theirs.version >= image.version {
             return self.end_copy(ctx, number, true);
         }
+        let is_zero = |row: &RowImage| row.sums.iter().all(|sum| *sum == BlockSum::Zero);
+        if self.sabotage == Sabotage::DeletionWithoutVersion && image.rows.iter().all(is_zero) {
+            return self.end_copy(ctx, number, true);
+        }
         let (mut blocks, mut twins) = ctx.stores.twins(element, &image, &lacking(&image, Some(&theirs)));
         let is_ahead = blocks.len() > COPY_BLOCKS_MAX;
         if is_ahead {
             blocks.truncate(COPY_BLOCKS_MAX);
             twins.clear();
         }
+        self.pace.spend(ctx.now, blocks.len() as u64 * BLOCK_SIZE);
         let read = ctx.stores.read_places(element, &image.places(&blocks));
         let copy = self.copies.get_mut(&number).expect("just seen");
         (copy.image, copy.blocks, copy.twins, copy.is_ahead) = (image, blocks, twins, is_ahead);
@@ -634,6 +651,7 @@ impl DataAccess {
             Sabotage::InSyncWithSendsOutstanding => Stage::Proposing { key: None },
             _ => Stage::Closing { number: m.number },
         };
+        self.joins_due = true;
         if self.connected.contains(&server) {
             ctx.send(Peer::Server(server), Body::Replicate(m));
         }
@@ -656,6 +674,14 @@ impl DataAccess {
     }
 
     fn propose_due(&mut self, ctx: &mut Context) {
+        let is_due = self.joining.iter().any(|(index, server)| {
+            let joiner = self.slots[*index].acting.as_ref().and_then(|a| a.joiners.get(server));
+            joiner.is_some_and(|j| matches!(j.stage, Stage::Proposing { key: None }))
+        });
+        // Every new term holds up the clients of its slots: several at a time are better.
+        if !is_due || (self.is_paced(ctx.now) && !self.pace.may_propose(ctx.now)) {
+            return;
+        }
         let mut due: BTreeMap<(ServerId, Incarnation), Vec<(SlotId, Term)>> = BTreeMap::new();
         let mut keys: BTreeMap<ServerId, u64> = BTreeMap::new();
         for (index, server) in &self.joining {

@@ -73,6 +73,9 @@ pub enum Sabotage {
     InSyncWithSendsOutstanding,
     /// An element is not copied to a member whose version of it is not lower.
     CopyOnlyIfNewer,
+    /// Of an element of which nothing but zeros is left nothing is copied, as if its entry were gone with its blocks
+    /// (counterexample R3).
+    DeletionWithoutVersion,
     /// What a member has above its watermark is not asked: only what its primary knows to be newer is copied.
     SurvivorsListOnly,
     /// A member that is not in sync serves reads of what it has.
@@ -135,6 +138,7 @@ impl Sabotage {
         Sabotage::NewcomerNotCounted,
         Sabotage::InSyncWithSendsOutstanding,
         Sabotage::CopyOnlyIfNewer,
+        Sabotage::DeletionWithoutVersion,
         Sabotage::SurvivorsListOnly,
         Sabotage::ReadWhileCatchingUp,
         Sabotage::WatermarkWhileOut,
@@ -175,6 +179,7 @@ impl Sabotage {
             Sabotage::NewcomerNotCounted => "newcomer-not-counted",
             Sabotage::InSyncWithSendsOutstanding => "in-sync-with-sends-outstanding",
             Sabotage::CopyOnlyIfNewer => "copy-only-if-newer",
+            Sabotage::DeletionWithoutVersion => "deletion-without-version",
             Sabotage::SurvivorsListOnly => "survivors-list-only",
             Sabotage::ReadWhileCatchingUp => "read-while-catching-up",
             Sabotage::WatermarkWhileOut => "watermark-while-out",

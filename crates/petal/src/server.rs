@@ -15,6 +15,7 @@ use crate::global_state::{
     Command, CommandError, Effects, Genesis, GlobalOutput, GlobalState, Own, RecentEntry, State,
 };
 use crate::ids::*;
+use crate::limits::LEASE;
 use crate::liveness::{Liveness, LivenessOutput};
 use crate::message::*;
 use crate::mover::Mover;
@@ -172,6 +173,8 @@ enum Stage {
 struct Deferred {
     from: Peer,
     body: Body,
+    /// What a client wants is refused then: it may need a state that no log will ever reach.
+    until: Instant,
 }
 
 /// A Petal server.
@@ -419,21 +422,21 @@ impl Server {
             (Peer::Client(client), Body::Admin(admin)) => self.on_admin(client, admin),
             (from, body) => {
                 if let Some((from, body)) = self.pass_on(from, body) {
-                    self.on_data_message(from, body);
+                    self.on_data_message(from, body, self.now + LEASE);
                 }
             }
         }
     }
 
     /// Data messages rely on a state: who knows less than the sender catches up before it acts (2.4).
-    fn on_data_message(&mut self, from: Peer, body: Body) {
+    fn on_data_message(&mut self, from: Peer, body: Body, until: Instant) {
         let applied = self.global().state().index;
         let ready = matches!(self.stage, Stage::Running | Stage::Stopping { .. });
         if !ready || need_of(&body) > applied {
-            return self.defer(from, body);
+            return self.defer(from, body, until);
         }
         if self.is_handing_over() && matches!(from, Peer::Client(_)) {
-            return self.defer(from, body); // Until it is known who is to answer.
+            return self.defer(from, body, until); // Until it is known who is to answer.
         }
         let stopping = matches!(self.stage, Stage::Stopping { goodbye: None, .. });
         if let (Peer::Server(server), Body::Settled(m)) = (from, &body) {
@@ -463,7 +466,7 @@ impl Server {
 
     /// Keeps a message until the state has caught up. Clients are told to come again when there are many:
     /// they cannot fill the room that servers need.
-    fn defer(&mut self, from: Peer, body: Body) {
+    fn defer(&mut self, from: Peer, body: Body, until: Instant) {
         if let Peer::Client(client) = from {
             let of_clients = self.deferred.iter().filter(|d| matches!(d.from, Peer::Client(_))).count();
             if of_clients >= DEFERRED_CLIENTS_MAX {
@@ -474,7 +477,7 @@ impl Server {
             }
         }
         if self.deferred.len() < DEFERRED_MAX {
-            self.deferred.push_back(Deferred { from, body });
+            self.deferred.push_back(Deferred { from, body, until });
         }
     }
 
@@ -861,8 +864,25 @@ impl Server {
     }
 
     fn retry_deferred(&mut self) {
-        for Deferred { from, body } in std::mem::take(&mut self.deferred) {
-            self.on_data_message(from, body);
+        for Deferred { from, body, until } in std::mem::take(&mut self.deferred) {
+            self.on_data_message(from, body, until);
+        }
+    }
+
+    /// Clients whose requests have waited for a state for as long as a lease are told to come again.
+    fn refuse_deferred(&mut self) {
+        let now = self.now;
+        let is_late = |d: &Deferred| matches!(d.from, Peer::Client(_)) && d.until <= now;
+        if self.global.is_none() || !self.deferred.iter().any(is_late) {
+            return;
+        }
+        let (late, kept): (VecDeque<_>, VecDeque<_>) =
+            std::mem::take(&mut self.deferred).into_iter().partition(is_late);
+        self.deferred = kept;
+        for Deferred { from, body, .. } in late {
+            if let Peer::Client(client) = from {
+                self.with_data(|data, ctx| data.refuse_unseen(ctx, client, &body));
+            }
         }
     }
 
@@ -905,12 +925,15 @@ impl Machine for Server {
                 }
                 let ring: Vec<ServerId> =
                     self.state().map_or_else(Vec::new, |s| s.ring.members.iter().map(|m| m.server).collect());
-                self.admin.tick(now, &ring, &mut self.out);
+                for id in self.admin.tick(now, &ring, &mut self.out) {
+                    self.global().forget_proposal(&id);
+                }
                 if self.growth_retry.is_some_and(|at| at <= now) {
                     self.growth_retry = None;
                     self.stores.retry_growth();
                 }
                 self.watch_disks();
+                self.refuse_deferred();
                 self.look_at_policies();
                 self.look_at_moves();
             }

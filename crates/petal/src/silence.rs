@@ -5,13 +5,16 @@
 //! who acts there, and has waited too long, proposes to take it out. Its own silence is not held
 //! against others: time counts only while this server ran, and held a lease all along.
 //!
+//! A server may also answer, and yet not get on in one slot (it has no room for what is at the front of that stream, or
+//! lost what it should go on from): every slot's stream is watched by itself, with more patience.
+//!
 //! What was taken out may not know it for as long as a lease: until then nothing new is served
 //! (`Acting::not_before`).
 
 use crate::data_access::{Context, DataAccess, Slot, SlotIndex};
 use crate::global_state::Command;
 use crate::ids::*;
-use crate::limits::{LEASE, SILENCE_CONNECTED, SILENCE_DISCONNECTED};
+use crate::limits::{LEASE, SILENCE_CONNECTED, SILENCE_DISCONNECTED, SILENCE_SLOT};
 use crate::promise::Acting;
 use crate::resync::Joiner;
 use std::collections::{BTreeMap, BTreeSet};
@@ -32,6 +35,8 @@ pub(crate) struct Silence {
     since: BTreeMap<ServerId, Instant>,
     /// Those of whom there was an answer since the last look.
     heard: BTreeSet<ServerId>,
+    /// Streams with something on its way: since when their first message is the same, and which it is.
+    standing: BTreeMap<(SlotIndex, ServerId), (Instant, (Term, u64))>,
     /// A `TakeOut` of these is being decided.
     proposed: BTreeMap<ServerId, u64>,
 }
@@ -75,6 +80,7 @@ impl DataAccess {
                 *since = ctx.now;
             }
         }
+        let standing = self.standing(ctx.now, is_late || !lease);
         self.silence.next_look = (!waited_for.is_empty()).then(|| ctx.now + LOOK_EVERY);
         for server in waited_for {
             let silent = ctx.now.since(self.silence.since[&server]);
@@ -86,9 +92,33 @@ impl DataAccess {
             // It may be this server that is cut off: only who is heard by a majority since then may judge.
             let is_heard = granted.is_some_and(|at| at >= self.silence.since[&server]);
             if is_heard && !self.silence.proposed.contains_key(&server) {
-                self.propose_take_out(ctx, server);
+                self.propose_take_out(ctx, server, |_| true);
             }
         }
+        for (server, slots) in standing {
+            if !self.silence.proposed.contains_key(&server) {
+                self.propose_take_out(ctx, server, |slot| slots.contains(&slot));
+            }
+        }
+    }
+
+    /// Receivers whose streams stand still for long, in these slots. `anew`: time up to now does not count.
+    fn standing(&mut self, now: Instant, anew: bool) -> BTreeMap<ServerId, BTreeSet<SlotId>> {
+        let (mut before, mut standing) = (std::mem::take(&mut self.silence.standing), BTreeMap::new());
+        for (index, slot) in self.slots.iter().enumerate() {
+            let streams = slot.acting.iter().flat_map(|a| &a.streams).filter(|(_, stream)| !stream.is_empty());
+            for (server, stream) in streams {
+                let front = (slot.term, stream.first());
+                let known = before.remove(&(index, *server)).filter(|(_, known)| *known == front && !anew);
+                let (since, _) = known.unwrap_or((now, front));
+                self.silence.standing.insert((index, *server), (since, front));
+                if now.since(since) >= SILENCE_SLOT {
+                    let slots: &mut BTreeSet<SlotId> = standing.entry(*server).or_default();
+                    slots.insert(slot.id);
+                }
+            }
+        }
+        standing
     }
 
     fn waited_for(&self) -> BTreeSet<ServerId> {
@@ -111,7 +141,7 @@ impl DataAccess {
     }
 
     /// The slots in which it holds something up, where another live member remains.
-    fn propose_take_out(&mut self, ctx: &mut Context, server: ServerId) {
+    fn propose_take_out(&mut self, ctx: &mut Context, server: ServerId, which: impl Fn(SlotId) -> bool) {
         let is_live = |s: ServerId| ctx.state.servers.get(&s).is_some_and(|s| !s.down && s.suspect.is_none());
         if ctx.state.servers.get(&server).is_none_or(|s| s.down || s.suspect.is_some()) {
             return; // The ring knows already.
@@ -119,7 +149,7 @@ impl DataAccess {
         let slots: Vec<(SlotId, Term)> = self
             .slots
             .iter()
-            .filter(|slot| slot.acting.as_ref().is_some_and(|a| a.waits_for(server)))
+            .filter(|slot| which(slot.id) && slot.acting.as_ref().is_some_and(|a| a.waits_for(server)))
             .filter(|slot| slot.in_sync.iter().any(|s| *s != server && is_live(*s)))
             .map(|slot| (slot.id, slot.term))
             .take(SLOTS_MAX)

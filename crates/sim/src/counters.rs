@@ -74,6 +74,8 @@ kinds! {
     Isolate => "a server was cut off from servers until others acted in its place",
     /// A server was cut off when it was about to be taken out.
     Oust => "a server was cut off when it was about to be taken out",
+    /// Data were damaged on their way to a replica.
+    Damage => "data were damaged on their way",
     /// A client was cut off from one server.
     Estrange => "a client was cut off from a server that others reached",
     /// An operator changed the placement.

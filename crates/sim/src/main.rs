@@ -24,7 +24,7 @@ petal-sim: whole clusters in one thread, in virtual time, decided by a seed
   --shifts               likewise
   --only-fault KIND      this kind of fault only (again for more): crash-one, crash-all, stop, reset, stall, ambush,
                          cut, hold, strand, differ, ghost, crash-client, partition, freeze, sever, relapse, lag, late,
-                         spoil, lose, hang, fail, stumble, lie, isolate, oust, estrange, shift
+                         spoil, lose, hang, fail, stumble, lie, isolate, oust, estrange, damage, shift
   --options              print what is drawn for each seed
   --judge FILE           judge what `petal history` recorded of a real cluster, instead
 
@@ -178,6 +178,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Arguments>, S
                     "isolate" => &mut faults.isolate,
                     "oust" => &mut faults.oust,
                     "estrange" => &mut faults.estrange,
+                    "damage" => &mut faults.damage,
                     "shift" => &mut faults.shift,
                     other => return Err(format!("there is no fault '{other}' to ask for")),
                 };

@@ -45,9 +45,12 @@ pub enum Trap {
     Differ,
     /// A write goes to a secondary: it will come again later.
     Ghost,
+    /// Data go to a replica: a bit of them turns over on the way.
+    Damage,
     /// Anything goes to a member that is being brought back: one of the two ends is killed, or everybody.
     Relapse,
-    /// A member is told that it has everything: this is held up and its sender killed, or `Counted` follows.
+    /// An element is copied to a member: this is held up, and `Believed` follows. Or it is told that it has everything:
+    /// this is held up and its sender killed, or `Counted` follows.
     Lag,
     /// A write goes to that member: the same.
     Counted {
@@ -56,8 +59,18 @@ pub enum Trap {
         /// The member.
         to: ServerId,
     },
-    /// A member is asked for its promise: an older proposal about it comes.
+    /// A member is asked for its promise: an older proposal about it comes, and `Believed` follows.
     Late,
+    /// It is asked for its promise of a newer term: the proposal was believed, and who asks is killed before it has
+    /// made the member equal.
+    Believed {
+        /// The slot.
+        slot: SlotId,
+        /// The member.
+        to: ServerId,
+        /// Newer than this.
+        term: Term,
+    },
 }
 
 impl Trap {
@@ -119,6 +132,7 @@ impl World {
             27 => self.isolate(),
             28 => self.oust(),
             29 => self.estrange(),
+            30 => self.trap = Some(Trap::Damage),
             _ => self.shift(),
         }
     }
@@ -180,6 +194,14 @@ impl World {
         match trap {
             Trap::Lag | Trap::Counted { .. } => self.lag_behind(trap, host, connection, side, message),
             Trap::Late => self.come_late(host, server, message),
+            Trap::Believed { slot, to, term } => {
+                let Body::Promise(promise) = &message.body else { return };
+                if server == to && promise.slots.iter().any(|(s, t)| *s == slot && *t > term) {
+                    self.trap = None;
+                    let at = self.now + self.draw(self.options.net.max * 2);
+                    self.queue.plan(at, Event::Ambush { host: Some(host) });
+                }
+            }
             Trap::Cut if matches!(message.body, Body::Replicate(_) | Body::StreamAck(_)) => {
                 let most = self.options.net.max * 2;
                 self.trap = None;
@@ -205,6 +227,17 @@ impl World {
                 let most = self.options.net.max * 3 + self.options.disk_times.max * 10;
                 let at = self.now + most / 2 + self.draw(most / 2);
                 self.queue.plan(at, Event::Ambush { host: Some(other) });
+            }
+            Trap::Damage if self.chaos.chance(1, 3) => {
+                let Body::Replicate(m) = &mut message.body else { return };
+                let mut bytes = m.data.to_bytes().to_vec();
+                if !bytes.is_empty() {
+                    self.trap = None;
+                    self.counters.count(Kind::Damage);
+                    let at = self.chaos.below(bytes.len() as u64) as usize;
+                    bytes[at] ^= 1 << self.chaos.below(8);
+                    m.data = Payload(vec![Bytes::from(bytes)]);
+                }
             }
             Trap::Ghost if is_write && self.chaos.chance(1, 3) => {
                 self.trap = None;
@@ -234,6 +267,14 @@ impl World {
         let Node::Server(to) = to else { return };
         let Some(to) = self.servers[to].id else { return };
         let springs = match trap {
+            Trap::Lag if matches!(m.part, Part::Copy { settles: false, .. }) => {
+                if self.has_data(m.slot) && self.chaos.chance(1, 8) {
+                    self.trap = Some(Trap::Believed { slot: m.slot, to, term: m.term });
+                    self.counters.count(Kind::Lag);
+                    self.net.stall(connection, side.other(), self.now + Duration::from_millis(500));
+                }
+                return;
+            }
             Trap::Lag if matches!(m.part, Part::CaughtUp) && self.has_data(m.slot) => {
                 let now = self.chaos.chance(1, 2);
                 if !now {
@@ -252,7 +293,8 @@ impl World {
         self.trap = None;
         self.counters.count(Kind::Lag);
         self.net.stall(connection, side.other(), self.now + Duration::from_millis(500));
-        let at = self.now + Duration::from_micros(self.chaos.between(5_000, 150_000));
+        // A primary waits up to 200 ms with what it proposes.
+        let at = self.now + Duration::from_micros(self.chaos.between(5_000, 400_000));
         self.queue.plan(at, Event::Ambush { host: Some(host) });
     }
 
@@ -278,11 +320,9 @@ impl World {
         if proposed == term && present == Some(incarnation) {
             return;
         }
-        self.trap = None;
+        self.trap = Some(Trap::Believed { slot, to: server, term });
         self.counters.count(Kind::Late);
         self.execute_anywhere(Command::InSync { server, incarnation, slots: vec![(slot, proposed)] });
-        let at = self.now + Duration::from_micros(self.chaos.between(5_000, 150_000));
-        self.queue.plan(at, Event::Ambush { host: Some(host) });
     }
 
     pub(crate) fn on_cut(&mut self, connection: ConnectionId) {
@@ -597,7 +637,8 @@ impl World {
     /// leader does the rest.
     fn shift(&mut self) {
         let Some(state) = self.newest_state() else { return };
-        let servers: Vec<ServerId> = state.servers.iter().filter(|(_, s)| s.incarnation.0 > 0).map(|(id, _)| *id).collect();
+        let servers: Vec<ServerId> =
+            state.servers.iter().filter(|(_, s)| s.incarnation.0 > 0).map(|(id, _)| *id).collect();
         let drained: Vec<ServerId> = state.servers.iter().filter(|(_, s)| s.drained).map(|(id, _)| *id).collect();
         let under_way: Vec<GmapId> = state.reconfigurations.keys().copied().collect();
         if servers.is_empty() {

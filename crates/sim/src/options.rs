@@ -75,6 +75,9 @@ pub struct Options {
     pub power_loss_at_end: bool,
     /// Every second client only reads: it does not learn from its own writes who acts by now.
     pub readers: bool,
+    /// For how much those ask at one time, at most: where not asked for, for no more than the checker of a cell can
+    /// follow (128 operations of all clients).
+    pub reads_max: usize,
     /// What is done with snapshots and clones, if anything.
     pub snapshots: Option<SnapshotMix>,
     /// Nobody does anything by himself: a scenario asks for everything.
@@ -151,6 +154,8 @@ pub struct FaultWeights {
     pub oust: u64,
     /// Cut a client off from one server, which all others reach.
     pub estrange: u64,
+    /// A bit of what is sent to a replica turns over on the way.
+    pub damage: u64,
     /// An operator drains a server, lets one hold its share again, or turns back what is under way.
     pub shift: u64,
 }
@@ -290,6 +295,7 @@ impl Options {
             recovering: false,
             scrub_period: Some(petal::scrub::PERIOD_DEFAULT),
             readers: false,
+            reads_max: 48,
             power_loss_at_end: prng.chance(1, 2),
             snapshots: None,
             scripted: overrides.scripted,
@@ -305,6 +311,7 @@ impl Options {
         options.faults.isolate = *last.pick(&[0, 1, 3]);
         options.faults.oust = *last.pick(&[0, 1, 2]);
         options.faults.estrange = *last.pick(&[0, 1, 3]);
+        options.faults.damage = *last.pick(&[0, 1, 3]);
         if !overrides.crowded {
             let millis = *more.pick(&[None, Some(300), Some(1000), Some(5000)]);
             options.scrub_period = millis.map(Duration::from_millis);
@@ -335,6 +342,7 @@ impl Options {
         if overrides.readers {
             // Time for several leases to end while those who only read still ask whom they know.
             options.readers = true;
+            options.reads_max = usize::MAX;
             options.recovering = true;
             options.faulty = Duration::from_millis(more.between(6000, 9000));
             options.operations = overrides.operations.unwrap_or(options.faulty.as_millis() as u64);
@@ -473,6 +481,7 @@ impl FaultWeights {
         isolate: 0,
         oust: 0,
         estrange: 0,
+        damage: 0,
         shift: 0,
     };
 
@@ -509,6 +518,7 @@ impl FaultWeights {
             isolate: 0,
             oust: 0,
             estrange: 0,
+            damage: 0,
             shift: 0,
         }
     }
@@ -546,6 +556,7 @@ impl FaultWeights {
             self.isolate,
             self.oust,
             self.estrange,
+            self.damage,
             self.shift,
         ]
     }

@@ -344,7 +344,7 @@ impl World {
 
     /// Who only reads goes on asking while nobody answers: what it asks late must be answered by what is true then.
     fn depth_of(&self, host: usize) -> usize {
-        if self.only_reads(host) { self.options.depth * 32 } else { self.options.depth }
+        if self.only_reads(host) { (self.options.depth * 32).min(self.options.reads_max) } else { self.options.depth }
     }
 
     fn use_disks(&mut self, host: usize) {

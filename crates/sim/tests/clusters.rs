@@ -98,6 +98,16 @@ fn i_o_goes_on_when_a_client_is_cut_off_from_one_server() {
     assert!(relayed > 100, "only {relayed} messages were passed on");
 }
 
+/// What came damaged is sent again: no stream stands still for it.
+#[test]
+fn i_o_goes_on_when_data_are_damaged_on_their_way() {
+    let damage = FaultWeights { damage: 1, ..FaultWeights::NONE };
+    let (damaged, longest) = nobody_waits_for_long(damage, Duration::from_millis(30), Kind::Damage);
+    println!("{damaged} messages were damaged; the longest operation took {longest:?}");
+    assert!(damaged > 100, "only {damaged} messages were damaged");
+    assert!(longest < LEASE, "an operation took {longest:?}");
+}
+
 /// A server whose disk fails for good goes down and stays down; nobody loses anything.
 #[test]
 fn a_disk_that_fails_for_good_costs_nothing_but_its_copies() {

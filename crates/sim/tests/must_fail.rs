@@ -108,6 +108,14 @@ fn copies_of_newer_versions_only() {
     must_be_caught(Sabotage::CopyOnlyIfNewer, 150, often(recovering(faults)));
 }
 
+/// A member has what was discarded while it was away.
+#[test]
+fn a_deletion_without_a_version() {
+    let faults = Some(FaultWeights { crash_one: 1, ..FaultWeights::NONE });
+    let ground = Overrides { recovering: true, faults, ..replicated() };
+    must_be_caught(Sabotage::DeletionWithoutVersion, 40, ground);
+}
+
 /// A client that has not heard that a server is out of sync asks it.
 #[test]
 fn reads_while_catching_up() {
@@ -156,7 +164,7 @@ fn reading(faults: FaultWeights) -> Overrides {
 #[test]
 fn reads_without_a_lease() {
     let ground = reading(FaultWeights { isolate: 1, ..FaultWeights::NONE });
-    must_be_caught_within(Sabotage::ReadWithoutLease, 15..75, ground);
+    must_be_caught_within(Sabotage::ReadWithoutLease, 75..135, ground);
 }
 
 /// A server is taken out, does not know it, and has a lease.

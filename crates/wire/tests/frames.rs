@@ -522,7 +522,7 @@ prop_compose! {
             through: a,
             durable_watermark: Version { term: b, sequence: a },
         });
-        Message { state_index: 5, body: Body::StreamAck(StreamAck { slots: slots.collect(), window, full }) }
+        Message { state_index: 5, body: Body::StreamAck(StreamAck { slots: slots.collect(), again: Vec::new(), window, full }) }
     }
 }
 

@@ -57,7 +57,7 @@ pub fn bad_arguments(cluster: &Cluster) -> Result<()> {
         }
         Ok(())
     };
-    fails(&["status"], 1, &["petal up"])?;
+    fails(&["status"], 1, &["PETAL_CLUSTER", "up` makes one"])?;
     fails(&["disk", "create", "a"], 2, &[])?;
     fails(&["nonsense"], 2, &[])?;
     fails(&["up", "--detach", "--nbd-port", "0", "--disk-size", "1KiB"], 1, &["at least"])?;

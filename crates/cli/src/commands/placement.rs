@@ -219,9 +219,7 @@ impl Plan {
 
     fn json(&self) -> Value {
         let of = |held: &Held| json!({ "slots": held.copies, "bytes": held.bytes });
-        let one = |(server, before): (&ServerId, &Held)| {
-            json!({ "server": server.to_string(), "before": of(before), "after": of(&self.after[server]) })
-        };
+        let one = |(server, before): (&ServerId, &Held)| json!({ "server": server.to_string(), "before": of(before), "after": of(&self.after[server]) });
         let servers: Vec<Value> = self.before.iter().map(one).collect();
         json!({
             "bytes_stored": self.stored(),
@@ -269,7 +267,9 @@ async fn apply(connection: &Connection, change: Change, drained: bool) -> Result
     }
     connection.execute(Command::Drain { server, drained }).await?;
     if !json {
-        println!("It begins now and goes on by itself; `petal status` shows how far it is, `petal server turn-back` ends it.");
+        println!(
+            "It begins now and goes on by itself; `petal status` shows how far it is, `petal server turn-back` ends it."
+        );
     }
     Ok(())
 }

@@ -17,7 +17,9 @@ use stdx::Duration;
 
 /// `petal server`
 #[derive(clap::Args)]
-#[command(args_conflicts_with_subcommands = true, after_help = "\
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "\
 Examples:
   petal server --config /etc/petal/server.toml
   petal server --listen 10.0.0.1:7000 --disk /dev/sdb --disk /dev/sdc
@@ -31,7 +33,8 @@ The config file:
   advertise = [\"10.0.0.1:7000\"]
   disks = [\"/dev/sdb\", \"/dev/sdc\"]
   scrub_hours = 336            (every block is read once in so long; 0: only when `petal scrub` asks)
-`petal init` and `petal join` format the disks and write it.")]
+`petal init` and `petal join` format the disks and write it."
+)]
 pub struct Arguments {
     #[command(subcommand)]
     placement: Option<Placement>,

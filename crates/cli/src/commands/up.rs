@@ -273,6 +273,8 @@ fn make_cluster(folder: &ClusterFolder, arguments: &Arguments) -> Result<Cluster
         u16::from(copies) <= servers,
         "{copies} copies need {copies} servers; ask for more servers or fewer copies"
     );
+    let size = arguments.size.unwrap_or(SIZE_DEFAULT);
+    petal::global_state::check_size(size).context("--size")?;
     let ring = if servers >= RING { RING } else { 1 };
     let entry = |(port, id): (u16, u16)| ServerEntry { id, ring: id <= ring, port, formatted: false };
     let port = arguments.nbd_port.unwrap_or(NBD_PORT_DEFAULT);
@@ -282,7 +284,7 @@ fn make_cluster(folder: &ClusterFolder, arguments: &Arguments) -> Result<Cluster
         disks_per_server: arguments.disks_per_server.unwrap_or(1).into(),
         disk_size: arguments.disk_size.unwrap_or(DISK_SIZE_DEFAULT),
         nbd_port: (port != 0).then_some(port),
-        first_disk: Some(FirstDisk { name: "vol0".into(), size: arguments.size.unwrap_or(SIZE_DEFAULT), copies }),
+        first_disk: Some(FirstDisk { name: "vol0".into(), size, copies }),
         servers: free_ports(servers)?.into_iter().zip(1..=servers).map(entry).collect(),
     };
     let genesis = genesis(folder, &file)?;

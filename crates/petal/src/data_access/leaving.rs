@@ -83,8 +83,11 @@ impl DataAccess {
         if family_ended(state, key.family) {
             return true;
         }
-        let slot = state.slot_of(key.family, key.element).and_then(|id| state.slot(id));
-        self.may_have_left(state, key.family) && slot.is_some_and(|s| s.member(self.me).is_none())
+        let Some(id) = state.slot_of(key.family, key.element) else { return false };
+        let is_member = |index: &SlotIndex| self.slots[*index].is_member;
+        let has_left =
+            state.slot(id).is_some_and(|s| s.member(self.me).is_none()) && !self.by_id.get(&id).is_some_and(is_member);
+        self.may_have_left(state, key.family) && has_left
     }
 
     /// True if slots of the family's GMap may have been left here, and everybody knows.

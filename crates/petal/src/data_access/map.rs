@@ -233,8 +233,15 @@ impl DataAccess {
         if !self.maps.get(&job).is_some_and(|m| m.waiting.is_empty()) {
             return;
         }
-        let map = self.maps.remove(&job).expect("just found");
+        let mut map = self.maps.remove(&job).expect("just found");
         self.answered(map.client);
+        // What was left meanwhile may have been dropped before it was seen.
+        let gmap = ctx.state.families.get(&map.family).map(|f| f.gmap);
+        let slots = gmap.and_then(|gmap| ctx.state.slots.get(&gmap)).map_or(0, Vec::len) as u32;
+        let is_lost = |slot: &u32| gmap.is_none_or(|gmap| !self.serves(SlotId { gmap, slot: *slot }));
+        map.not_here.extend((0..slots).filter(is_lost));
+        map.not_here.sort_unstable();
+        map.not_here.dedup();
         let body = match map.found {
             // Some of its rows may have been dropped before they were compared.
             Found::Blocks { than: Some((than, _)), .. } if ctx.state.vdisk(than).is_none() => {

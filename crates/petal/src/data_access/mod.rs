@@ -150,6 +150,8 @@ struct Operation {
     phase: Phase,
     /// State index at which it was judged last: its version, or what it reads, is by that state.
     at: StateIndex,
+    /// It came.
+    since: Instant,
     /// It holds its blocks in the element's queue.
     holds: bool,
     /// What the client asked, where an unaligned write was completed to whole blocks: begun again in a new
@@ -263,6 +265,8 @@ pub struct DataAccess {
     queues: FastMap<ElementKey, ElementQueue>,
     /// Elements being copied to members that are brought back; numbered like operations.
     pub(crate) copies: BTreeMap<OpNumber, crate::resync::Copy>,
+    /// How fast that goes on.
+    pub(crate) pace: crate::pace::Pace,
     /// Elements whose bad blocks are made good (`repair.rs`), and the search for such (`scrub.rs`).
     pub(crate) repairs: crate::repair::Repairs,
     pub(crate) scrub: crate::scrub::Scrub,
@@ -295,6 +299,8 @@ pub struct DataAccess {
     /// Elements whose settlement waits for the same.
     pub(crate) blocked_settling: BTreeSet<(SlotIndex, ElementKey)>,
     pub(crate) acks_due: Vec<SlotIndex>,
+    /// Slots whose stream came damaged.
+    again_due: BTreeSet<SlotIndex>,
     window_due: BTreeSet<ServerId>,
     watermarks_due: Vec<SlotIndex>,
     watermark_timer: Option<Instant>,
@@ -334,6 +340,7 @@ impl DataAccess {
             next_operation: 1,
             queues: FastMap::new(),
             copies: BTreeMap::new(),
+            pace: crate::pace::Pace::default(),
             repairs: crate::repair::Repairs::default(),
             scrub,
             joining: BTreeSet::new(),
@@ -357,6 +364,7 @@ impl DataAccess {
             blocked_incoming: BTreeSet::new(),
             blocked_settling: BTreeSet::new(),
             acks_due: Vec::new(),
+            again_due: BTreeSet::new(),
             window_due: BTreeSet::new(),
             watermarks_due: Vec::new(),
             watermark_timer: None,
@@ -543,6 +551,7 @@ impl DataAccess {
             kind,
             phase,
             at: 0,
+            since: ctx.now,
             holds: false,
             original: None,
             joined: SmallVec::new(),
@@ -928,6 +937,7 @@ impl DataAccess {
         self.in_progress.remove(&w.id);
         if result.is_ok() {
             self.counters.writes += 1;
+            self.pace.answered(ctx.now, true, ctx.now.since(op.since));
         } else {
             self.counters.refused += 1;
         }
@@ -1045,6 +1055,7 @@ impl DataAccess {
         let (result, data) = match result {
             Ok(blocks) => {
                 self.counters.reads += 1;
+                self.pace.answered(ctx.now, false, ctx.now.since(op.since));
                 (Ok(blocks.sums), Payload(blocks.data))
             }
             Err(refusal) => {
@@ -1407,7 +1418,8 @@ impl DataAccess {
     /// When something is due although nothing else happens.
     pub fn next_timeout(&self) -> Option<Instant> {
         let rooms = [self.silence.next_look(), self.repairs.next_timeout(), self.scrub.next_timeout()];
-        rooms.into_iter().chain([self.watermark_timer, self.wake_at, self.reclaim.next_timeout()]).flatten().min()
+        let rooms = rooms.into_iter().chain([self.reclaim.next_timeout(), self.pace.next_timeout()]);
+        rooms.chain([self.watermark_timer, self.wake_at]).flatten().min()
     }
 
     /// A session is over: nothing of it will be asked again.

@@ -16,7 +16,8 @@ impl DataAccess {
         }
         if !sums_match(&m) {
             self.counters.bad_blocks += 1;
-            return; // Damaged on the way: as if it had not come. The connection's owner sends again.
+            self.again_due.insert(index); // Damaged on the way: as if it had not come.
+            return;
         }
         let slot = &mut self.slots[index];
         let moves = slot.in_sync.contains(&self.me) || self.sabotage == Sabotage::WatermarkWhileOut;
@@ -227,10 +228,18 @@ impl DataAccess {
     /// One acknowledgement per peer, for all streams that got on since the last one.
     pub(super) fn send_acks(&mut self, ctx: &mut Context) {
         self.offer_windows(ctx);
-        if self.acks_due.is_empty() && self.window_due.is_empty() {
+        if self.acks_due.is_empty() && self.window_due.is_empty() && self.again_due.is_empty() {
             return;
         }
         let mut told: BTreeMap<ServerId, Vec<SlotAck>> = BTreeMap::new();
+        let mut again: BTreeMap<ServerId, Vec<(SlotId, Term)>> = BTreeMap::new();
+        for index in std::mem::take(&mut self.again_due) {
+            let slot = &self.slots[index];
+            if let Some(primary) = slot.primary {
+                again.entry(primary).or_default().push((slot.id, slot.term));
+                told.entry(primary).or_default();
+            }
+        }
         for from in std::mem::take(&mut self.window_due) {
             told.entry(from).or_default();
         }
@@ -248,7 +257,8 @@ impl DataAccess {
         }
         for (to, slots) in told {
             let (window, full) = self.grant(ctx, to);
-            ctx.send(Peer::Server(to), Body::StreamAck(StreamAck { slots, window, full }));
+            let again = again.remove(&to).unwrap_or_default();
+            ctx.send(Peer::Server(to), Body::StreamAck(StreamAck { slots, again, window, full }));
         }
     }
 
@@ -324,6 +334,25 @@ impl DataAccess {
         let window = self.windows.entry(from).or_default();
         window.limit = m.window;
         window.full = m.full;
+        for (id, term) in m.again {
+            let index = self.by_id.get(&id).copied().filter(|index| self.slots[*index].term == term);
+            if let Some(index) = index.filter(|_| self.connected.contains(&from)) {
+                self.open_stream_again(ctx, index, from);
+            }
+        }
+    }
+
+    /// The next stream of a slot to a receiver, with everything that is not known stable there.
+    fn open_stream_again(&mut self, ctx: &mut Context, index: SlotIndex, receiver: ServerId) {
+        let slot = &mut self.slots[index];
+        let outgoing = slot.acting.as_mut().and_then(|acting| acting.streams.get_mut(&receiver));
+        if let Some(outgoing) = outgoing {
+            self.next_stream += 1;
+            for m in outgoing.reopen(self.next_stream, slot.id, slot.term, slot.watermark) {
+                ctx.send(Peer::Server(receiver), Body::Replicate(m));
+            }
+        }
+        self.on_joiner_connected(ctx, index, receiver);
     }
 
     /// Watermarks of slots in which the sender acts.
@@ -359,15 +388,8 @@ impl DataAccess {
             if acting.waits_for_promise_of(server) {
                 promises.push((slot.id, slot.term));
             }
-            if let Some(outgoing) = acting.streams.get_mut(&server) {
-                self.next_stream += 1;
-                let again = outgoing.reopen(self.next_stream, slot.id, slot.term, slot.watermark);
-                for m in again {
-                    ctx.send(Peer::Server(server), Body::Replicate(m));
-                }
-            }
+            self.open_stream_again(ctx, index, server);
             self.ask_again(ctx, index, server);
-            self.on_joiner_connected(ctx, index, server);
         }
         self.joins_due = true;
         if !promises.is_empty() {

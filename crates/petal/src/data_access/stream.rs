@@ -99,6 +99,11 @@ impl Outgoing {
             .collect()
     }
 
+    /// Number of the first message that is not known stable.
+    pub fn first(&self) -> u64 {
+        self.first
+    }
+
     /// Nothing is on its way.
     pub fn is_empty(&self) -> bool {
         self.unstable.is_empty()

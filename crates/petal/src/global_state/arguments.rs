@@ -48,7 +48,8 @@ pub fn split_name(name: &str) -> (&str, Option<&str>) {
     }
 }
 
-pub(super) fn check_size(size: u64) -> Result<(), CommandError> {
+/// Whether a disk can have so many bytes.
+pub fn check_size(size: u64) -> Result<(), CommandError> {
     let why = if size == 0 {
         "a disk has at least 512 bytes".into()
     } else if !size.is_multiple_of(512) {

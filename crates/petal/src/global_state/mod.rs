@@ -13,7 +13,7 @@ mod servers;
 mod snapshots;
 mod state;
 
-pub use arguments::split_name;
+pub use arguments::{check_size, split_name};
 pub use command::{Attachment, Command, CommandError, Entry, Genesis, GenesisServer, Outcome, SnapshotOf};
 pub use reconfiguration::{Move, Reconfiguration};
 pub use ring::RingDamaged;
@@ -22,6 +22,6 @@ pub use room::{Accepted, GlobalOutput, GlobalState, Own, RecentEntry};
 #[cfg(test)]
 pub(crate) use state::tests::Fixture;
 pub use state::{
-    Departed, DiskState, Effects, Executed, Member, RingConfiguration, RingMember, ServerState, Session, SlotState, State,
-    StateError,
+    Departed, DiskState, Effects, Executed, Member, RingConfiguration, RingMember, ServerState, Session, SlotState,
+    State, StateError,
 };

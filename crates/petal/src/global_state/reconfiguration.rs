@@ -74,7 +74,13 @@ impl State {
     }
 
     /// A plan that was made from what still holds begins. None at all: the placement is as it should be.
-    pub(super) fn reconfigure(&mut self, gmap: GmapId, planned_from: StateIndex, moves: &[Move], more: bool) -> Applied {
+    pub(super) fn reconfigure(
+        &mut self,
+        gmap: GmapId,
+        planned_from: StateIndex,
+        moves: &[Move],
+        more: bool,
+    ) -> Applied {
         let map = self.gmaps.get(&gmap).ok_or(CommandError::NoSuchGmap(gmap))?;
         if self.reconfigurations.contains_key(&gmap) || self.planned_from(gmap) != planned_from {
             return Err(CommandError::Overtaken);
@@ -132,8 +138,7 @@ impl State {
             if joiners.is_empty() {
                 continue; // Somebody only goes, or the order changes: nothing is to be copied.
             }
-            let member =
-                |server| Member { server, in_sync: false, since: index, incomplete: false, out: index };
+            let member = |server| Member { server, in_sync: false, since: index, incomplete: false, out: index };
             slot.tuple.extend(joiners.into_iter().map(member));
             slot.term = index;
             effects.slots.push(SlotId { gmap, slot: *number });
@@ -152,9 +157,6 @@ impl State {
         else {
             return Err(CommandError::Overtaken);
         };
-        if under_way.turns_back {
-            return Err(CommandError::Overtaken);
-        }
         for (number, term) in slots {
             let Some(target) = under_way.moves.get(number).filter(|_| under_way.fenced.contains_key(number)) else {
                 continue;
@@ -179,7 +181,7 @@ impl State {
         if effects.slots.is_empty() {
             return Err(CommandError::Overtaken);
         }
-        if under_way.moves.is_empty() {
+        if under_way.moves.is_empty() || under_way.turns_back && under_way.fenced.is_empty() {
             self.reconfigurations.remove(&gmap);
         }
         self.layouts.insert(gmap, index);
@@ -187,17 +189,20 @@ impl State {
         Ok(Outcome::Done)
     }
 
-    /// Fenced slots whose joiners can be forgotten: every server of the old tuple that is up is in sync, and one is live.
+    /// Fenced slots whose joiners can be forgotten: one server of the old tuple is live and in sync, and without the joiners
+    /// there are as many copies as before, or as the scheme has. The others move on: see [`State::moved`].
     fn turning_back(&self, gmap: GmapId) -> Vec<u32> {
         let (Some(under_way), Some(table)) = (self.reconfigurations.get(&gmap), self.slots.get(&gmap)) else {
             return Vec::new();
         };
-        let is_up = |s: &&ServerId| self.servers.get(s).is_some_and(|s| !s.down);
+        let is_up = |s: &ServerId| self.servers.get(s).is_some_and(|s| !s.down);
         let is_live = |s: &ServerId| self.servers.get(s).is_some_and(|s| !s.down && s.suspect.is_none());
         let can = |(number, old): &(&u32, &Vec<ServerId>)| {
             let Some(slot) = table.get(**number as usize) else { return false };
             let in_sync = |s: &ServerId| slot.member(*s).is_some_and(|m| m.in_sync);
-            old.iter().any(|s| in_sync(s) && is_live(s)) && old.iter().filter(is_up).all(in_sync)
+            let copies_left = old.iter().filter(|s| in_sync(s) && is_up(s)).count();
+            let copies = slot.in_sync().filter(is_up).count();
+            old.iter().any(|s| in_sync(s) && is_live(s)) && copies_left >= copies.min(old.len())
         };
         under_way.fenced.iter().filter(can).map(|(number, _)| *number).collect()
     }
@@ -207,8 +212,8 @@ impl State {
         !self.turning_back(gmap).is_empty()
     }
 
-    /// Turns back: joiners of fenced slots are forgotten, where the old tuple has all its servers that are up in sync.
-    /// The rest when it is asked again. What is new stays so.
+    /// Turns back: joiners of fenced slots are forgotten, where that costs no copy. The rest when it is asked again, or
+    /// when it is new, if its joiners are in sync first. What is new stays so.
     pub(super) fn abort_reconfiguration(&mut self, gmap: GmapId, effects: &mut Effects) -> Applied {
         let index = self.index;
         let back = self.turning_back(gmap);
@@ -268,7 +273,9 @@ impl State {
             };
             let copies = map.scheme.copies();
             let is_tuple = |tuple: &Vec<ServerId>| {
-                tuple.len() == copies && tuple.iter().all(known) && tuple.iter().collect::<BTreeSet<_>>().len() == copies
+                tuple.len() == copies
+                    && tuple.iter().all(known)
+                    && tuple.iter().collect::<BTreeSet<_>>().len() == copies
             };
             let is_slot = |n: &u32| (*n as usize) < map.slots.len();
             if !under_way.moves.iter().all(|(n, tuple)| is_slot(n) && is_tuple(tuple)) {
@@ -310,11 +317,15 @@ impl super::SlotState {
     ) {
         let may_serve = |d: &Departed| servers.get(&d.server).is_some_and(|s| !s.down && d.index > s.up);
         self.left.retain(may_serve);
-        let gone = self.tuple.iter().filter(|m| goes(m)).map(|m| Departed { server: m.server, index });
+        // Who never was in sync never served.
+        let has_served = |m: &&Member| m.in_sync || m.out != m.since;
+        let gone = self.tuple.iter().filter(|m| goes(m)).filter(has_served);
+        let gone = gone.map(|m| Departed { server: m.server, index });
         let gone: Vec<Departed> = gone.filter(may_serve).collect();
         self.left.retain(|d| gone.iter().all(|g| g.server != d.server));
         self.left.extend(gone);
-        // Between two such commands with joiners the slot was served, and so who left before the first one is known to know.
+        // Who left more memberships ago than a tuple has places is known to know: for joiners to get in sync in between, the
+        // slot was served.
         let over = self.left.len().saturating_sub(TUPLE_MAX);
         self.left.drain(..over);
     }

@@ -46,6 +46,14 @@ use stdx::{Duration, Instant};
 const ANNOUNCE: Duration = Duration::from_secs(1);
 /// Between two elections for which this member stands by itself.
 const STAND_AGAIN: Duration = Duration::from_millis(300);
+/// How long entries may be undecided before a member stands for election. A server that has not applied what was
+/// accepted half a lease ago gets no lease, and the one that it has lasts for another lease; and a leader whose disk
+/// answers nothing at all goes out of the way by itself after half a lease.
+const STANDSTILL_MIN: Duration = Duration::from_millis(700);
+/// The longest time between two tries.
+const STANDSTILL_MAX: Duration = Duration::from_secs(8);
+/// More proposals of its own than a server ever has under way.
+const OWN_MAX: usize = 4096;
 /// An entry that may end the configuration is decided within so long, or its leader stands anew; the next time it waits
 /// for twice as long.
 const ENDING_MIN: Duration = Duration::from_millis(300);
@@ -176,6 +184,7 @@ pub struct GlobalState {
     stood_at: Option<Instant>,
     /// Since when this leader waits for an entry that may end the configuration.
     ending_since: Option<(Instant, Duration)>,
+    standstill: Standstill,
     asked: Option<Asked>,
     /// When a lag was seen first; ring members give the ring a moment to close it.
     behind_since: Option<Instant>,
@@ -228,6 +237,7 @@ impl GlobalState {
             named_floor: 0,
             stood_at: None,
             ending_since: None,
+            standstill: Standstill::default(),
             asked: None,
             behind_since: None,
             announce_at: Instant::ZERO,
@@ -305,7 +315,7 @@ impl GlobalState {
             Command::InSync { slots, .. } | Command::TakeOut { slots, .. } => {
                 let members = slots.iter().filter_map(|(slot, _)| state.slot(*slot)).flat_map(|slot| &slot.tuple);
                 names.extend(members.map(|member| (member.server, index)));
-                if let Command::InSync { server, .. } = &entry.command {
+                if let Command::InSync { server, .. } | Command::TakeOut { server, .. } = &entry.command {
                     names.insert(*server, index); // Its membership may not be applied here yet.
                 }
             }
@@ -400,7 +410,9 @@ impl GlobalState {
     /// one more is not taken; its caller's deadline tells.
     pub fn propose(&mut self, now: Instant, id: CommandId, command: Command) {
         self.note(now);
-        if self.state.is_executed(&id) || self.proposals.len() >= PROPOSALS_MAX || !small(&command) {
+        // What this server proposes itself is little, and it counts on its being under way.
+        let has_room = self.proposals.len() < PROPOSALS_MAX || id.proposer == self.proposer;
+        if self.state.is_executed(&id) || !has_room || !small(&command) {
             return;
         }
         let proposal = Proposal { id, command, tries: 0, delay: RETRY_MIN, next_try: now };
@@ -428,6 +440,10 @@ impl GlobalState {
         self.note(now);
         let Some(ring) = &mut self.ring else { return };
         ring.tick(now);
+        let undecided = ring.undecided().filter(|_| !ring.leads());
+        if self.standstill.look(now, undecided) {
+            ring.stand();
+        }
         // An entry that nothing may follow, and whose message was lost, would never be asked for again.
         if !ring.leads() || !may_end(ring, self.state.index) {
             self.ending_since = None;
@@ -464,7 +480,7 @@ impl GlobalState {
             panic!("{} at {}: {complaint}", self.me, self.state.index);
         }
         assert!(self.recent.len() as u64 <= self.state.index, "more entries than were applied");
-        assert!(self.recent.len() <= LOG_KEEP && self.proposals.len() <= PROPOSALS_MAX, "bounds");
+        assert!(self.recent.len() <= LOG_KEEP && self.proposals.len() <= PROPOSALS_MAX + OWN_MAX, "bounds");
         assert!(self.named.values().all(|at| *at <= self.state.index), "named by what is not applied");
         assert!(self.proposals.values().all(|p| !self.state.is_executed(&p.id)), "proposes what is executed");
     }
@@ -814,6 +830,40 @@ impl GlobalState {
             (_, []) => None,
             (Some(leader), _) if tries % 2 == 1 => Some(leader),
             (_, reachable) => Some(reachable[tries as usize / 2 % reachable.len()]),
+        }
+    }
+}
+
+/// Entries on stable storage here that the leader does not decide. Its disk may hang while it is heard: soon
+/// nobody would be granted a lease any more (2.5), for whoever has not applied them lags.
+#[derive(Debug, Default)]
+struct Standstill {
+    /// Entries that are decided, since when it is these, and how long that may be.
+    at: Option<(u64, Instant, Duration)>,
+    looked: Instant,
+}
+
+impl Standstill {
+    /// True if it is time to stand for election. `undecided`: see [`Ring::undecided`]; `None` at the leader.
+    fn look(&mut self, now: Instant, undecided: Option<u64>) -> bool {
+        // Who did not run has not heard either.
+        let is_late = now.since(std::mem::replace(&mut self.looked, now)) > STANDSTILL_MIN / 2;
+        let Some(decided) = undecided else {
+            self.at = None;
+            return false;
+        };
+        match &mut self.at {
+            Some((known, since, patience)) if *known == decided && !is_late => {
+                let stands = *since + *patience <= now;
+                if stands {
+                    (*since, *patience) = (now, (*patience * 2).min(STANDSTILL_MAX));
+                }
+                stands
+            }
+            at => {
+                *at = Some((decided, now, STANDSTILL_MIN));
+                false
+            }
         }
     }
 }

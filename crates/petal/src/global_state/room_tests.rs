@@ -60,6 +60,8 @@ struct Cluster {
     /// Commands insisted on.
     insisted: u64,
     log: BTreeMap<StateIndex, CommandId>,
+    /// Whose disk takes seconds for every write.
+    hangs: Option<ServerId>,
 }
 
 fn pair(a: ServerId, b: ServerId) -> (ServerId, ServerId) {
@@ -86,6 +88,7 @@ impl Cluster {
             connection_count: 0,
             insisted: 0,
             log: BTreeMap::new(),
+            hangs: None,
         };
         for id in 1..=ring + learners {
             let host = Host {
@@ -199,7 +202,7 @@ impl Cluster {
                 GlobalOutput::Send { to, body } => self.on_send(server, to, index, body),
                 GlobalOutput::Persist { number, writes } => {
                     host.pending.push_back((number, writes));
-                    let after = self.micros(self.world.disk);
+                    let after = if self.hangs == Some(server) { millis(4000) } else { self.micros(self.world.disk) };
                     self.schedule(after, Event::Persisted { server, life, number });
                 }
                 GlobalOutput::Applied { index, id, .. } => {
@@ -487,6 +490,23 @@ fn when_the_leader_stops_another_one_leads_within_a_second_and_a_half() {
         cluster.execute(other, attach(disk));
         let took = cluster.now.since(start);
         assert!(took <= millis(1500), "seed {seed}: {took:?}");
+    }
+}
+
+#[test]
+fn a_leader_whose_disk_hangs_does_not_keep_what_a_majority_has_from_being_applied() {
+    for seed in 0..20 {
+        let mut cluster = Cluster::new(seed, 3, 1, KIND);
+        let disk = cluster.with_disk(1);
+        cluster.run(millis(2000));
+        let leader = cluster.room(1).leader().expect("there is one");
+        cluster.hangs = Some(leader);
+        let start = cluster.now;
+        let other = if leader == ServerId(1) { 2 } else { 1 };
+        cluster.execute(other, attach(disk));
+        let took = cluster.now.since(start);
+        // Soon enough that leases are granted again before they end: after half of one they are refused.
+        assert!(took <= millis(1000), "seed {seed}: {took:?}");
     }
 }
 

@@ -85,10 +85,13 @@ impl Server {
     }
 }
 
-/// Who must settle a command: every member of a slot, but nobody who is down, whose next life begins with a
-/// state that has it.
+/// Who must settle a command: every member of a slot, and who may not know that it is none any more; but nobody who is
+/// down, whose next life begins with a state that has it.
 pub(super) fn settlers(state: &State) -> Vec<ServerId> {
     let mut servers = state.servers_with_slots();
+    servers.extend(state.all_slots().flat_map(|(_, slot)| slot.unaware_leavers(&state.servers)).map(|d| d.server));
+    servers.sort_unstable();
+    servers.dedup();
     servers.retain(|s| state.servers.get(s).is_some_and(|s| !s.down));
     servers
 }

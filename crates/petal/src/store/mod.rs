@@ -727,6 +727,15 @@ impl Stores {
         }
     }
 
+    /// Every disk notes the watermark of a slot that has everything again. Nobody waits for it.
+    pub fn note_caught_up(&mut self, slot: SlotId, watermark: Version) {
+        let known = self.watermarks.entry(slot).or_default();
+        *known = (*known).max(watermark);
+        for disk in &mut self.disks {
+            disk.stage_watermark(slot, watermark);
+        }
+    }
+
     /// True if a change with so many blocks can be staged now on whatever disk it goes to, if there is
     /// space at all; false while a disk's file is being grown, or a checkpoint makes room in a journal.
     /// A change that finds this true, and no more blocks wanted than are free, is not refused.
@@ -944,21 +953,6 @@ impl Stores {
         self.disks.iter().map(|d| d.elements).sum()
     }
 
-    /// Blocks that count as used, on all disks.
-    pub fn books(&self) -> crate::message::Books {
-        let changes = self.disks.iter().map(|d| d.allocator.changes()).sum();
-        crate::message::Books { changes, used: self.disks.iter().map(|d| d.allocator.referenced()).sum() }
-    }
-
-    /// Of the stored blocks of a loaded element, those that count as free (I8).
-    pub fn counted_free(&self, element: ElementKey, places: &[Place]) -> Vec<Place> {
-        let Some((home, entry)) = self.home(element).zip(self.entry(element)) else { return Vec::new() };
-        let allocator = &self.disks[home].allocator;
-        let address = |p: &Place| entry.row(p.lineage, p.epoch).map(|row| row.addresses[usize::from(p.block)]);
-        let is_free = |p: &&Place| address(p).is_some_and(|a| a != element::NOWHERE && !allocator.is_referenced(a));
-        places.iter().filter(is_free).copied().collect()
-    }
-
     /// Free blocks on the fullest disk, beyond the reserve for deletes, settlements and metadata.
     pub fn free_blocks(&self) -> u64 {
         self.disks.iter().map(disk::Disk::free_blocks).min().unwrap_or(0)
@@ -975,12 +969,6 @@ impl Stores {
             error: d.failed.clone(),
         };
         self.disks.iter().map(of).collect()
-    }
-
-    /// Compares a disk's entries with its free map (I8); one sentence for each contradiction. `rows` is
-    /// its whole table of rows. Only where nothing is staged.
-    pub fn audit(&self, disk: usize, rows: &[(Bytes, Bytes)]) -> Vec<String> {
-        audit::audit(&self.disks[disk], rows)
     }
 
     /// Panics if the stores contradict themselves.

@@ -66,7 +66,7 @@ pub enum Verdict {
 }
 
 /// More configurations than this are not searched.
-const CONFIGURATIONS_MAX: usize = 20_000;
+const CONFIGURATIONS_MAX: usize = 300_000;
 /// Open operations at one time at most.
 const OPEN_MAX: usize = 128;
 

@@ -142,6 +142,7 @@ pub fn samples() -> Vec<Message> {
         ),
         Body::StreamAck(StreamAck {
             slots: vec![SlotAck { slot: slot(), term: 12, stream: 1, through: 8, durable_watermark: version(12, 6) }],
+            again: vec![(slot(), 12)],
             window: 1024,
             full: false,
         }),

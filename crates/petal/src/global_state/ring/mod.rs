@@ -335,6 +335,13 @@ impl Ring {
         self.log.get().accepted_end()
     }
 
+    /// How many entries are known decided, if this member has more of them on stable storage: then a majority may have
+    /// them too, and the leader has not said so.
+    pub fn undecided(&self) -> Option<u64> {
+        let log = self.log.get();
+        (log.stable > log.decided).then_some(log.decided as u64)
+    }
+
     /// Stands for election now: the leader is known to be gone. The others promise the highest ballot; two
     /// that stand at one time settle it by their node numbers.
     pub fn stand(&mut self) {
