@@ -91,8 +91,6 @@ pub enum Sabotage {
     SnapshotWithoutMark,
     /// Writes of a new epoch of a shared disk are complete before everybody has settled the snapshot.
     NoGates,
-    /// A disk shows the epoch that this server knows, although others may write a later one already.
-    DiskByOwnEpoch,
     /// A copy of an element brings only the newest row of each lineage.
     NewestEpochOnly,
 
@@ -114,7 +112,7 @@ pub enum Sabotage {
 
 impl Sabotage {
     /// Every rule that can be left out.
-    pub const ALL: [Sabotage; 34] = [
+    pub const ALL: [Sabotage; 33] = [
         Sabotage::AckBeforeSecondary,
         Sabotage::NoSettlement,
         Sabotage::SettleByVersion,
@@ -142,7 +140,6 @@ impl Sabotage {
         Sabotage::FenceBeforeSettled,
         Sabotage::SnapshotWithoutMark,
         Sabotage::NoGates,
-        Sabotage::DiskByOwnEpoch,
         Sabotage::NewestEpochOnly,
         Sabotage::ReplayDropsRecords,
         Sabotage::AckBatchesOutOfOrder,
@@ -182,7 +179,6 @@ impl Sabotage {
             Sabotage::FenceBeforeSettled => "fence-before-settled",
             Sabotage::SnapshotWithoutMark => "snapshot-without-mark",
             Sabotage::NoGates => "no-gates",
-            Sabotage::DiskByOwnEpoch => "disk-by-own-epoch",
             Sabotage::NewestEpochOnly => "newest-epoch-only",
             Sabotage::ReplayDropsRecords => "replay-drops-records",
             Sabotage::AckBatchesOutOfOrder => "ack-batches-out-of-order",
