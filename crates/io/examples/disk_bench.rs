@@ -216,7 +216,7 @@ fn engine(arguments: &Arguments, read: bool, extend: bool) -> Vec<Duration> {
     let (mut frontier, start) = (SIZE, Instant::now());
     const EXTEND: u64 = u64::MAX;
     if extend {
-        engine.submit(0, EXTEND, DiskCommand::Extend { to: frontier });
+        engine.submit(0, EXTEND, DiskCommand::Extend { to: frontier, hurry: false });
     }
     runtime.block_on(async {
         loop {
@@ -246,7 +246,7 @@ fn engine(arguments: &Arguments, read: bool, extend: bool) -> Vec<Duration> {
                 ));
                 if op == EXTEND {
                     frontier = if frontier > 4 * SIZE { frontier } else { frontier + 64 * MIB };
-                    engine.submit(0, EXTEND, DiskCommand::Extend { to: frontier });
+                    engine.submit(0, EXTEND, DiskCommand::Extend { to: frontier, hurry: false });
                     continue;
                 }
                 let pair = pairs.get_mut(&(op / 2)).expect("an answer for what was asked");

@@ -70,7 +70,7 @@ impl Echo {
         match &message.body {
             Body::Learn(_) => {
                 self.asked.push_back((from, message));
-                let command = DiskCommand::Extend { to: 1 << 20 };
+                let command = DiskCommand::Extend { to: 1 << 20, hurry: false };
                 self.outputs.push_back(Output::Disk { disk: 0, op: 5, command });
                 "asks disk".to_string()
             }

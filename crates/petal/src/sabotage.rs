@@ -95,8 +95,6 @@ pub enum Sabotage {
     SnapshotWithoutMark,
     /// Writes of a new epoch of a shared disk are complete before everybody has settled the snapshot.
     NoGates,
-    /// A disk shows the epoch that this server knows, although others may write a later one already.
-    DiskByOwnEpoch,
     /// A copy of an element brings only the newest row of each lineage.
     NewestEpochOnly,
 
@@ -147,7 +145,6 @@ impl Sabotage {
         Sabotage::SnapshotWithoutMark,
         Sabotage::NoGates,
         Sabotage::LeaversServeOn,
-        Sabotage::DiskByOwnEpoch,
         Sabotage::NewestEpochOnly,
         Sabotage::ReplayDropsRecords,
         Sabotage::AckBatchesOutOfOrder,
@@ -188,7 +185,6 @@ impl Sabotage {
             Sabotage::SnapshotWithoutMark => "snapshot-without-mark",
             Sabotage::NoGates => "no-gates",
             Sabotage::LeaversServeOn => "leavers-serve-on",
-            Sabotage::DiskByOwnEpoch => "disk-by-own-epoch",
             Sabotage::NewestEpochOnly => "newest-epoch-only",
             Sabotage::ReplayDropsRecords => "replay-drops-records",
             Sabotage::AckBatchesOutOfOrder => "ack-batches-out-of-order",

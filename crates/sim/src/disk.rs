@@ -226,10 +226,10 @@ impl SimDisk {
                 self.write(offset, &gather(&pieces), |_| true);
                 DiskResult::Written(Ok(()))
             }
-            DiskCommand::Extend { to } if to > self.size => {
+            DiskCommand::Extend { to, .. } if to > self.size => {
                 DiskResult::Extended(Err(DiskError::HostFull(format!("{} bytes is all there is", self.size))))
             }
-            DiskCommand::Extend { to } => {
+            DiskCommand::Extend { to, .. } => {
                 self.frontier = self.frontier.max(to);
                 DiskResult::Extended(Ok(()))
             }
@@ -266,7 +266,7 @@ impl SimDisk {
                         counters.count(Kind::CommitKept);
                     }
                 }
-                DiskCommand::Extend { to } if to <= self.size => {
+                DiskCommand::Extend { to, .. } if to <= self.size => {
                     if self.prng.chance(1, 2) {
                         self.frontier = self.frontier.max(to);
                     } else {
@@ -429,7 +429,9 @@ impl SimDisk {
                     self.frontier
                 );
             }
-            DiskCommand::Extend { to } => assert!(to % (1 << 20) == 0, "extension to {to}, not a multiple of 1 MiB"),
+            DiskCommand::Extend { to, .. } => {
+                assert!(to % (1 << 20) == 0, "extension to {to}, not a multiple of 1 MiB")
+            }
             DiskCommand::PmapGet { .. } | DiskCommand::PmapRange { .. } | DiskCommand::PmapCommit { .. } => {}
         }
     }

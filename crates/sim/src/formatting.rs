@@ -56,7 +56,7 @@ fn format_for(machine: &mut ServerHost, disk: usize, (incarnation, votes_from): 
     let disk = &mut machine.disks[disk];
     disk.data_start = data;
     disk.lies = options.faults.lie > 0;
-    disk.execute(DiskCommand::Extend { to: data });
+    disk.execute(DiskCommand::Extend { to: data, hurry: false });
     let before = Superblock { generation: 0, ..superblock.clone() };
     for (offset, bytes) in [
         (journal, Bytes::from(vec![0; BLOCK_SIZE as usize])),

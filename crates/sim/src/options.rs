@@ -524,7 +524,7 @@ impl FaultWeights {
     }
 
     /// The weights in the order of the fields.
-    pub fn list(&self) -> [u64; 31] {
+    pub fn list(&self) -> [u64; 32] {
         [
             self.crash_one,
             self.crash_several,

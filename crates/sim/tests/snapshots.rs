@@ -107,42 +107,54 @@ fn a_snapshot_during_recovery() {
 }
 
 /// A server loses its disks: what it had of snapshots and clones comes back with the rest.
+fn rebuilt_copies(seed: u64, sabotage: Sabotage) -> Vec<String> {
+    let mut s = Scenario::new(seed, &Overrides { disks: Some(1), sabotage, ..Overrides::default() });
+    let disk = s.create("vol", 64);
+    assert!(s.attach(1, "vol", Attachment::Exclusive));
+    (0..64).for_each(|e| s.begin_write(1, disk, e));
+    s.idle(1);
+    let (first, first_id) = s.snapshot(disk);
+    (0..64).step_by(2).for_each(|e| s.begin_write(1, disk, e));
+    s.idle(1);
+    let (second, second_id) = s.snapshot(disk);
+    (0..64).step_by(3).for_each(|e| s.begin_write(1, disk, e));
+    let (clone, clone_id) = s.clone_of(first_id);
+    assert!(s.attach(1, &clone, Attachment::Exclusive));
+    (0..64).step_by(5).for_each(|e| s.begin_write(1, clone_id, e));
+    s.idle(1);
+    s.lose_disks(2);
+    s.ready(2);
+    s.in_sync();
+    let rebuilt: Vec<u64> = (0..64).filter(|e| s.hosts_of(disk, *e).contains(&2)).collect();
+    for other in [0, 1] {
+        s.crash(other);
+        s.down(other);
+        for (name, vdisk) in [(&first, first_id), (&second, second_id)] {
+            assert!(s.attach(2, name, Attachment::ReadOnly));
+            s.read(2, vdisk, rebuilt.iter().copied());
+            s.detach(2, vdisk);
+        }
+        s.read(1, clone_id, rebuilt.iter().copied());
+        s.start(other);
+        s.ready(other);
+        s.in_sync();
+    }
+    s.finish()
+}
+
 #[test]
 fn copies_of_snapshots_are_rebuilt_too() {
     for seed in 1..=6 {
-        let mut s = Scenario::new(seed, &Overrides { disks: Some(1), ..Overrides::default() });
-        let disk = s.create("vol", 64);
-        assert!(s.attach(1, "vol", Attachment::Exclusive));
-        (0..64).for_each(|e| s.begin_write(1, disk, e));
-        s.idle(1);
-        let (first, first_id) = s.snapshot(disk);
-        (0..64).step_by(2).for_each(|e| s.begin_write(1, disk, e));
-        s.idle(1);
-        let (second, second_id) = s.snapshot(disk);
-        (0..64).step_by(3).for_each(|e| s.begin_write(1, disk, e));
-        let (clone, clone_id) = s.clone_of(first_id);
-        assert!(s.attach(1, &clone, Attachment::Exclusive));
-        (0..64).step_by(5).for_each(|e| s.begin_write(1, clone_id, e));
-        s.idle(1);
-        s.lose_disks(2);
-        s.ready(2);
-        s.in_sync();
-        let rebuilt: Vec<u64> = (0..64).filter(|e| s.hosts_of(disk, *e).contains(&2)).collect();
-        for other in [0, 1] {
-            s.crash(other);
-            s.down(other);
-            for (name, vdisk) in [(&first, first_id), (&second, second_id)] {
-                assert!(s.attach(2, name, Attachment::ReadOnly));
-                s.read(2, vdisk, rebuilt.iter().copied());
-                s.detach(2, vdisk);
-            }
-            s.read(1, clone_id, rebuilt.iter().copied());
-            s.start(other);
-            s.ready(other);
-            s.in_sync();
-        }
-        good(seed, s);
+        let complaints = rebuilt_copies(seed, Sabotage::None);
+        assert!(complaints.is_empty(), "seed {seed}: {complaints:#?}");
     }
+}
+
+#[test]
+fn copies_of_the_newest_epoch_only_are_noticed() {
+    let caught = (1..=6).filter(|seed| !rebuilt_copies(*seed, Sabotage::NewestEpochOnly).is_empty());
+    let caught: Vec<u64> = caught.collect();
+    assert!(caught.len() >= 3, "only in seeds {caught:?}");
 }
 
 /// Who reads a snapshot keeps it alive: deleting it is refused until it is given back.
@@ -309,4 +321,74 @@ fn a_read_that_waited_does_not_see_a_rollback_that_its_session_did_not_live_to_s
         good(seed, s);
     }
     assert!(refused >= 4, "in only {refused} runs the read had to be refused");
+}
+
+/// A write has not come to the secondary when a snapshot is made that has it; somebody reads the snapshot there.
+fn read_of_a_secondary_that_lags(seed: u64, sabotage: Sabotage) -> Vec<String> {
+    let mut s = Scenario::new(seed, &Overrides { sabotage, ..Overrides::default() });
+    let disk = s.create("vol", 64);
+    assert!(s.attach(1, "vol", Attachment::Exclusive));
+    let at = element(&s, disk, |hosts| hosts[0] == seed as usize % 3);
+    let hosts = s.hosts_of(disk, at);
+    s.hold(hosts[0], hosts[1], HELD);
+    s.begin_write(1, disk, at);
+    s.pass(Duration::from_millis(3));
+    let name = s.begin_snapshot(&[disk]).remove(0);
+    s.exists(&name);
+    s.pass(Duration::from_millis(5));
+    if !s.attach(2, &name, Attachment::ReadOnly) {
+        return s.finish();
+    }
+    let snapshot = s.named(&name).unwrap();
+    s.leave_with(2, hosts[1], Duration::from_millis(100));
+    s.read(2, snapshot, [at]);
+    s.idle(1);
+    s.read(2, snapshot, [at]);
+    s.finish()
+}
+
+#[test]
+fn a_secondary_that_lags_does_not_serve_a_snapshot() {
+    for seed in 1..=12 {
+        let complaints = read_of_a_secondary_that_lags(seed, Sabotage::None);
+        assert!(complaints.is_empty(), "seed {seed}: {complaints:#?}");
+    }
+}
+
+#[test]
+fn a_snapshot_without_marks_is_noticed() {
+    let caught =
+        (1..=12).filter(|seed| !read_of_a_secondary_that_lags(*seed, Sabotage::SnapshotWithoutMark).is_empty());
+    let caught: Vec<u64> = caught.collect();
+    assert!(caught.len() >= 3, "only in seeds {caught:?}");
+}
+
+/// A server has not heard of a snapshot. What is written after it comes to that server, and is read there.
+fn read_of_a_server_that_has_not_heard(seed: u64) -> Vec<String> {
+    let mut s = Scenario::new(seed, &Overrides::default());
+    let disk = s.create("vol", 64);
+    let late = seed as usize % 3;
+    assert!(s.attach(1, "vol", Attachment::Exclusive));
+    let at = element(&s, disk, |hosts| hosts[1] == late);
+    let acting = s.hosts_of(disk, at)[0];
+    s.write(1, disk, at);
+    // Of the others only who acts for the element is heard.
+    let third = (0..3).find(|host| *host != late && *host != acting).unwrap();
+    s.hold(third, late, HELD);
+    let name = s.begin_snapshot(&[disk]).remove(0);
+    s.exists(&name);
+    s.pass(Duration::from_millis(2));
+    s.write(1, disk, at);
+    s.leave_with(1, late, Duration::from_millis(100));
+    s.read(1, disk, [at]);
+    s.taken();
+    s.finish()
+}
+
+#[test]
+fn a_server_that_has_not_heard_of_a_snapshot_shows_the_newest() {
+    for seed in 1..=12 {
+        let complaints = read_of_a_server_that_has_not_heard(seed);
+        assert!(complaints.is_empty(), "seed {seed}: {complaints:#?}");
+    }
 }

@@ -11,8 +11,10 @@
 //! 3. write zeros, resting after each chunk for as long as it took: half of the disk stays free;
 //! 4. sync.
 //!
-//! A crash between 2 and 4 leaves a tail that is allocated but not written: correct (it reads as zeros),
-//! and slow for the first write to each block. Raw devices have nothing to grow.
+//! Where writes use the file up faster than that (a lost copy is made again, a disk is filled), zeros would
+//! be written beside as much data, and the data would wait for them: such a step is in a hurry and leaves
+//! out 3, as a crash between 2 and 4 does. The tail is then allocated but not written: correct (it reads as
+//! zeros), and slow for the first write to each block. Raw devices have nothing to grow.
 
 use super::DiskError;
 use super::mailbox::Mailbox;
@@ -43,7 +45,7 @@ impl Extender {
     }
 
     /// Begins to grow the disk to `to`; the mailbox gets the answer.
-    pub(super) fn submit(&mut self, op: OpId, to: u64) {
+    pub(super) fn submit(&mut self, op: OpId, to: u64, hurry: bool) {
         self.running.retain(|thread| !thread.is_finished());
         let (disk, file, mailbox, turn) = (self.disk, self.file.clone(), self.mailbox.clone(), self.turn.clone());
         if file.medium() == Medium::Device {
@@ -52,7 +54,7 @@ impl Extender {
         }
         let grow = move || {
             let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
-            mailbox.put([(disk, op, DiskResult::Extended(grow_to(&file, to)))]);
+            mailbox.put([(disk, op, DiskResult::Extended(grow_to(&file, to, hurry)))]);
         };
         // One thread per step: steps are rare, and an idle thread would cost memory for ever.
         let thread = std::thread::Builder::new().name(format!("extend-{disk}")).spawn(grow);
@@ -83,14 +85,14 @@ fn device_reaches(file: &DiskFile, to: u64) -> Result<(), DiskError> {
     }
 }
 
-fn grow_to(file: &DiskFile, to: u64) -> Result<(), DiskError> {
+fn grow_to(file: &DiskFile, to: u64, hurry: bool) -> Result<(), DiskError> {
     let length = file.length().map_err(|error| disk_error(file.path(), "find out the length of", &error))?;
     if length >= to {
         return Ok(());
     }
     let result = allocate(file, length..to)
         .and_then(|()| file.file().set_len(to).map_err(|error| disk_error(file.path(), "grow", &error)))
-        .and_then(|()| zero(file, length.next_multiple_of(4096)..to, Pace::Half))
+        .and_then(|()| if hurry { Ok(()) } else { zero(file, length.next_multiple_of(4096)..to, Pace::Half) })
         .and_then(|()| file.sync().map_err(|error| disk_error(file.path(), "sync", &error)));
     if result.is_err() {
         // Gives back what was allocated in vain. If this fails too there is nothing left to do.

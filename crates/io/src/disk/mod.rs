@@ -201,7 +201,7 @@ impl SlowPaths {
     /// Takes a command that is neither a read nor a write.
     fn submit(&mut self, disk: usize, op: OpId, command: DiskCommand) {
         match command {
-            DiskCommand::Extend { to } => self.extenders[disk].submit(op, to),
+            DiskCommand::Extend { to, hurry } => self.extenders[disk].submit(op, to, hurry),
             command => self.pmaps[disk].submit(op, command),
         }
     }

@@ -219,12 +219,24 @@ fn extending_makes_the_file_longer_and_keeps_what_is_there() {
     all_engines(|options| {
         let mut bench = Bench::new(1, &options, DirectIo::WherePossible);
         bench.run(0, write(DATA, vec![Bytes::from(vec![5; 4096])]));
-        assert_eq!(bench.run(0, DiskCommand::Extend { to: DATA + 8 * MIB }), DiskResult::Extended(Ok(())));
+        assert_eq!(
+            bench.run(0, DiskCommand::Extend { to: DATA + 8 * MIB, hurry: false }),
+            DiskResult::Extended(Ok(()))
+        );
         assert_eq!(std::fs::metadata(&bench.paths[0]).unwrap().len(), DATA + 8 * MIB);
         // A frontier that was reached before is fine.
-        assert_eq!(bench.run(0, DiskCommand::Extend { to: DATA + MIB }), DiskResult::Extended(Ok(())));
+        assert_eq!(bench.run(0, DiskCommand::Extend { to: DATA + MIB, hurry: false }), DiskResult::Extended(Ok(())));
         assert_eq!(bench.read(DATA, 4096), vec![5; 4096]);
         assert_eq!(bench.read(DATA + 8 * MIB - 4096, 4096), vec![0; 4096]);
+        // In a hurry nothing is written: what is there reads as zeros, and can be written.
+        assert_eq!(
+            bench.run(0, DiskCommand::Extend { to: DATA + 256 * MIB, hurry: true }),
+            DiskResult::Extended(Ok(()))
+        );
+        assert_eq!(bench.read(DATA + 256 * MIB - 4096, 4096), vec![0; 4096]);
+        bench.run(0, write(DATA + 128 * MIB, vec![Bytes::from(vec![6; 4096])]));
+        assert_eq!(bench.read(DATA + 128 * MIB, 4096), vec![6; 4096]);
+        assert_eq!(bench.read(DATA + 128 * MIB + 4096, 4096), vec![0; 4096]);
     });
 }
 
@@ -234,7 +246,7 @@ fn a_full_file_system_is_told_and_what_was_taken_is_given_back() {
         let mut bench = Bench::new(1, &options, DirectIo::WherePossible);
         let length = std::fs::metadata(&bench.paths[0]).unwrap().len();
         // 1 EiB: more than any file system here has, less than a file may be.
-        let result = bench.run(0, DiskCommand::Extend { to: 1 << 60 });
+        let result = bench.run(0, DiskCommand::Extend { to: 1 << 60, hurry: false });
         assert!(matches!(&result, DiskResult::Extended(Err(_))), "{result:?}");
         assert_eq!(std::fs::metadata(&bench.paths[0]).unwrap().len(), length);
         assert_eq!(bench.run(0, write(DATA, vec![Bytes::from(vec![5; 4096])])), DiskResult::Written(Ok(())));
@@ -291,7 +303,7 @@ fn dropping_an_engine_with_work_in_flight_frees_the_disk() {
             bench.submit(0, write(DATA + i * 65536, vec![Bytes::from(vec![1; 65536])]));
             bench.submit(0, DiskCommand::Read { offset: DATA + i * 65536, length: 65536 });
         }
-        bench.submit(0, DiskCommand::Extend { to: DATA + 64 * MIB });
+        bench.submit(0, DiskCommand::Extend { to: DATA + 64 * MIB, hurry: false });
         bench.engine.flush();
         let none = Engine::start(Vec::new(), &options).unwrap();
         drop(std::mem::replace(&mut bench.engine, none));
@@ -309,7 +321,7 @@ fn the_reactor_is_woken_for_answers_of_the_ring_and_of_threads() {
             let command = match round % 4 {
                 0 => DiskCommand::Read { offset: DATA, length: 4096 },
                 1 => DiskCommand::PmapGet { table: Table::Meta, key: Bytes::new() },
-                2 => DiskCommand::Extend { to: DATA + MIB },
+                2 => DiskCommand::Extend { to: DATA + MIB, hurry: false },
                 _ => write(DATA, vec![Bytes::from(vec![1; 4096])]),
             };
             bench.submit(0, command);
@@ -364,8 +376,8 @@ fn a_raw_device_is_formatted_locked_and_used() {
         assert_eq!(bench.run(0, write(DATA, vec![Bytes::from(vec![5; 8192])])), DiskResult::Written(Ok(())));
         assert_eq!(bench.read(DATA, 8192), vec![5; 8192]);
         assert_eq!(bench.read(capacity - 4096, 8192)[4096..], [0; 4096], "behind the end of the device");
-        assert_eq!(bench.run(0, DiskCommand::Extend { to: capacity }), DiskResult::Extended(Ok(())));
-        let beyond = bench.run(0, DiskCommand::Extend { to: capacity + MIB });
+        assert_eq!(bench.run(0, DiskCommand::Extend { to: capacity, hurry: false }), DiskResult::Extended(Ok(())));
+        let beyond = bench.run(0, DiskCommand::Extend { to: capacity + MIB, hurry: false });
         assert!(matches!(beyond, DiskResult::Extended(Err(DiskError::HostFull(_)))), "{beyond:?}");
         let changes = vec![(Table::Meta, Bytes::from_static(b"k"), Some(Bytes::from_static(b"v")))];
         assert_eq!(bench.run(0, DiskCommand::PmapCommit { changes }), DiskResult::PmapCommitted(Ok(())));
@@ -385,7 +397,7 @@ fn a_full_file_system_is_host_full_for_every_command() {
         let paths = vec![path.clone()];
         let mut bench = Bench { engine, paths, next_op: 0, _directory: tempfile::tempdir().unwrap() };
         let length = std::fs::metadata(&path).unwrap().len();
-        let full = bench.run(0, DiskCommand::Extend { to: 1 << 30 });
+        let full = bench.run(0, DiskCommand::Extend { to: 1 << 30, hurry: false });
         assert!(matches!(full, DiskResult::Extended(Err(DiskError::HostFull(_)))), "{full:?}");
         assert_eq!(std::fs::metadata(&path).unwrap().len(), length);
         let full = bench.run(0, write(20 * MIB, vec![Bytes::from(vec![1; 100 << 20])]));

@@ -43,10 +43,10 @@ impl DataAccess {
             None => None,
             Some(than) => {
                 let other = ctx.state.vdisk(than).filter(|other| other.family == family);
-                Some((than, self.view_of(ctx.state, other.ok_or(Refusal::Malformed)?.id)))
+                Some((than, views::view_of(ctx.state, other.ok_or(Refusal::Malformed)?.id)))
             }
         };
-        let found = Found::Blocks { view: self.view_of(ctx.state, m.access.vdisk), than, elements: BTreeMap::new() };
+        let found = Found::Blocks { view: views::view_of(ctx.state, m.access.vdisk), than, elements: BTreeMap::new() };
         let elements = m.first_element..m.end_element;
         if !self.begin_map(ctx, client, m.access.tag, family, elements, found) {
             return Err(Refusal::TooMany);

@@ -666,7 +666,7 @@ impl DataAccess {
         let Kind::Read { first_block, blocks } = op.kind else { unreachable!("only reads are captured") };
         // The session may have ended while the read waited, and the disk be what it never was for that session.
         let is_over = !ctx.state.sessions.contains_key(&op.access.session);
-        let view = self.view_of(ctx.state, op.access.vdisk);
+        let view = views::view_of(ctx.state, op.access.vdisk);
         if view.is_empty() || is_over {
             return self.refuse(ctx, number, Refusal::SessionEnded);
         }
@@ -690,7 +690,7 @@ impl DataAccess {
 
     /// Reads the blocks that an unaligned write covers only in part.
     fn modify(&mut self, ctx: &mut Context, number: OpNumber) {
-        let view = self.view_of(ctx.state, self.operations[&number].access.vdisk);
+        let view = views::view_of(ctx.state, self.operations[&number].access.vdisk);
         let op = self.operations.get_mut(&number).expect("a modifying operation exists");
         let (first, count) = mask_range(op.mask);
         op.phase = Phase::Modifying;

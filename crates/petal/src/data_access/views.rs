@@ -4,17 +4,6 @@
 use super::*;
 
 impl DataAccess {
-    /// What a disk or snapshot shows; nothing if it is gone.
-    pub(super) fn view_of(&self, state: &State, vdisk: VdiskId) -> View {
-        let mut view = view_of(state, vdisk);
-        if self.is_sabotaged(Sabotage::DiskByOwnEpoch)
-            && let Some((newest, disk)) = view.first_mut().zip(state.vdisk(vdisk))
-        {
-            newest.1 = disk.epoch;
-        }
-        view
-    }
-
     /// Somebody reads what stands on the command at this index: the other replicas are told that they have all
     /// that was written before, so that they can serve it too. Once a slot; a new term tells it by itself.
     pub(super) fn mark(&mut self, ctx: &mut Context, index: SlotIndex, stands_on: StateIndex) {

@@ -37,6 +37,8 @@ use stdx::{FastMap, FastSet};
 const EXTEND_AHEAD_BLOCKS: u64 = (96 << 20) / BLOCK_SIZE;
 /// Bytes by which it is grown.
 const EXTEND_STEP: u64 = 64 << 20;
+/// Bytes by which it is grown in a hurry: much, so that what is written in between is little beside it.
+const HURRY_STEP: u64 = 256 << 20;
 /// After so many batches it is tried again to grow a file that could not be grown.
 const HOST_FULL_BATCHES: u64 = 1024;
 /// Dirty entries at which a checkpoint begins although the journal has room: bounds memory and the work
@@ -92,7 +94,7 @@ enum Pending {
     Rows(ElementKey),
     Scan(ReadId),
     Commit,
-    Extend { to: u64 },
+    Extend { to: u64, hurry: bool, free_before: u64 },
     Identity,
 }
 
@@ -182,6 +184,8 @@ pub(super) struct Disk {
     reads: FastMap<ReadId, ReadJob>,
     scans: BTreeMap<ReadId, ScanJob>,
     extending: bool,
+    /// While the file was grown last, more was written than it was grown by: the next step is in a hurry.
+    outrun: bool,
     /// The file could not be grown, when the journal was at this batch.
     pub host_full: Option<u64>,
     /// Try again to grow it although it is not time yet.
@@ -238,6 +242,7 @@ impl Disk {
             reads: FastMap::new(),
             scans: BTreeMap::new(),
             extending: false,
+            outrun: false,
             host_full: None,
             grow_again: false,
             failed: None,
@@ -1006,7 +1011,8 @@ impl Disk {
 
     fn grow_ahead(&mut self) {
         let frontier = self.allocator.frontier();
-        let enough = self.allocator.free_below_frontier() >= EXTEND_AHEAD_BLOCKS;
+        let free_before = self.allocator.free_below_frontier();
+        let enough = free_before >= EXTEND_AHEAD_BLOCKS;
         let waits =
             self.host_full.is_some_and(|then| self.last_issued.number < then + HOST_FULL_BATCHES) && !self.grow_again;
         if self.extending || waits || enough || frontier >= self.allocator.capacity() {
@@ -1014,18 +1020,22 @@ impl Disk {
         }
         self.extending = true;
         let data = self.superblock.layout.data;
-        let to = (data.offset + frontier * BLOCK_SIZE + EXTEND_STEP) >> 20 << 20;
+        let hurry = std::mem::take(&mut self.outrun);
+        let step = if hurry { HURRY_STEP } else { EXTEND_STEP };
+        let to = (data.offset + frontier * BLOCK_SIZE + step) >> 20 << 20;
         let to = to.min(data.end());
-        self.issue(Pending::Extend { to }, DiskCommand::Extend { to });
+        self.issue(Pending::Extend { to, hurry, free_before }, DiskCommand::Extend { to, hurry });
     }
 
-    fn on_extended(&mut self, to: u64, result: Result<(), DiskError>) {
+    fn on_extended(&mut self, to: u64, hurry: bool, free_before: u64, result: Result<(), DiskError>) {
         self.extending = false;
-        // What lies below the frontier goes on to be used: full, not failed.
+        // What lies below the frontier goes on to be used: full, not failed. A step in a hurry is a long one: a
+        // shorter one may still fit.
         self.grow_again = false;
-        self.host_full = result.is_err().then_some(self.last_issued.number);
+        self.host_full = (result.is_err() && !hurry).then_some(self.last_issued.number);
         if result.is_ok() {
             self.allocator.set_frontier((to - self.superblock.layout.data.offset) / BLOCK_SIZE);
+            self.outrun = !hurry && self.allocator.free_below_frontier() < free_before;
         }
     }
 
@@ -1241,7 +1251,9 @@ impl Disk {
             (Pending::Rows(element), DiskResult::PmapRange(Ok(rows))) => self.on_rows(element, rows),
             (Pending::Scan(scan), DiskResult::PmapRange(result)) => self.on_scanned(scan, result),
             (Pending::Commit, DiskResult::PmapCommitted(Ok(()))) => self.on_committed(),
-            (Pending::Extend { to }, DiskResult::Extended(result)) => self.on_extended(to, result),
+            (Pending::Extend { to, hurry, free_before }, DiskResult::Extended(result)) => {
+                self.on_extended(to, hurry, free_before, result)
+            }
             (Pending::Identity, DiskResult::Written(_)) => self.events.push_back(DiskEvent::Identified),
             (
                 Pending::Head(_) | Pending::Rows(_),

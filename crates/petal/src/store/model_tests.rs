@@ -104,7 +104,7 @@ impl SimDisk {
                 self.write(offset, &pieces.concat(), || true);
                 DiskResult::Written(Ok(()))
             }
-            DiskCommand::Extend { to } => {
+            DiskCommand::Extend { to, .. } => {
                 self.frontier = self.frontier.max(to);
                 DiskResult::Extended(Ok(()))
             }
@@ -177,7 +177,7 @@ impl SimDisk {
                         self.commit(changes);
                     }
                 }
-                DiskCommand::Extend { to } if kept == 0 => self.frontier = self.frontier.max(to),
+                DiskCommand::Extend { to, .. } if kept == 0 => self.frontier = self.frontier.max(to),
                 _ => {}
             }
         }
