@@ -641,7 +641,8 @@ impl World {
             state.servers.iter().filter(|(_, s)| s.incarnation.0 > 0).map(|(id, _)| *id).collect();
         let drained: Vec<ServerId> = state.servers.iter().filter(|(_, s)| s.drained).map(|(id, _)| *id).collect();
         let under_way: Vec<GmapId> = state.reconfigurations.keys().copied().collect();
-        if servers.is_empty() {
+        // A disk that is still to be made may need them all.
+        if servers.is_empty() || self.workload.to_create > 0 {
             return;
         }
         let command = match self.chaos.below(8) {

@@ -172,7 +172,7 @@ pub struct Workload {
     /// Hosts of learners that have not joined.
     to_join: Vec<usize>,
     /// Calls that the operator must still make before the random ones.
-    to_create: u64,
+    pub(crate) to_create: u64,
     joined: usize,
     names: u64,
     think: Duration,
