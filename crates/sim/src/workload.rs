@@ -708,7 +708,8 @@ impl World {
         if take_over {
             self.counters.count(Kind::TakeOver);
         }
-        if take_over && held.mode == Attachment::Exclusive {
+        // Whoever was in the way is over, though it may have been detached by somebody else.
+        if held.mode == Attachment::Exclusive {
             self.history.fence(held.vdisk, held.session);
         }
         if !self.workload.disks.contains_key(&held.vdisk) {

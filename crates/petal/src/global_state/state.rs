@@ -892,10 +892,10 @@ impl State {
         disk.sessions.push(session);
         // A server that does not know the session yet must catch up before it refuses its messages.
         disk.revision = self.index;
-        if !in_the_way.is_empty() {
-            effects.sessions_ended = in_the_way;
-            self.narrow(family, effects);
-        }
+        effects.sessions_ended = in_the_way;
+        // Though nobody is in the way: who was may have been detached a moment ago by somebody who still waits, and what
+        // it sent be under way. Whoever attaches must not see it come (P5).
+        self.narrow(family, effects);
         Ok(Outcome::Session(session))
     }
 

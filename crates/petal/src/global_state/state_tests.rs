@@ -286,6 +286,17 @@ fn taking_over_ends_the_sessions_in_the_way_and_no_other() {
 }
 
 #[test]
+fn attaching_waits_for_those_who_were_detached_a_moment_ago() {
+    let mut f = Fixture::up(2);
+    let disk = f.disk("a");
+    let first = f.attach(disk, Attachment::Exclusive, false).unwrap();
+    f.run(Command::Detach { session: first }).unwrap();
+    f.attach(disk, Attachment::Exclusive, false).unwrap();
+    assert!(f.effects.narrows && f.effects.sessions_ended.is_empty());
+    assert_eq!(f.effects.concerned, [ServerId(1), ServerId(2)]);
+}
+
+#[test]
 fn a_resize_revises_the_disk_and_only_shrinking_narrows() {
     let mut f = Fixture::up(2);
     let disk = f.disk("a");
