@@ -65,7 +65,7 @@ pub(crate) struct Acting {
     pub not_before: Option<Instant>,
     /// Nor before these, who are no members any more, have told these state indexes, or this moment.
     pub leavers: BTreeMap<ServerId, StateIndex>,
-    leavers_until: Instant,
+    pub(crate) leavers_until: Instant,
     /// State index of the last mark in the streams.
     pub marked: StateIndex,
 }
@@ -295,21 +295,6 @@ impl DataAccess {
         }));
     }
 
-    /// Who left the slot may serve reads of it until it knows (2.1, "complete").
-    fn wait_for_leavers(&mut self, ctx: &Context, index: SlotIndex) {
-        let id = self.slots[index].id;
-        let state = &ctx.state.slots[&id.gmap][id.slot as usize];
-        for left in state.unaware_leavers(&ctx.state.servers) {
-            if left.server == self.me || self.leaving.has_told(left.server, left.index) {
-                continue;
-            }
-            let acting = self.slots[index].acting.as_mut().expect("it has just begun to act");
-            acting.leavers.insert(left.server, left.index);
-            acting.leavers_until = ctx.now + LEASE_SURELY_OVER;
-            self.leaving.wait_for(left.server, index);
-        }
-    }
-
     pub(crate) fn send_promises(&mut self, ctx: &mut Context, asks: BTreeMap<ServerId, Vec<(SlotId, Term)>>) {
         for (to, slots) in asks {
             ctx.send(Peer::Server(to), Body::Promise(Promise { slots }));
@@ -511,7 +496,7 @@ impl DataAccess {
         }
         let id = self.slots[listing.slot].id;
         let above = listing.above;
-        let of_slot = |key: &ElementKey| slot_of(ctx.state, *key) == Some(id);
+        let of_slot = |key: &ElementKey| ctx.state.slot_of(key.family, key.element) == Some(id);
         listing.keys = elements.iter().filter(|(k, v)| *v > above && of_slot(k)).map(|(k, _)| *k).collect();
         self.advance_listing(ctx, job);
     }
@@ -1012,11 +997,4 @@ pub(crate) fn ahead_part(element: ElementKey, image: &ElementImage, blocks: &[(u
 pub(crate) fn finished_below(lows: &FastMap<SessionId, u64>, image: &ElementImage) -> Vec<(SessionId, u64)> {
     let sessions: BTreeSet<SessionId> = image.ids.iter().map(|id| id.session).collect();
     sessions.into_iter().filter_map(|s| Some((s, *lows.get(&s)?))).collect()
-}
-
-fn slot_of(state: &State, key: ElementKey) -> Option<SlotId> {
-    let family = state.families.get(&key.family)?;
-    let slots = state.slots.get(&family.gmap)?.len() as u32;
-    let slot = crate::translator::gmap::slot_of_element(key.element, family.stripe_unit, family.shift, slots);
-    Some(SlotId { gmap: family.gmap, slot })
 }

@@ -545,17 +545,6 @@ impl Server {
         if self.liveness.lease(self.now).is_some() { error } else { AdminError::Starting(self.me) }
     }
 
-    fn log(&self) -> Vec<LogLine> {
-        let Some(global) = &self.global else { return Vec::new() };
-        let line = |(index, recent): (StateIndex, &RecentEntry)| LogLine {
-            index,
-            text: recent.entry.command.to_string(),
-            refused: recent.refused.as_ref().map(ToString::to_string),
-            age_millis: recent.applied.map(|at| u64::try_from(self.now.since(at).as_millis()).unwrap_or(u64::MAX)),
-        };
-        global.recent().map(line).collect()
-    }
-
     fn reply_admin(&mut self, client: ClientId, tag: Tag, result: Result<AdminResponse, AdminError>) {
         let state_index = self.state().map_or(0, |s| s.index);
         let message = Message { state_index, body: Body::AdminReply(AdminReply { tag, result }) };

@@ -78,6 +78,21 @@ impl DataAccess {
         }
     }
 
+    /// Who left the slot may serve reads of it until it knows (2.1, "complete").
+    pub(crate) fn wait_for_leavers(&mut self, ctx: &Context, index: SlotIndex) {
+        let id = self.slots[index].id;
+        let state = &ctx.state.slots[&id.gmap][id.slot as usize];
+        for left in state.unaware_leavers(&ctx.state.servers) {
+            if left.server == self.me || self.leaving.has_told(left.server, left.index) {
+                continue;
+            }
+            let acting = self.slots[index].acting.as_mut().expect("it has just begun to act");
+            acting.leavers.insert(left.server, left.index);
+            acting.leavers_until = ctx.now + LEASE_SURELY_OVER;
+            self.leaving.wait_for(left.server, index);
+        }
+    }
+
     /// True if nothing here has any business with the element any more.
     pub(super) fn is_to_go(&self, state: &State, key: ElementKey) -> bool {
         if family_ended(state, key.family) {

@@ -628,26 +628,6 @@ impl DataAccess {
         }
     }
 
-    /// At a secondary an element above the watermark may hold a write that is not complete: only the
-    /// primary knows.
-    fn read_as_secondary(&mut self, ctx: &mut Context, number: OpNumber) {
-        let op = &self.operations[&number];
-        let slot = &self.slots[op.slot];
-        // Before the settlement of its term an element may lack, here, what the settlement will bring: were
-        // it served, a write of a fenced client could still become visible after the fence (P5).
-        let unsettled = slot.watermark.term < slot.term;
-        // A snapshot or a clone stands on what was written before a certain command: has all of that come?
-        let stands_on = ctx.state.vdisk(op.access.vdisk).map_or(0, |v| v.stands_on);
-        let told = slot.incoming.as_ref().map_or(0, Incoming::mark).max(slot.term);
-        let unmarked = stands_on > told && !self.is_sabotaged(Sabotage::SnapshotWithoutMark);
-        let busy = unsettled || unmarked || ctx.stores.version(op.element) > slot.watermark;
-        let catches_up = !slot.in_sync.contains(&self.me); // Only with the rule left out.
-        if busy && !catches_up && !self.is_sabotaged(Sabotage::ServeBusy) {
-            return self.refuse(ctx, number, Refusal::Busy);
-        }
-        self.capture(ctx, number);
-    }
-
     /// The operation's turn has come; a write holds its blocks.
     fn start(&mut self, ctx: &mut Context, number: OpNumber) {
         match &self.operations[&number].kind {

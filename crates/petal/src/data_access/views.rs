@@ -4,6 +4,26 @@
 use super::*;
 
 impl DataAccess {
+    /// At a secondary an element above the watermark may hold a write that is not complete: only the
+    /// primary knows.
+    pub(super) fn read_as_secondary(&mut self, ctx: &mut Context, number: OpNumber) {
+        let op = &self.operations[&number];
+        let slot = &self.slots[op.slot];
+        // Before the settlement of its term an element may lack, here, what the settlement will bring: were
+        // it served, a write of a fenced client could still become visible after the fence (P5).
+        let unsettled = slot.watermark.term < slot.term;
+        // A snapshot or a clone stands on what was written before a certain command: has all of that come?
+        let stands_on = ctx.state.vdisk(op.access.vdisk).map_or(0, |v| v.stands_on);
+        let told = slot.incoming.as_ref().map_or(0, Incoming::mark).max(slot.term);
+        let unmarked = stands_on > told && !self.is_sabotaged(Sabotage::SnapshotWithoutMark);
+        let busy = unsettled || unmarked || ctx.stores.version(op.element) > slot.watermark;
+        let catches_up = !slot.in_sync.contains(&self.me); // Only with the rule left out.
+        if busy && !catches_up && !self.is_sabotaged(Sabotage::ServeBusy) {
+            return self.refuse(ctx, number, Refusal::Busy);
+        }
+        self.capture(ctx, number);
+    }
+
     /// Somebody reads what stands on the command at this index: the other replicas are told that they have all
     /// that was written before, so that they can serve it too. Once a slot; a new term tells it by itself.
     pub(super) fn mark(&mut self, ctx: &mut Context, index: SlotIndex, stands_on: StateIndex) {

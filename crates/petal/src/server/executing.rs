@@ -4,6 +4,17 @@ use super::*;
 use crate::global_state::check_length;
 
 impl Server {
+    pub(super) fn log(&self) -> Vec<LogLine> {
+        let Some(global) = &self.global else { return Vec::new() };
+        let line = |(index, recent): (StateIndex, &RecentEntry)| LogLine {
+            index,
+            text: recent.entry.command.to_string(),
+            refused: recent.refused.as_ref().map(ToString::to_string),
+            age_millis: recent.applied.map(|at| u64::try_from(self.now.since(at).as_millis()).unwrap_or(u64::MAX)),
+        };
+        global.recent().map(line).collect()
+    }
+
     pub(super) fn on_execute(
         &mut self,
         client: ClientId,
