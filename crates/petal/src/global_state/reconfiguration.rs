@@ -470,37 +470,57 @@ mod tests {
         assert!(f.state.reconfigurations.is_empty());
     }
 
-    #[test]
-    fn turning_back_forgets_joiners_and_waits_for_the_old_members() {
+    /// Some slots have moved, others are fenced.
+    fn half_moved() -> (Fixture, GmapId, Vec<u32>) {
         let (mut f, gmap) = three_and_a_new_one();
-        let before: Vec<Vec<ServerId>> = f.state.gmaps[&gmap].slots.clone();
         f.run(Command::Drain { server: s(4), drained: false }).unwrap();
         for _ in 0..3 {
             step(&mut f, gmap);
             bring_in_sync(&mut f);
         }
         step(&mut f, gmap);
+        let under_way = &f.state.reconfigurations[&gmap];
+        let fenced: Vec<u32> = under_way.fenced.keys().copied().collect();
+        assert!(under_way.moved > 0 && !fenced.is_empty());
+        (f, gmap, fenced)
+    }
+
+    /// A member is taken out of a slot.
+    fn take_out(f: &mut Fixture, slot: SlotId, server: ServerId) {
+        let term = f.state.slot(slot).unwrap().term;
+        f.run(Command::TakeOut { server, slots: vec![(slot, term)] }).unwrap();
+    }
+
+    #[test]
+    fn turning_back_forgets_joiners_though_an_old_member_is_out_of_sync() {
+        let (mut f, gmap, fenced) = half_moved();
         let moved = f.state.reconfigurations[&gmap].moved as usize;
-        let fenced: Vec<u32> = f.state.reconfigurations[&gmap].fenced.keys().copied().collect();
-        assert!(moved > 0 && !fenced.is_empty());
-        // An old member is out of sync, up again: its slot must wait.
+        let before: Vec<Vec<ServerId>> = f.state.gmaps[&gmap].slots.clone();
         let first = SlotId { gmap, slot: fenced[0] };
-        let (server, term) = {
-            let slot = f.state.slot(first).unwrap();
-            (slot.tuple[1].server, slot.term)
-        };
-        f.run(Command::TakeOut { server, slots: vec![(first, term)] }).unwrap();
+        let server = f.state.slot(first).unwrap().tuple[1].server;
+        take_out(&mut f, first, server);
         f.run(Command::AbortReconfiguration { gmap }).unwrap();
-        assert_eq!(f.state.reconfigurations[&gmap].fenced.keys().collect::<Vec<_>>(), [&fenced[0]]);
-        assert_eq!(next_step(&f.state, gmap), None);
-        assert_eq!(f.run(Command::AbortReconfiguration { gmap }), Err(CommandError::Overtaken));
-        bring_in_sync(&mut f);
-        assert_eq!(step(&mut f, gmap), Some(Command::AbortReconfiguration { gmap }));
         assert!(f.state.reconfigurations.is_empty() && f.state.replan.is_empty());
-        let differ = before.iter().zip(&f.state.gmaps[&gmap].slots).filter(|(old, new)| old != new).count();
-        assert_eq!(differ, moved, "what was new stays so");
+        assert_eq!(f.state.gmaps[&gmap].slots, before, "what was new stays so");
         assert!(f.state.all_slots().all(|(_, slot)| slot.tuple.len() == 2));
         assert_eq!(held(&f, 4), moved);
+    }
+
+    #[test]
+    fn turning_back_costs_no_copy() {
+        let (mut f, gmap, fenced) = half_moved();
+        bring_in_sync(&mut f);
+        let first = SlotId { gmap, slot: fenced[0] };
+        let target = f.state.reconfigurations[&gmap].moves[&fenced[0]].clone();
+        let goes = f.state.slot(first).unwrap().tuple.iter().map(|m| m.server).find(|s| !target.contains(s)).unwrap();
+        take_out(&mut f, first, goes);
+        f.run(Command::AbortReconfiguration { gmap }).unwrap();
+        assert_eq!(f.state.reconfigurations[&gmap].fenced.keys().collect::<Vec<_>>(), [&fenced[0]]);
+        assert_eq!(f.run(Command::AbortReconfiguration { gmap }), Err(CommandError::Overtaken));
+        // Its joiner is one of two copies: it stays, and the slot is new.
+        assert!(matches!(step(&mut f, gmap), Some(Command::Moved { .. })));
+        assert!(f.state.reconfigurations.is_empty());
+        assert_eq!(f.state.slot(first).unwrap().in_sync().collect::<Vec<_>>(), target);
     }
 
     #[test]

@@ -893,9 +893,11 @@ impl State {
         // A server that does not know the session yet must catch up before it refuses its messages.
         disk.revision = self.index;
         effects.sessions_ended = in_the_way;
-        // Though nobody is in the way: who was may have been detached a moment ago by somebody who still waits, and what
-        // it sent be under way. Whoever attaches must not see it come (P5).
-        self.narrow(family, effects);
+        // Though nobody is in a writer's way: who was may have been detached a moment ago by somebody who still waits, and
+        // what it sent be under way. Whoever writes must not see it come (P5).
+        if mode != Attachment::ReadOnly || !effects.sessions_ended.is_empty() {
+            self.narrow(family, effects);
+        }
         Ok(Outcome::Session(session))
     }
 
