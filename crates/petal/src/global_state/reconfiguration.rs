@@ -11,7 +11,7 @@
 //! any other (`resync.rs`). Each command names the terms that it relies on.
 //!
 //! Invariants: a slot has at most [`TUPLE_MAX`] members; a slot is new only when every server of its new tuple is in sync and
-//! live, so redundancy never falls; turning back takes nobody away whom the old tuple needs. *Who leaves* a slot may not know
+//! live, so redundancy never falls; turning back takes nobody away without whom there were fewer copies. *Who leaves* a slot may not know
 //! it for as long as a lease: the slot remembers it ([`SlotState::left`]), and whoever acts next serves nothing before it
 //! knows, or that time is over (2.1, "complete").
 
@@ -36,7 +36,7 @@ pub struct Reconfiguration {
     pub moved: u32,
     /// Nothing more is fenced until it is resumed.
     pub paused: bool,
-    /// It is turned back: nothing is fenced or moved any more.
+    /// It is turned back: nothing more is fenced, and only what cannot be turned back without a copy less moves on.
     pub turns_back: bool,
 }
 
