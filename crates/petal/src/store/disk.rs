@@ -136,8 +136,8 @@ pub(super) struct Disk {
     /// Clock hand over clean entries.
     clock: VecDeque<ElementKey>,
     cache_max: usize,
-    /// Rows of the entries in memory.
-    cache_rows: usize,
+    /// Weight of the entries in memory.
+    cache_weight: usize,
     /// Entries that became dirty since the last checkpoint began.
     dirty: Vec<ElementKey>,
     /// Elements that exist here and that the PMap store does not have yet.
@@ -204,8 +204,8 @@ impl Disk {
             allocator,
             cache: FastMap::new(),
             clock: VecDeque::new(),
-            cache_max: config.cache_elements,
-            cache_rows: 0,
+            cache_max: config.cache_elements * Entry::WEIGHT_OF_ONE,
+            cache_weight: 0,
             dirty: Vec::new(),
             fresh: BTreeSet::new(),
             elements: 0,
@@ -368,7 +368,7 @@ impl Disk {
     fn loaded(&mut self, element: ElementKey, entry: Entry) {
         self.loading.remove(&element);
         let pinned = self.recovery.is_none();
-        self.cache_rows += entry.weight();
+        self.cache_weight += Entry::weight(entry.rows.len());
         let (stale_rows, new_rows) = (SmallVec::new(), SmallVec::new());
         let cached = Cached { entry, clean: Cleanness::Clean, used: true, pinned, stale_rows, new_rows };
         if self.cache.insert(element, cached).is_none() {
@@ -385,16 +385,16 @@ impl Disk {
     fn evict(&mut self) {
         // A new entry needs two passes of the hand; the more there are too many, the further it goes. Not without end:
         // there may be many that the next checkpoint has to save first.
-        let excess = self.cache_rows.saturating_sub(self.cache_max);
+        let excess = self.cache_weight.saturating_sub(self.cache_max);
         let mut tries = self.clock.len().min(64 + 4 * excess).min(1024);
-        while self.cache_rows > self.cache_max && tries > 0 {
+        while self.cache_weight > self.cache_max && tries > 0 {
             tries -= 1;
             let Some(element) = self.clock.pop_front() else { return };
             let Some(cached) = self.cache.get_mut(&element) else { continue };
             if cached.pinned || cached.clean != Cleanness::Clean || std::mem::take(&mut cached.used) {
                 self.clock.push_back(element);
             } else {
-                self.cache_rows -= cached.entry.weight();
+                self.cache_weight -= Entry::weight(cached.entry.rows.len());
                 self.cache.remove(&element);
             }
         }
@@ -751,7 +751,7 @@ impl Disk {
         let cached = self.cache.get_mut(&element).expect("a changed entry is in memory");
         let rows = cached.entry.rows.len();
         self.rows = (self.rows + rows as u64).saturating_sub(rows_before as u64);
-        self.cache_rows = self.cache_rows + rows.max(1) - rows_before.max(1);
+        self.cache_weight = self.cache_weight + Entry::weight(rows) - Entry::weight(rows_before);
         cached.used = true;
         if cached.clean != Cleanness::Dirty {
             cached.clean = Cleanness::Dirty;

@@ -122,10 +122,14 @@ impl Entry {
         Some(&self.rows[at])
     }
 
-    /// What the entry takes of the room for entries: its rows, at least one.
-    pub fn weight(&self) -> usize {
-        self.rows.len().max(1)
+    /// What an entry with so many rows takes of the room for entries, in quarters of one with a single row: a further row
+    /// takes a quarter of the memory.
+    pub fn weight(rows: usize) -> usize {
+        Entry::WEIGHT_OF_ONE - 1 + rows.max(1)
     }
+
+    /// That of an entry with one row.
+    pub const WEIGHT_OF_ONE: usize = 4;
 
     /// Every block that is stored, each once however many rows share it.
     pub fn stored(&self) -> Vec<Place> {

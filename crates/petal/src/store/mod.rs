@@ -363,7 +363,7 @@ pub struct OpenDisk {
 /// What the stores are started with.
 #[derive(Clone, Debug)]
 pub struct StoreConfig {
-    /// Rows of clean element entries kept in memory, per disk (an element has one and more with snapshots).
+    /// Clean element entries with one row kept in memory, per disk; each further row of one counts as a quarter of an entry.
     pub cache_elements: usize,
     /// A rule left out, to test the checkers. Always `Sabotage::None` in a real server.
     pub sabotage: crate::sabotage::Sabotage,
