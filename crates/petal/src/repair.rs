@@ -411,6 +411,14 @@ impl DataAccess {
         self.end_round(ctx, element);
     }
 
+    /// The family has other slots since: what is still bad is noticed again.
+    pub(crate) fn forget_repairs_of(&mut self, ctx: &mut Context, family: FamilyId) {
+        let of_family = |element: &&ElementKey| element.family == family;
+        for element in self.repairs.elements.keys().filter(of_family).copied().collect::<Vec<_>>() {
+            self.end_repair(ctx, element, false);
+        }
+    }
+
     fn end_repair(&mut self, ctx: &mut Context, element: ElementKey, is_good: bool) {
         let Some(repair) = self.repairs.elements.remove(&element) else { return };
         let (found, repaired) = repair.progress;

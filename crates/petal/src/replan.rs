@@ -4,7 +4,8 @@
 //! data when a server is added; this one keeps every copy where it is, but for those of servers that go
 //! and those that a server has above its share. `mover.rs` starts such a change.
 //!
-//! Promises of [`replan`]: as many slots as before; the servers of a tuple differ, and a tuple has no fewer
+//! Promises of [`replan`]: as many slots as before, each with as many copies as the scheme has (the tuples of a map whose
+//! scheme has just changed have more or fewer); the servers of a tuple differ, and a tuple has no fewer
 //! domains than the servers that stay in it had; the result depends on nothing but the arguments.
 
 use crate::ids::{GmapId, ServerId};
@@ -35,6 +36,18 @@ pub fn replan(id: GmapId, from: &Gmap, candidates: &[Candidate]) -> Result<Gmap,
     // The changes are scattered over the slots, so that no part of a disk moves all at once.
     let order: Vec<usize> = scattered(slots);
 
+    // A scheme of fewer copies: who goes, goes first; then whoever is most above the share.
+    for slot in &order {
+        let tuple = &mut layout[*slot];
+        while tuple.len() > copies {
+            let above = |place: &usize| tuple[*place].map_or(i64::MAX, |i| held[i] - wanted[i]);
+            let place = (0..tuple.len()).rev().max_by_key(above).expect("it has members");
+            if let Some(i) = tuple.remove(place) {
+                held[i] -= 1;
+            }
+        }
+        tuple.resize(copies, None);
+    }
     for slot in &order {
         for place in 0..copies {
             if layout[*slot][place].is_none() {
@@ -188,6 +201,16 @@ mod tests {
                 let share = to.slots.len() / usize::from(n + 1);
                 prop_assert!(first.abs_diff(share) <= 2 + share / 4, "primary in {first} of {share}");
             }
+        }
+
+        #[test]
+        fn another_number_of_copies_moves_only_the_copies_that_are_added(n in 3u16..40, from in 0usize..3, to in 0usize..3) {
+            let old = plan(GmapId(1), SCHEMES[from], &equal(n)).unwrap();
+            let new = replan(GmapId(1), &Gmap { scheme: SCHEMES[to], ..old.clone() }, &equal(n)).unwrap();
+            check(&new, &equal(n));
+            let added = SCHEMES[to].copies().saturating_sub(SCHEMES[from].copies()) * old.slots.len();
+            let moved = copies_to_move(&old, &new);
+            prop_assert!(moved <= added + old.slots.len() / 8, "{moved} copies are made, {added} are more than before");
         }
 
         #[test]

@@ -11,10 +11,11 @@ use crate::workload::draw_weighted;
 use crate::world::World;
 use bytes::Bytes;
 use petal::global_state::{Command, ServerState, State};
-use petal::ids::{DiskId, GmapId, Incarnation, ServerId, SlotId, Term};
+use petal::ids::{DiskId, GmapId, Incarnation, ServerId, SlotId, Term, VdiskId};
 use petal::message::{Admin, AdminRequest, Body, CommandId, Message, Part, Payload};
 use petal::server::{self, Peer};
 use petal::store::{BlockSum, DiskCommand};
+use petal::translator::gmap::Scheme;
 use stdx::{Duration, Instant, Machine};
 
 /// A moment at which somebody is killed: while the command is in flight, or about when the message
@@ -645,8 +646,13 @@ impl World {
         if servers.is_empty() || self.workload.to_create > 0 {
             return;
         }
-        let command = match self.chaos.below(8) {
-            0 if !under_way.is_empty() => Command::AbortReconfiguration { gmap: *self.chaos.pick(&under_way) },
+        let other = other_copies(&state, self.chaos.next_u64());
+        let command = match self.chaos.below(9) {
+            8 if !under_way.is_empty() => Command::AbortReconfiguration { gmap: *self.chaos.pick(&under_way) },
+            0 | 1 if other.is_some() => {
+                let (vdisk, scheme) = other.expect("just seen");
+                Command::SetCopies { vdisk, scheme }
+            }
             1..=3 if !drained.is_empty() => Command::Drain { server: *self.chaos.pick(&drained), drained: false },
             // What the servers do with a plan that makes no sense is nobody's harm, so any server will do.
             _ => Command::Drain { server: *self.chaos.pick(&servers), drained: drained.is_empty() },
@@ -892,4 +898,13 @@ fn alter(message: &mut Message) -> bool {
     let altered = !bytes.is_empty();
     m.data = Payload(vec![Bytes::from(bytes)]);
     altered
+}
+
+/// Some disk, and a scheme that it does not have. Never fewer copies than two: other faults are chosen by how many copies
+/// there are.
+fn other_copies(state: &State, which: u64) -> Option<(VdiskId, Scheme)> {
+    let count = state.vdisks.len().max(1) as u64;
+    let disk = state.vdisks.values().nth((which % count) as usize)?;
+    let scheme = state.gmaps.get(&state.family(disk.family)?.gmap)?.scheme;
+    Some((disk.id, if scheme == Scheme::Chained { Scheme::Chained3 } else { Scheme::Chained }))
 }

@@ -36,7 +36,7 @@ mod views;
 mod watermarks;
 mod window;
 
-use crate::global_state::{Attachment, State};
+use crate::global_state::{Attachment, Split, State};
 use crate::ids::*;
 use crate::limits::*;
 use crate::liveness::Liveness;
@@ -307,6 +307,8 @@ pub struct DataAccess {
     pub(crate) next_stream: u64,
     /// Promises asked for in terms that this server does not know yet.
     pub(crate) early_promises: BTreeMap<SlotId, (ServerId, Term)>,
+    /// GMaps that a family has by itself, and that the stores know of.
+    splits: BTreeSet<GmapId>,
     pub(crate) promised_due: BTreeMap<ServerId, Vec<(SlotId, Term, Version)>>,
     pub(crate) listings: BTreeMap<u64, crate::promise::Listing>,
     pub(crate) fetches: BTreeMap<u64, crate::fetch::FetchJob>,
@@ -371,6 +373,7 @@ impl DataAccess {
             // A restarted server's streams are newer than those of its last life.
             next_stream: incarnation.0 << 32,
             early_promises: BTreeMap::new(),
+            splits: BTreeSet::new(),
             promised_due: BTreeMap::new(),
             listings: BTreeMap::new(),
             fetches: BTreeMap::new(),
@@ -563,7 +566,10 @@ impl DataAccess {
 
     /// Begins an operation, or begins it again in a new term.
     fn admit(&mut self, ctx: &mut Context, number: OpNumber) {
-        let slot = self.operations[&number].slot;
+        let (slot, element) = (self.operations[&number].slot, self.operations[&number].element);
+        if ctx.state.slot_of(element.family, element.element) != Some(self.slots[slot].id) {
+            return self.refuse(ctx, number, Refusal::StaleMap); // Its family has another GMap since.
+        }
         let (slot, may_read) = (&self.slots[slot], self.may_read(&self.slots[slot]));
         let is_gated = !self.may_complete(self.operations[&number].access.vdisk, slot.settled_at);
         let op = self.operations.get_mut(&number).expect("admitted operations exist");
@@ -1171,6 +1177,7 @@ impl DataAccess {
                 &all
             }
         };
+        self.split_families(ctx);
         let mut asks: BTreeMap<ServerId, Vec<(SlotId, Term)>> = BTreeMap::new();
         let mut heirs: BTreeSet<ServerId> = BTreeSet::new();
         for id in changed {
@@ -1197,6 +1204,19 @@ impl DataAccess {
         }
         self.send_promises(ctx, asks);
         self.joins_due = true;
+    }
+
+    /// Families that have GMaps of their own since: before anything of their new slots is known here, the stores know that
+    /// what they have of the old ones belongs there.
+    fn split_families(&mut self, ctx: &mut Context) {
+        let known = &self.splits;
+        let new: Vec<(GmapId, Split)> =
+            ctx.state.splits.iter().filter(|(gmap, _)| !known.contains(gmap)).map(|(gmap, s)| (*gmap, *s)).collect();
+        for (gmap, Split { family, from }) in new {
+            self.splits.insert(gmap);
+            ctx.stores.split(family, from, gmap);
+            self.forget_repairs_of(ctx, family);
+        }
     }
 
     fn slot_index(&mut self, ctx: &mut Context, id: SlotId) -> SlotIndex {

@@ -343,6 +343,14 @@ pub enum Command {
         /// It rests.
         paused: bool,
     },
+    /// The disk's family, that is the disk with its snapshots and clones, is to have other copies (2.8). If others share its
+    /// GMap it first gets one of its own, with the same tuples.
+    SetCopies {
+        /// The disk.
+        vdisk: VdiskId,
+        /// The scheme.
+        scheme: Scheme,
+    },
 }
 
 /// A snapshot that is to be made.
@@ -442,6 +450,10 @@ impl std::fmt::Display for Command {
             Command::AbortReconfiguration { gmap } => write!(f, "the reconfiguration of {gmap} is turned back"),
             Command::PauseReconfiguration { gmap, paused } => {
                 write!(f, "the reconfiguration of {gmap} {}", if *paused { "rests" } else { "goes on" })
+            }
+            Command::SetCopies { vdisk, scheme } => {
+                let copies = scheme.copies();
+                write!(f, "{vdisk} is to have {copies} {}", if copies == 1 { "copy" } else { "copies" })
             }
         }
     }
@@ -659,6 +671,11 @@ pub enum CommandError {
     /// No such GMap.
     #[error("there is no map {0}")]
     NoSuchGmap(GmapId),
+    /// One change of placement at a time.
+    #[error(
+        "data of {0} is being moved; wait until that has ended (`petal status`), or turn it back (`petal server turn-back`)"
+    )]
+    Moving(GmapId),
 }
 
 fn name_taken(name: &str) -> String {

@@ -23,5 +23,5 @@ pub use room::{Accepted, GlobalOutput, GlobalState, Own, RecentEntry};
 pub(crate) use state::tests::Fixture;
 pub use state::{
     Departed, DiskState, Effects, Executed, Member, RingConfiguration, RingMember, ServerState, Session, SlotState,
-    State, StateError,
+    Split, State, StateError,
 };

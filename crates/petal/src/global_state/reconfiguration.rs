@@ -16,10 +16,11 @@
 //! knows, or that time is over (2.1, "complete").
 
 use super::command::{CommandError, Outcome};
-use super::state::{Applied, Departed, Effects, Member, State};
+use super::state::{Applied, Departed, Effects, Member, Split, State};
 use crate::ids::*;
 use crate::limits::*;
 use crate::placement::Candidate;
+use crate::translator::gmap::{Gmap, Scheme};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -71,6 +72,55 @@ impl State {
         self.placed = index;
         self.replan = self.gmaps.keys().copied().collect();
         Ok(Outcome::Done)
+    }
+
+    /// A family gets other copies: its GMap, or one of its own, has another scheme, and is planned anew.
+    pub(super) fn set_copies(&mut self, vdisk: VdiskId, scheme: Scheme, effects: &mut Effects) -> Applied {
+        let index = self.index;
+        let family = self.vdisks.get(&vdisk).ok_or(CommandError::NoSuchDisk(vdisk))?.family;
+        let from = self.families[&family].gmap;
+        if self.gmaps[&from].scheme == scheme {
+            return Ok(Outcome::Done);
+        }
+        let (copies, servers) = (scheme.copies(), self.candidates().iter().filter(|c| c.weight > 0).count());
+        if servers < copies {
+            return Err(CommandError::TooFewServers { copies, servers });
+        }
+        if self.reconfigurations.contains_key(&from) {
+            return Err(CommandError::Moving(from));
+        }
+        let gmap = if self.splits.contains_key(&from) { from } else { self.split(family, effects)? };
+        self.gmaps.get_mut(&gmap).expect("just made").scheme = scheme;
+        self.layouts.insert(gmap, index);
+        self.replan.insert(gmap);
+        Ok(Outcome::Done)
+    }
+
+    /// A family gets a GMap of its own. Every slot that it leaves and every slot that it enters has a new term: what is on
+    /// its way by the old one is refused, and settled before anything is served.
+    fn split(&mut self, family: FamilyId, effects: &mut Effects) -> Result<GmapId, CommandError> {
+        let (index, to) = (self.index, GmapId(self.index));
+        if self.gmaps.len() >= GMAPS_MAX {
+            return Err(CommandError::TooMany { limit: GMAPS_MAX, what: "disks with copies of their own".into() });
+        }
+        let family_state = self.families.get_mut(&family).expect("its disk exists");
+        let from = std::mem::replace(&mut family_state.gmap, to);
+        family_state.revision = index;
+        let map = Gmap { id: to, ..self.gmaps[&from].clone() };
+        let table = self.slots.get_mut(&from).expect("a GMap has slots");
+        for slot in table.iter_mut() {
+            slot.term = index;
+            effects.names.extend(slot.tuple.iter().map(|m| m.server));
+        }
+        let table = table.clone();
+        for gmap in [from, to] {
+            effects.slots.extend((0..table.len() as u32).map(|slot| SlotId { gmap, slot }));
+        }
+        self.slots.insert(to, table);
+        self.gmaps.insert(to, map);
+        self.splits.insert(to, Split { family, from });
+        self.narrow_to_members(effects);
+        Ok(to)
     }
 
     /// A plan that was made from what still holds begins. None at all: the placement is as it should be.
@@ -266,6 +316,18 @@ impl State {
     }
 
     pub(super) fn check_reconfigurations(&self) -> Result<(), String> {
+        for (gmap, split) in &self.splits {
+            let (Some(to), Some(from)) = (self.gmaps.get(gmap), self.gmaps.get(&split.from)) else {
+                return Err(format!("{gmap} was split from {}, and one of them does not exist", split.from));
+            };
+            let is_its = |f: &crate::translator::vdir::Family| f.gmap == *gmap;
+            if to.slots.len() != from.slots.len() || !self.families.get(&split.family).is_none_or(is_its) {
+                return Err(format!("{gmap} is not what {} got by itself", split.family));
+            }
+            if self.families.values().any(|f| f.gmap == *gmap && f.id != split.family) {
+                return Err(format!("{gmap} is not only the GMap of {}", split.family));
+            }
+        }
         let known = |s: &ServerId| self.servers.contains_key(s);
         for (gmap, under_way) in &self.reconfigurations {
             let (Some(map), Some(table)) = (self.gmaps.get(gmap), self.slots.get(gmap)) else {
@@ -521,6 +583,54 @@ mod tests {
         assert!(matches!(step(&mut f, gmap), Some(Command::Moved { .. })));
         assert!(f.state.reconfigurations.is_empty());
         assert_eq!(f.state.slot(first).unwrap().in_sync().collect::<Vec<_>>(), target);
+    }
+
+    #[test]
+    fn a_disk_gets_other_copies_and_its_neighbours_do_not() {
+        let mut f = Fixture::up(4);
+        let (a, b) = (f.disk("a"), f.disk("b"));
+        let of = |f: &Fixture, disk: VdiskId| f.state.families[&f.state.vdisks[&disk].family].gmap;
+        let common = of(&f, a);
+        let before = f.state.gmaps[&common].clone();
+        let copies = |f: &mut Fixture, vdisk, scheme| f.run(Command::SetCopies { vdisk, scheme });
+        copies(&mut f, a, Scheme::Chained).unwrap();
+        assert_eq!(of(&f, a), common, "it has them");
+        copies(&mut f, a, Scheme::Chained3).unwrap();
+        let own = of(&f, a);
+        assert_eq!((own, of(&f, b)), (GmapId(f.state.index), common));
+        assert_eq!(f.state.slots[&own], f.state.slots[&common]);
+        assert!(f.state.all_slots().all(|(_, slot)| slot.term == f.state.index), "what is on its way is refused");
+        assert_eq!(f.effects.slots.len(), 2 * before.slots.len());
+        assert!(f.effects.narrows && f.effects.names.len() == 4);
+        assert_eq!(f.state.revision_of(a), Some(f.state.index), "clients learn of it");
+        assert_ne!(f.state.revision_of(b), Some(f.state.index));
+        step(&mut f, own);
+        let refused = copies(&mut f, a, Scheme::Chained);
+        assert_eq!(refused, Err(CommandError::Moving(own)));
+        for scheme in [Scheme::Chained3, Scheme::Chained, Scheme::Striped, Scheme::Chained] {
+            copies(&mut f, a, scheme).unwrap();
+            assert_eq!(of(&f, a), own, "once is enough");
+            finish(&mut f, own);
+            for (id, slot) in f.state.all_slots().filter(|(id, _)| id.gmap == own) {
+                let tuple: Vec<ServerId> = slot.tuple.iter().map(|m| m.server).collect();
+                assert_eq!(tuple, f.state.gmaps[&own].slots[id.slot as usize]);
+                assert!(tuple.len() == scheme.copies() && slot.tuple.iter().all(|m| m.in_sync));
+            }
+            assert_eq!(State::decode(&f.state.encode()).unwrap(), f.state);
+        }
+        assert_eq!(f.state.gmaps[&common], before);
+        f.run(Command::DeleteDisks { vdisks: vec![a] }).unwrap();
+        assert_eq!(State::decode(&f.state.encode()).unwrap(), f.state);
+    }
+
+    #[test]
+    fn more_copies_than_servers_are_refused() {
+        let mut f = Fixture::up(2);
+        let vdisk = f.disk("a");
+        let refused = f.run(Command::SetCopies { vdisk, scheme: Scheme::Chained3 });
+        assert_eq!(refused, Err(CommandError::TooFewServers { copies: 3, servers: 2 }));
+        let none = f.run(Command::SetCopies { vdisk: VdiskId(99), scheme: Scheme::Chained3 });
+        assert_eq!(none, Err(CommandError::NoSuchDisk(VdiskId(99))));
     }
 
     #[test]

@@ -38,7 +38,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Version of the encoding of a [`State`]: its first byte.
-const STATE_VERSION: u8 = 6;
+const STATE_VERSION: u8 = 7;
 
 /// The first lineage of a family, and the first epoch of a lineage.
 const FIRST_LINEAGE: LineageId = LineageId(1);
@@ -71,6 +71,8 @@ pub struct State {
     pub layouts: BTreeMap<GmapId, StateIndex>,
     /// State index of the last command that changed which servers hold data.
     pub placed: StateIndex,
+    /// GMaps that one family has by itself, each with where that came from.
+    pub splits: BTreeMap<GmapId, Split>,
     /// Families.
     pub families: BTreeMap<FamilyId, Family>,
     /// Virtual disks.
@@ -212,6 +214,17 @@ pub struct Session {
     pub holder: String,
 }
 
+/// A family that got a GMap of its own (2.8). Its slots began with the tuples, and on each server with the watermarks, of
+/// those with the same numbers in the GMap that it left. The new GMap's id is the state index of that, so whatever was
+/// written before has a version of an older term.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Split {
+    /// The family.
+    pub family: FamilyId,
+    /// The GMap that it left.
+    pub from: GmapId,
+}
+
 /// What an entry changed, for the rooms that must act on it.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Effects {
@@ -316,6 +329,7 @@ impl State {
             reconfigurations: BTreeMap::new(),
             replan: BTreeSet::new(),
             layouts: BTreeMap::new(),
+            splits: BTreeMap::new(),
             placed: 0,
             families: BTreeMap::new(),
             vdisks: BTreeMap::new(),
@@ -701,6 +715,7 @@ impl State {
             Command::Moved { gmap, slots } => self.moved(*gmap, slots, effects),
             Command::AbortReconfiguration { gmap } => self.abort_reconfiguration(*gmap, effects),
             Command::PauseReconfiguration { gmap, paused } => self.pause_reconfiguration(*gmap, *paused),
+            Command::SetCopies { vdisk, scheme } => self.set_copies(*vdisk, *scheme, effects),
         }
     }
 

@@ -464,7 +464,12 @@ fn random_command(prng: &mut Prng, state: &State) -> Command {
     let suspect = known.and_then(|s| s.suspect).unwrap_or(state.index);
     let server_id = ServerId(server);
     let gmap = state.gmaps.keys().nth(prng.below(state.gmaps.len() as u64 + 1) as usize).copied().unwrap_or(GmapId(1));
-    match prng.below(34) {
+    match prng.below(35) {
+        34 => {
+            let vdisk = state.vdisks.keys().nth(prng.below(state.vdisks.len() as u64 + 1) as usize).copied();
+            let scheme = *prng.pick(&[Scheme::Striped, Scheme::Chained, Scheme::Chained3]);
+            Command::SetCopies { vdisk: vdisk.unwrap_or(VdiskId(1)), scheme }
+        }
         26 => Command::Drain { server: server_id, drained: prng.chance(1, 2) },
         27 => Command::Reconfigure {
             gmap,

@@ -146,6 +146,8 @@ pub(super) struct Disk {
     pub rows: u64,
     loading: FastSet<ElementKey>,
     half_loaded: FastMap<ElementKey, Entry>,
+    /// Families that left a GMap, and for which one.
+    pub(super) splits: BTreeMap<FamilyId, (GmapId, GmapId)>,
     pub changes: BTreeMap<SlotId, BTreeMap<Version, ElementKey>>,
     /// What of `changes` the PMap store has.
     pub(super) saved_changes: BTreeSet<(SlotId, Version, ElementKey)>,
@@ -211,6 +213,7 @@ impl Disk {
             elements: 0,
             rows: 0,
             loading: FastSet::new(),
+            splits: BTreeMap::new(),
             half_loaded: FastMap::new(),
             changes: BTreeMap::new(),
             saved_changes: BTreeSet::new(),
@@ -351,6 +354,10 @@ impl Disk {
 
     fn on_rows(&mut self, element: ElementKey, rows: Vec<(Bytes, Bytes)>) {
         let mut entry = self.half_loaded.remove(&element).expect("rows follow a head");
+        // It was saved before its family got another GMap.
+        if let Some((_, to)) = self.splits.get(&element.family).filter(|(from, _)| *from == entry.slot.gmap) {
+            entry.slot.gmap = *to;
+        }
         for (key, value) in rows {
             let row = keys::row_ids(&key).and_then(|(lineage, epoch)| Row::decode(lineage, epoch, &value));
             let Some(row) = row else {
@@ -734,6 +741,7 @@ impl Disk {
                 self.release(&released);
             }
             Record::Watermark { slot, watermark } => self.note_watermark(slot, watermark),
+            Record::Split { family, from, to } => self.split(family, from, to),
             Record::Meta { generation, key, value } => {
                 let key = Bytes::from(key);
                 self.meta_generation = self.meta_generation.max(generation);
@@ -744,6 +752,54 @@ impl Disk {
                 };
             }
         }
+    }
+
+    /// A family has slots of its own: they begin with what is known of those with the same numbers that it left. What
+    /// those have from its term on (`to` is its state index) is not about it any more.
+    fn split(&mut self, family: FamilyId, from: GmapId, to: GmapId) {
+        let (key, value) = keys::split(family, from, to);
+        self.dirty_meta.insert(key.clone());
+        self.meta.insert(key, value);
+        self.splits.insert(family, (from, to));
+        let theirs = SlotId { gmap: from, slot: 0 }..=SlotId { gmap: from, slot: u32::MAX };
+        let known: Vec<(SlotId, Version)> =
+            self.watermarks.iter().filter(|(slot, _)| theirs.contains(slot)).map(|(slot, w)| (*slot, *w)).collect();
+        for (slot, watermark) in known.into_iter().filter(|(_, watermark)| watermark.term < to.0) {
+            self.note_watermark(SlotId { gmap: to, ..slot }, watermark);
+        }
+        let floors: Vec<(SlotId, Version)> =
+            self.floors.iter().filter(|(slot, _)| theirs.contains(slot)).map(|(slot, f)| (*slot, *f)).collect();
+        for (slot, floor) in floors {
+            let of_new = self.floors.entry(SlotId { gmap: to, ..slot }).or_default();
+            *of_new = (*of_new).max(floor.min(Version { term: to.0, sequence: 0 }));
+        }
+        let left: Vec<(SlotId, Version, ElementKey)> = self
+            .changes
+            .iter()
+            .filter(|(slot, _)| theirs.contains(slot))
+            .flat_map(|(slot, index)| index.iter().map(|(version, element)| (*slot, *version, *element)))
+            .filter(|(_, _, element)| element.family == family)
+            .collect();
+        for (slot, version, element) in left {
+            self.index_change(element, (slot, version), Some((SlotId { gmap: to, ..slot }, version)));
+        }
+        for element in self.clock.iter().filter(|element| element.family == family) {
+            if let Some(cached) = self.cache.get_mut(element).filter(|cached| cached.entry.slot.gmap == from) {
+                cached.entry.slot.gmap = to;
+            }
+        }
+    }
+
+    /// A family has left a GMap for another one, if this disk does not know that yet. Never refused for want of room in the
+    /// journal: there is one such record for a family at most.
+    pub fn stage_split(&mut self, family: FamilyId, from: GmapId, to: GmapId) {
+        if self.failed.is_some() || self.splits.contains_key(&family) {
+            return;
+        }
+        let record = Record::Split { family, from, to };
+        self.append(&record);
+        self.apply(record);
+        self.staged(None);
     }
 
     /// An entry has changed; it had so many rows.

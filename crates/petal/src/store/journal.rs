@@ -98,6 +98,15 @@ pub enum Record {
         /// The rows.
         rows: Vec<(LineageId, Epoch)>,
     },
+    /// A family has another GMap from here on, with as many slots.
+    Split {
+        /// The family.
+        family: FamilyId,
+        /// The GMap that it left.
+        from: GmapId,
+        /// The one that it has.
+        to: GmapId,
+    },
 }
 
 /// Where a batch stands in the chain.

@@ -105,6 +105,20 @@ pub fn meta(key: &[u8]) -> Bytes {
     joined([b"m", key])
 }
 
+/// Metadata of a disk: a family has left a GMap for another one.
+pub fn split(family: FamilyId, from: GmapId, to: GmapId) -> (Bytes, Bytes) {
+    (joined([SPLIT, &family.0.to_be_bytes()]), joined([&from.0.to_be_bytes(), &to.0.to_be_bytes()]))
+}
+
+const SPLIT: &[u8] = b"split/";
+
+/// The parts of that; none if it is something else.
+pub fn split_parts(key: &[u8], value: &[u8]) -> Option<(FamilyId, GmapId, GmapId)> {
+    let number = |bytes: &[u8]| bytes.try_into().ok().map(u64::from_be_bytes);
+    let family = FamilyId(number(key.strip_prefix(SPLIT)?)?);
+    Some((family, GmapId(number(value.get(..8)?)?), GmapId(number(value.get(8..)?)?)))
+}
+
 /// Key of what the last checkpoint reached.
 pub fn reached() -> Bytes {
     Bytes::from_static(b"reached")

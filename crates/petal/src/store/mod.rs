@@ -730,6 +730,24 @@ impl Stores {
         }
     }
 
+    /// A family has a GMap of its own, whose slots begin with what is known here of those that it left. Again: no change.
+    pub fn split(&mut self, family: FamilyId, from: GmapId, to: GmapId) {
+        let of_from = |(slot, watermark): (&SlotId, &Version)| {
+            (slot.gmap == from && watermark.term < to.0).then_some((SlotId { gmap: to, ..*slot }, *watermark))
+        };
+        let known: Vec<(SlotId, Version)> = self.watermarks.iter().filter_map(of_from).collect();
+        if self.disks.iter().all(|d| d.splits.contains_key(&family)) {
+            return;
+        }
+        for (slot, watermark) in known {
+            let of_new = self.watermarks.entry(slot).or_default();
+            *of_new = (*of_new).max(watermark);
+        }
+        for disk in &mut self.disks {
+            disk.stage_split(family, from, to);
+        }
+    }
+
     /// Every disk notes the watermark of a slot that has everything again. Nobody waits for it.
     pub fn note_caught_up(&mut self, slot: SlotId, watermark: Version) {
         let known = self.watermarks.entry(slot).or_default();

@@ -193,6 +193,9 @@ impl Disk {
                     }
                     None => {
                         let key = key.strip_prefix(b"m").ok_or("a key of the metadata")?;
+                        if let Some((family, from, to)) = keys::split_parts(key, &value) {
+                            self.splits.insert(family, (from, to));
+                        }
                         self.meta.insert(Bytes::copy_from_slice(key), value);
                     }
                 },
@@ -340,6 +343,6 @@ fn touched(record: &Record) -> Option<ElementKey> {
         | Record::Replace { element, .. }
         | Record::Drop { element }
         | Record::Reclaim { element, .. } => Some(*element),
-        Record::Watermark { .. } | Record::Meta { .. } => None,
+        Record::Watermark { .. } | Record::Meta { .. } | Record::Split { .. } => None,
     }
 }

@@ -198,3 +198,59 @@ fn an_element_with_a_thousand_rows_is_replaced_by_the_same() {
     assert_eq!(walk.stores.addresses(key), addresses, "nothing moves");
     assert_eq!(walk.stores.image(key).version, version);
 }
+
+/// What is known of a family's slots goes with it to the GMap that it gets, and what is known of others stays.
+#[test]
+fn a_family_that_gets_slots_of_its_own_takes_along_what_is_newer_than_the_watermark() {
+    for die in [false, true] {
+        let mut walk = calm(64 << 10, 60_000);
+        let mut slots = BTreeSet::new();
+        for _ in 0..40 {
+            let key = walk.any_key();
+            walk.ready(key).unwrap();
+            walk.write(key).unwrap();
+            walk.quiet().unwrap();
+            slots.extend(walk.stores.disks[0].entry(key).map(|entry| entry.slot));
+        }
+        let family = walk.any_key().family;
+        let from = slots.first().unwrap().gmap;
+        let term = slots.iter().map(|s| walk.stores.watermark(*s).term).max().unwrap() + 1;
+        let newest = walk.stores.disks[0].changes.values().filter_map(|c| c.keys().next_back()).max().unwrap().term;
+        let to = GmapId(term.max(newest + 1));
+        let known = |walk: &Walk, gmap: GmapId| -> Vec<(u32, Version, Option<Vec<ElementKey>>)> {
+            let of = |slot: &SlotId| {
+                let slot = SlotId { gmap, ..*slot };
+                (slot.slot, walk.stores.watermark(slot), walk.stores.newer(slot, Version::ZERO))
+            };
+            slots.iter().map(of).collect()
+        };
+        let before = known(&walk, from);
+        assert!(
+            before.iter().any(|(_, _, newer)| newer.as_ref().is_some_and(|n| n.iter().any(|k| k.family == family)))
+        );
+        walk.stores.split(family, from, to);
+        if die {
+            // Its record is durable like any other.
+            walk.flush().unwrap();
+            walk.quiet().unwrap();
+            walk.die();
+            walk.start().unwrap();
+        }
+        let of_family = |keep: bool| {
+            let only = |(slot, w, newer): &(u32, Version, Option<Vec<ElementKey>>)| {
+                let newer =
+                    newer.as_ref().map(|n| n.iter().copied().filter(|k| (k.family == family) == keep).collect());
+                (*slot, *w, newer)
+            };
+            before.iter().map(only).collect::<Vec<(u32, Version, Option<Vec<ElementKey>>)>>()
+        };
+        assert_eq!(known(&walk, to), of_family(true), "die: {die}");
+        assert_eq!(known(&walk, from), of_family(false), "die: {die}");
+        // What the old slots learn from then on is not about it.
+        let slot = *slots.first().unwrap();
+        let later = Version { term: to.0, sequence: 9 };
+        walk.stores.stage(Change::Watermark { slot, watermark: later }).unwrap();
+        walk.stores.split(family, from, to);
+        assert!(walk.stores.watermark(SlotId { gmap: to, ..slot }) < later);
+    }
+}
