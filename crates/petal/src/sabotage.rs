@@ -45,6 +45,8 @@ pub enum Sabotage {
     /// Whoever is no member of a slot any more serves reads of it until its lease ends, and who acts there now does not
     /// wait for that.
     LeaversServeOn,
+    /// A family that gets a GMap of its own leaves behind what was newer than the watermark (2.8).
+    SplitLosesChanges,
 
     // ---- liveness
     /// Reads are served without a lease.
@@ -145,6 +147,7 @@ impl Sabotage {
         Sabotage::SnapshotWithoutMark,
         Sabotage::NoGates,
         Sabotage::LeaversServeOn,
+        Sabotage::SplitLosesChanges,
         Sabotage::NewestEpochOnly,
         Sabotage::ReplayDropsRecords,
         Sabotage::AckBatchesOutOfOrder,
@@ -185,6 +188,7 @@ impl Sabotage {
             Sabotage::SnapshotWithoutMark => "snapshot-without-mark",
             Sabotage::NoGates => "no-gates",
             Sabotage::LeaversServeOn => "leavers-serve-on",
+            Sabotage::SplitLosesChanges => "split-loses-changes",
             Sabotage::NewestEpochOnly => "newest-epoch-only",
             Sabotage::ReplayDropsRecords => "replay-drops-records",
             Sabotage::AckBatchesOutOfOrder => "ack-batches-out-of-order",

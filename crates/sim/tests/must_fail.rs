@@ -253,3 +253,8 @@ fn freed_blocks_reused_early() {
 fn who_left_a_slot_serves_on() {
     must_be_caught(Sabotage::LeaversServeOn, 10, Overrides { servers: Some(4), shifts: true, ..Overrides::default() });
 }
+
+#[test]
+fn a_split_that_leaves_behind_what_is_newer_than_the_watermark() {
+    must_be_caught(Sabotage::SplitLosesChanges, 40, Overrides { servers: Some(4), shifts: true, ..Overrides::default() });
+}

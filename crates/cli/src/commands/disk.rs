@@ -28,6 +28,7 @@ Examples:
   petal disk info db --space
   petal disk resize db 200GiB
   petal disk resize db 50GiB --shrink      what lies beyond is gone
+  petal disk set db --copies 3             a third copy of everything, made while it is used
   petal disk rename db database
   petal disk delete database
   petal disk delete database --with-snapshots --dry-run")]
@@ -77,6 +78,8 @@ pub enum Command {
         #[arg(long)]
         shrink: bool,
     },
+    /// How many copies a disk has, while it is used
+    Set(super::copies::Arguments),
     /// Give a disk another name
     Rename {
         /// Its name
@@ -126,6 +129,7 @@ pub fn run(place: &Place, command: Command) -> Result<()> {
             Command::List { format } => list(&connection.state().await?, format),
             Command::Info { name, space, format } => info(&connection, &name, space, format).await,
             Command::Resize { name, size, shrink } => resize(&connection, &name, size, shrink).await,
+            Command::Set(arguments) => super::copies::set(&connection, arguments).await,
             Command::Rename { name, new_name } => {
                 let vdisk = find_disk(&connection.state().await?, &name)?.id;
                 connection.execute(Change::RenameDisk { vdisk, name: new_name.clone() }).await?;

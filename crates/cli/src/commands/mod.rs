@@ -3,6 +3,7 @@
 pub mod attach;
 pub mod bench;
 pub mod clone;
+pub mod copies;
 pub mod detach;
 pub mod diff;
 pub mod disk;

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use petal::global_state::{Command, ServerState, State};
 use petal::ids::ServerId;
 use petal::replan::{copies_to_move, replan};
+use petal::translator::gmap::Gmap;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -66,7 +67,7 @@ pub fn run(place: &Place, command: Placement) -> Result<()> {
 
 /// What one server holds.
 #[derive(Clone, Copy, Default)]
-struct Held {
+pub(super) struct Held {
     /// Copies of slots.
     copies: u64,
     /// Bytes of data, and for how many there is room; of a server that does not answer, none are known.
@@ -74,7 +75,7 @@ struct Held {
     capacity: u64,
 }
 
-async fn held(connection: &Connection, state: &State) -> Result<BTreeMap<ServerId, Held>> {
+pub(super) async fn held(connection: &Connection, state: &State) -> Result<BTreeMap<ServerId, Held>> {
     let connection = connection.to_all(state).await?;
     let mut all = BTreeMap::new();
     for server in state.servers.keys() {
@@ -157,7 +158,7 @@ async fn list(connection: &Connection, json: bool) -> Result<()> {
 }
 
 /// What a change would move.
-struct Plan {
+pub(super) struct Plan {
     before: BTreeMap<ServerId, Held>,
     after: BTreeMap<ServerId, Held>,
     copies: u64,
@@ -178,16 +179,7 @@ impl Plan {
                 // A copy has the mean size of those on the servers that have it.
                 let sizes = old.iter().filter_map(|s| plan.before.get(s)).filter(|h| h.capacity > 0 && h.copies > 0);
                 let sizes: Vec<u64> = sizes.map(|h| h.bytes / h.copies).collect();
-                let size = sizes.iter().sum::<u64>() / sizes.len().max(1) as u64;
-                for server in old.iter().filter(|s| !new.contains(s)) {
-                    let held = plan.after.entry(*server).or_default();
-                    (held.copies, held.bytes) = (held.copies.saturating_sub(1), held.bytes.saturating_sub(size));
-                }
-                for server in new.iter().filter(|s| !old.contains(s)) {
-                    let held = plan.after.entry(*server).or_default();
-                    (held.copies, held.bytes) = (held.copies + 1, held.bytes + size);
-                    plan.bytes += size;
-                }
+                plan.slot(old, new, sizes.iter().sum::<u64>() / sizes.len().max(1) as u64);
             }
         }
         for held in plan.after.values_mut().filter(|held| held.copies == 0) {
@@ -196,12 +188,35 @@ impl Plan {
         Ok(plan)
     }
 
+    /// Other copies of one family, of which every slot has so many bytes.
+    pub(super) fn of_copies(before: BTreeMap<ServerId, Held>, from: &Gmap, to: &Gmap, size: u64) -> Plan {
+        let copies = copies_to_move(from, to) as u64;
+        let mut plan = Plan { after: before.clone(), before, copies, bytes: 0 };
+        for (old, new) in from.slots.iter().zip(&to.slots) {
+            plan.slot(old, new, size);
+        }
+        plan
+    }
+
+    /// A slot gets another tuple, and each copy of it has so many bytes.
+    fn slot(&mut self, old: &[ServerId], new: &[ServerId], size: u64) {
+        for server in old.iter().filter(|s| !new.contains(s)) {
+            let held = self.after.entry(*server).or_default();
+            (held.copies, held.bytes) = (held.copies.saturating_sub(1), held.bytes.saturating_sub(size));
+        }
+        for server in new.iter().filter(|s| !old.contains(s)) {
+            let held = self.after.entry(*server).or_default();
+            (held.copies, held.bytes) = (held.copies + 1, held.bytes + size);
+            self.bytes += size;
+        }
+    }
+
     fn stored(&self) -> u64 {
         self.before.values().map(|h| h.bytes).sum()
     }
 
     /// Refuses what cannot be held.
-    fn check_room(&self) -> Result<()> {
+    pub(super) fn check_room(&self) -> Result<()> {
         for (server, held) in &self.after {
             let grows = held.copies > self.before.get(server).map_or(0, |h| h.copies);
             let room = held.capacity / 100 * (100 - KEPT_FREE_PERCENT);
@@ -217,7 +232,7 @@ impl Plan {
         Ok(())
     }
 
-    fn json(&self) -> Value {
+    pub(super) fn json(&self) -> Value {
         let of = |held: &Held| json!({ "slots": held.copies, "bytes": held.bytes });
         let one = |(server, before): (&ServerId, &Held)| json!({ "server": server.to_string(), "before": of(before), "after": of(&self.after[server]) });
         let servers: Vec<Value> = self.before.iter().map(one).collect();
@@ -229,7 +244,7 @@ impl Plan {
         })
     }
 
-    fn print(&self) {
+    pub(super) fn print(&self) {
         println!(
             "About {} of {} are to move, in {} slots:",
             output::size(self.bytes),

@@ -778,7 +778,7 @@ impl Disk {
             .iter()
             .filter(|(slot, _)| theirs.contains(slot))
             .flat_map(|(slot, index)| index.iter().map(|(version, element)| (*slot, *version, *element)))
-            .filter(|(_, _, element)| element.family == family)
+            .filter(|(_, _, element)| element.family == family && self.sabotage != Sabotage::SplitLosesChanges)
             .collect();
         for (slot, version, element) in left {
             self.index_change(element, (slot, version), Some((SlotId { gmap: to, ..slot }, version)));
