@@ -40,9 +40,9 @@ pub const SERVERS_MAX: usize = 1024;
 /// Virtual disks of a cluster at most.
 pub const VDISKS_MAX: usize = 100_000;
 
-/// GMaps: the common ones, and those that a family has by itself. About 50 bytes of global state for each of their slots
-/// (256 with four servers): 13 MB of state.
-pub const GMAPS_MAX: usize = 1024;
+/// Slots of all GMaps together, the common ones and those that a family has by itself: about 50 bytes of global state each,
+/// so 13 MB. With four servers a map has 256.
+pub const SLOTS_ALL_MAX: usize = 1 << 18;
 /// Disks and snapshots of one family: an element can have a row for each, and messages count rows in 16 bits.
 pub const FAMILY_MEMBERS_MAX: usize = 1 << 15;
 /// Lineages that one may inherit from, one behind the other: a first write to an element of a clone tells them

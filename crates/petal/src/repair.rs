@@ -136,6 +136,9 @@ impl DataAccess {
 
     fn begin_repair_of(&mut self, ctx: &mut Context, slot: SlotIndex, element: ElementKey, most: usize) {
         self.counters.bad_blocks += 1;
+        if ctx.state.slot_of(element.family, element.element) != Some(self.slots[slot].id) {
+            return; // Its family has other slots since: whoever meets it there repairs it.
+        }
         if self.repairs.elements.contains_key(&element) || self.repairs.elements.len() >= most {
             return;
         }
@@ -411,11 +414,14 @@ impl DataAccess {
         self.end_round(ctx, element);
     }
 
-    /// The family has other slots since: what is still bad is noticed again.
-    pub(crate) fn forget_repairs_of(&mut self, ctx: &mut Context, family: FamilyId) {
+    /// The family has other slots since: what is still bad is noticed again. Who waits for it has waited for an old slot, and
+    /// is told so when that has its new term.
+    pub(crate) fn forget_repairs_of(&mut self, now: Instant, family: FamilyId) {
         let of_family = |element: &&ElementKey| element.family == family;
         for element in self.repairs.elements.keys().filter(of_family).copied().collect::<Vec<_>>() {
-            self.end_repair(ctx, element, false);
+            let repair = self.repairs.elements.remove(&element).expect("just listed");
+            let (found, repaired) = repair.progress;
+            self.on_scrub_repaired(now, element, found, repaired);
         }
     }
 

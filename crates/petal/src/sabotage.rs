@@ -118,7 +118,7 @@ pub enum Sabotage {
 
 impl Sabotage {
     /// Every rule that can be left out.
-    pub const ALL: [Sabotage; 34] = [
+    pub const ALL: [Sabotage; 35] = [
         Sabotage::AckBeforeSecondary,
         Sabotage::NoSettlement,
         Sabotage::SettleByVersion,

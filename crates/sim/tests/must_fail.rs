@@ -256,5 +256,9 @@ fn who_left_a_slot_serves_on() {
 
 #[test]
 fn a_split_that_leaves_behind_what_is_newer_than_the_watermark() {
-    must_be_caught(Sabotage::SplitLosesChanges, 40, Overrides { servers: Some(4), shifts: true, ..Overrides::default() });
+    must_be_caught(
+        Sabotage::SplitLosesChanges,
+        40,
+        Overrides { servers: Some(4), shifts: true, ..Overrides::default() },
+    );
 }

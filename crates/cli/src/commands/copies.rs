@@ -42,7 +42,10 @@ pub async fn set(connection: &Connection, arguments: Arguments) -> Result<()> {
     let family = state.family(disk.family).context("the disk is gone")?;
     let from = state.gmaps.get(&family.gmap).context("the disk is gone")?;
     let scheme = [Scheme::Striped, Scheme::Chained, Scheme::Chained3][usize::from(copies) - 1];
-    let is_new = from.scheme != scheme;
+    let moves = state.reconfigurations.get(&from.id).is_some_and(|r| !r.turns_back) || state.replan.contains(&from.id);
+    // What was turned back half way is asked for anew.
+    let lacks = from.slots.iter().any(|tuple| tuple.len() != usize::from(copies));
+    let is_new = from.scheme != scheme || lacks && !moves;
     let wanted = Gmap { scheme, ..from.clone() };
     let to = if is_new { replan(from.id, &wanted, &state.candidates())? } else { from.clone() };
     ensure!(
@@ -73,9 +76,10 @@ pub async fn set(connection: &Connection, arguments: Arguments) -> Result<()> {
         connection.execute(Command::SetCopies { vdisk: disk.id, scheme }).await?;
     }
     if !format.json {
-        match is_new {
-            true => println!("It begins now and goes on by itself; `petal status` shows how far it is."),
-            false => println!("Disk {name} has {copies} of everything already."),
+        match (is_new, lacks) {
+            (true, _) => println!("It begins now and goes on by itself; `petal status` shows how far it is."),
+            (false, true) => println!("That is under way; `petal status` shows how far it is."),
+            (false, false) => println!("Disk {name} has {copies} of everything already."),
         }
     }
     Ok(())

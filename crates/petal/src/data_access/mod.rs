@@ -228,6 +228,7 @@ pub(crate) enum TicketOwner {
     Settling { slot: SlotIndex, term: Term, element: ElementKey },
     Repair { slot: SlotIndex, element: ElementKey },
     Background { slot: SlotIndex },
+    Split { slots: Vec<SlotIndex> },
 }
 
 /// Who waits for a read.
@@ -1055,7 +1056,10 @@ impl DataAccess {
     }
 
     fn need(&self, state: &State, vdisk: VdiskId, slot: SlotIndex) -> Need {
-        Need { revision: revision_of(state, vdisk), term: self.slots[slot].term }
+        // Of a slot that the disk's family has left its client wants no term: it would take it for its present slot's.
+        let is_its =
+            state.vdisk(vdisk).and_then(|v| state.family(v.family)).is_some_and(|f| f.gmap == self.slots[slot].id.gmap);
+        Need { revision: revision_of(state, vdisk), term: if is_its { self.slots[slot].term } else { 0 } }
     }
 
     // --------------------------------------------------------------------------------------------
@@ -1100,11 +1104,21 @@ impl DataAccess {
     /// A staged change is on stable storage.
     pub fn on_stable(&mut self, ctx: &mut Context, ticket: Ticket) -> bool {
         let Some(owner) = self.tickets.remove(&ticket) else { return false };
+        if let TicketOwner::Split { slots } = owner {
+            for index in slots {
+                self.slots[index].outstanding -= 1;
+                self.on_outstanding_changed(ctx, index);
+            }
+            return true;
+        }
         let (TicketOwner::Write { slot: index, .. }
         | TicketOwner::Incoming { slot: index, .. }
         | TicketOwner::Settling { slot: index, .. }
         | TicketOwner::Repair { slot: index, .. }
-        | TicketOwner::Background { slot: index }) = owner;
+        | TicketOwner::Background { slot: index }) = owner
+        else {
+            unreachable!("a split has returned")
+        };
         self.slots[index].outstanding -= 1;
         match owner {
             TicketOwner::Write { slot, term, sequence } => {
@@ -1121,7 +1135,7 @@ impl DataAccess {
                 }
             }
             TicketOwner::Repair { element, .. } => self.on_repair_stable(ctx, element),
-            TicketOwner::Background { .. } => {}
+            TicketOwner::Background { .. } | TicketOwner::Split { .. } => {}
         }
         self.on_outstanding_changed(ctx, index);
         true
@@ -1177,10 +1191,15 @@ impl DataAccess {
                 &all
             }
         };
-        self.split_families(ctx);
         let mut asks: BTreeMap<ServerId, Vec<(SlotId, Term)>> = BTreeMap::new();
         let mut heirs: BTreeSet<ServerId> = BTreeSet::new();
-        for id in changed {
+        let mut split = self.split_families(ctx, &mut heirs);
+        if !split.is_empty() {
+            split.extend(changed);
+            split.sort_unstable();
+            split.dedup();
+        }
+        for id in if split.is_empty() { changed } else { &split } {
             let Some(slot) = ctx.state.slots.get(&id.gmap).and_then(|s| s.get(id.slot as usize)) else { continue };
             if slot.member(self.me).is_none() {
                 // Its membership ended: it has no part in the slot any more. Who acts there now waits to hear that.
@@ -1207,16 +1226,35 @@ impl DataAccess {
     }
 
     /// Families that have GMaps of their own since: before anything of their new slots is known here, the stores know that
-    /// what they have of the old ones belongs there.
-    fn split_families(&mut self, ctx: &mut Context) {
+    /// what they have of the old ones belongs there. Told are all slots of both maps: they have new terms in the same step.
+    fn split_families(&mut self, ctx: &mut Context, heirs: &mut BTreeSet<ServerId>) -> Vec<SlotId> {
         let known = &self.splits;
         let new: Vec<(GmapId, Split)> =
             ctx.state.splits.iter().filter(|(gmap, _)| !known.contains(gmap)).map(|(gmap, s)| (*gmap, *s)).collect();
+        let mut changed = Vec::new();
         for (gmap, Split { family, from }) in new {
             self.splits.insert(gmap);
-            ctx.stores.split(family, from, gmap);
-            self.forget_repairs_of(ctx, family);
+            self.forget_repairs_of(ctx.now, family);
+            let ticket = ctx.stores.split(family, from, gmap);
+            let mut here = Vec::new();
+            for (number, slot) in (0..).zip(&ctx.state.slots[&gmap]) {
+                let (id, old) = (SlotId { gmap, slot: number }, SlotId { gmap: from, slot: number });
+                if slot.member(self.me).is_some() {
+                    here.push(self.slot_index(ctx, id));
+                } else if self.by_id.get(&old).is_some_and(|index| self.slots[*index].is_member) {
+                    // It left what it never knew to be a slot.
+                    self.leaving.is_due = true;
+                    heirs.extend(self.who_acts(ctx.state, slot));
+                }
+                changed.extend([old, id]);
+            }
+            // What was staged for the family before counts as the old slots': promises for the new ones wait for it, too.
+            if let Some(ticket) = ticket {
+                here.iter().for_each(|index| self.slots[*index].outstanding += 1);
+                self.tickets.insert(ticket, TicketOwner::Split { slots: here });
+            }
         }
+        changed
     }
 
     fn slot_index(&mut self, ctx: &mut Context, id: SlotId) -> SlotIndex {

@@ -63,7 +63,9 @@ impl State {
         let server = self.servers.get(&id).ok_or(CommandError::NoSuchServer(id))?;
         if drained && !server.drained {
             let left = self.candidates().iter().filter(|c| c.server != id && c.weight > 0).count();
-            let copies = self.gmaps.values().map(|g| g.scheme.copies()).max().unwrap_or(1);
+            let is_used = |id: &GmapId| !self.splits.contains_key(id) || self.families.values().any(|f| f.gmap == *id);
+            let used = self.gmaps.values().filter(|g| is_used(&g.id));
+            let copies = used.map(|g| g.scheme.copies()).max().unwrap_or(1);
             if left < copies {
                 return Err(CommandError::TooFewServers { copies, servers: left });
             }
@@ -79,7 +81,10 @@ impl State {
         let index = self.index;
         let family = self.vdisks.get(&vdisk).ok_or(CommandError::NoSuchDisk(vdisk))?.family;
         let from = self.families[&family].gmap;
-        if self.gmaps[&from].scheme == scheme {
+        let map = &self.gmaps[&from];
+        // What was turned back half way may be asked for again.
+        let goes_on = self.reconfigurations.get(&from).is_some_and(|r| !r.turns_back) || self.replan.contains(&from);
+        if map.scheme == scheme && (goes_on || map.slots.iter().all(|tuple| tuple.len() == scheme.copies())) {
             return Ok(Outcome::Done);
         }
         let (copies, servers) = (scheme.copies(), self.candidates().iter().filter(|c| c.weight > 0).count());
@@ -100,8 +105,10 @@ impl State {
     /// its way by the old one is refused, and settled before anything is served.
     fn split(&mut self, family: FamilyId, effects: &mut Effects) -> Result<GmapId, CommandError> {
         let (index, to) = (self.index, GmapId(self.index));
-        if self.gmaps.len() >= GMAPS_MAX {
-            return Err(CommandError::TooMany { limit: GMAPS_MAX, what: "disks with copies of their own".into() });
+        let from = self.families[&family].gmap;
+        let slots: usize = self.slots.values().chain(self.slots.get(&from)).map(Vec::len).sum();
+        if slots > SLOTS_ALL_MAX {
+            return Err(CommandError::TooMany { limit: SLOTS_ALL_MAX, what: "slots of all maps together".into() });
         }
         let family_state = self.families.get_mut(&family).expect("its disk exists");
         let from = std::mem::replace(&mut family_state.gmap, to);
@@ -442,7 +449,9 @@ mod tests {
                 None => bring_in_sync(f),
             }
             for (id, slot) in f.state.all_slots() {
-                let copies = f.state.gmaps[&id.gmap].scheme.copies();
+                // The lesser of the two schemes, where there are two.
+                let map = &f.state.gmaps[&id.gmap];
+                let copies = map.scheme.copies().min(map.slots[id.slot as usize].len());
                 assert!(slot.in_sync().count() >= copies, "{id:?}: redundancy fell");
             }
         }
@@ -619,6 +628,17 @@ mod tests {
             assert_eq!(State::decode(&f.state.encode()).unwrap(), f.state);
         }
         assert_eq!(f.state.gmaps[&common], before);
+        // Turned back half way, it can be asked for again.
+        copies(&mut f, a, Scheme::Chained3).unwrap();
+        step(&mut f, own);
+        bring_in_sync(&mut f);
+        step(&mut f, own);
+        f.run(Command::AbortReconfiguration { gmap: own }).unwrap();
+        let lengths = |f: &Fixture| f.state.gmaps[&own].slots.iter().map(Vec::len).collect::<BTreeSet<_>>();
+        assert_eq!(lengths(&f), [2, 3].into());
+        copies(&mut f, a, Scheme::Chained3).unwrap();
+        finish(&mut f, own);
+        assert_eq!(lengths(&f), [3].into());
         f.run(Command::DeleteDisks { vdisks: vec![a] }).unwrap();
         assert_eq!(State::decode(&f.state.encode()).unwrap(), f.state);
     }

@@ -148,6 +148,8 @@ pub(super) struct Disk {
     half_loaded: FastMap<ElementKey, Entry>,
     /// Families that left a GMap, and for which one.
     pub(super) splits: BTreeMap<FamilyId, (GmapId, GmapId)>,
+    /// Those that the last checkpoint does not have.
+    dirty_splits: BTreeSet<FamilyId>,
     pub changes: BTreeMap<SlotId, BTreeMap<Version, ElementKey>>,
     /// What of `changes` the PMap store has.
     pub(super) saved_changes: BTreeSet<(SlotId, Version, ElementKey)>,
@@ -214,6 +216,7 @@ impl Disk {
             rows: 0,
             loading: FastSet::new(),
             splits: BTreeMap::new(),
+            dirty_splits: BTreeSet::new(),
             half_loaded: FastMap::new(),
             changes: BTreeMap::new(),
             saved_changes: BTreeSet::new(),
@@ -664,6 +667,7 @@ impl Disk {
                 first_block,
                 blocks,
             } => {
+                let of_entry = self.present_slot(element, slot);
                 let cached = self.cache.get_mut(&element).expect("the entry of a staged write is in memory");
                 let entry = &mut cached.entry;
                 let (old, was_absent) = ((entry.slot, entry.version), entry.is_absent());
@@ -677,21 +681,22 @@ impl Disk {
                     (row.addresses[block], row.crcs[block]) = place.unwrap_or((NOWHERE, 0));
                 }
                 released.retain(|a| !entry.refers_to(*a));
-                entry.slot = slot;
+                entry.slot = of_entry;
                 entry.version = entry.version.max(version);
                 entry.forget_sessions(&ended);
                 entry.note_id(id, finished_below);
                 let new_version = entry.version;
                 cached.note_new([(lineage, epoch)]);
                 self.dirtied(element, was_absent, rows_before);
-                self.index_change(element, old, Some((slot, new_version)));
+                self.index_change(element, old, Some((of_entry, new_version)));
                 self.release(&released);
                 self.note_watermark(slot, watermark);
             }
             Record::Replace { element, slot, version, ids, rows, fresh: _, watermark } => {
+                let of_entry = self.present_slot(element, slot);
                 let cached = self.cache.get_mut(&element).expect("the entry of a staged replacement is in memory");
-                let old =
-                    std::mem::replace(&mut cached.entry, Entry { version, slot, ids: ids.into(), rows: rows.into() });
+                let new = Entry { version, slot: of_entry, ids: ids.into(), rows: rows.into() };
+                let old = std::mem::replace(&mut cached.entry, new);
                 let gone = old.rows.iter().map(|r| (r.lineage, r.epoch));
                 let stale: SmallVec<[_; 4]> = gone.filter(|(l, e)| cached.entry.row(*l, *e).is_none()).collect();
                 cached.note_stale(stale);
@@ -701,7 +706,7 @@ impl Disk {
                 cached.note_new(new);
                 let released = old.addresses_not_in(&cached.entry);
                 self.dirtied(element, old.is_absent(), old.rows.len());
-                self.index_change(element, (old.slot, old.version), Some((slot, version)));
+                self.index_change(element, (old.slot, old.version), Some((of_entry, version)));
                 self.release(&released);
                 self.note_watermark(slot, watermark);
             }
@@ -754,13 +759,17 @@ impl Disk {
         }
     }
 
+    /// The slot that an element has, where a record names one that its family has left.
+    fn present_slot(&self, element: ElementKey, slot: SlotId) -> SlotId {
+        let left = self.splits.get(&element.family).filter(|(from, _)| *from == slot.gmap);
+        left.map_or(slot, |(_, to)| SlotId { gmap: *to, ..slot })
+    }
+
     /// A family has slots of its own: they begin with what is known of those with the same numbers that it left. What
     /// those have from its term on (`to` is its state index) is not about it any more.
     fn split(&mut self, family: FamilyId, from: GmapId, to: GmapId) {
-        let (key, value) = keys::split(family, from, to);
-        self.dirty_meta.insert(key.clone());
-        self.meta.insert(key, value);
         self.splits.insert(family, (from, to));
+        self.dirty_splits.insert(family);
         let theirs = SlotId { gmap: from, slot: 0 }..=SlotId { gmap: from, slot: u32::MAX };
         let known: Vec<(SlotId, Version)> =
             self.watermarks.iter().filter(|(slot, _)| theirs.contains(slot)).map(|(slot, w)| (*slot, *w)).collect();
@@ -792,14 +801,11 @@ impl Disk {
 
     /// A family has left a GMap for another one, if this disk does not know that yet. Never refused for want of room in the
     /// journal: there is one such record for a family at most.
-    pub fn stage_split(&mut self, family: FamilyId, from: GmapId, to: GmapId) {
-        if self.failed.is_some() || self.splits.contains_key(&family) {
-            return;
-        }
+    pub fn stage_split(&mut self, ticket: Ticket, family: FamilyId, from: GmapId, to: GmapId) {
         let record = Record::Split { family, from, to };
         self.append(&record);
         self.apply(record);
-        self.staged(None);
+        self.staged(Some(ticket));
     }
 
     /// An entry has changed; it had so many rows.
@@ -1095,6 +1101,11 @@ impl Disk {
         for key in std::mem::take(&mut self.dirty_meta) {
             let value = self.meta.get(&key).cloned();
             changes.push((Table::Meta, keys::meta(&key), value));
+        }
+        for family in std::mem::take(&mut self.dirty_splits) {
+            let (from, to) = self.splits[&family];
+            let (key, value) = keys::split(family, from, to);
+            changes.push((Table::Meta, key, Some(value)));
         }
         let watermarks: Vec<(SlotId, Version)> = self.watermarks.iter().map(|(s, w)| (*s, *w)).collect();
         for (slot, watermark) in &watermarks {

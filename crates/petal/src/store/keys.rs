@@ -105,17 +105,16 @@ pub fn meta(key: &[u8]) -> Bytes {
     joined([b"m", key])
 }
 
-/// Metadata of a disk: a family has left a GMap for another one.
+/// Key and value of what a disk knows of a family that left a GMap for another one, in the table of metadata. Not among what
+/// is copied from disk to disk: it is about this disk's own watermarks and changes.
 pub fn split(family: FamilyId, from: GmapId, to: GmapId) -> (Bytes, Bytes) {
-    (joined([SPLIT, &family.0.to_be_bytes()]), joined([&from.0.to_be_bytes(), &to.0.to_be_bytes()]))
+    (joined([b"s", &family.0.to_be_bytes()]), joined([&from.0.to_be_bytes(), &to.0.to_be_bytes()]))
 }
-
-const SPLIT: &[u8] = b"split/";
 
 /// The parts of that; none if it is something else.
 pub fn split_parts(key: &[u8], value: &[u8]) -> Option<(FamilyId, GmapId, GmapId)> {
     let number = |bytes: &[u8]| bytes.try_into().ok().map(u64::from_be_bytes);
-    let family = FamilyId(number(key.strip_prefix(SPLIT)?)?);
+    let family = FamilyId(number(key.strip_prefix(b"s")?)?);
     Some((family, GmapId(number(value.get(..8)?)?), GmapId(number(value.get(8..)?)?)))
 }
 

@@ -191,11 +191,12 @@ impl Disk {
                         self.durable_watermarks.insert(slot, watermark);
                         self.floors.insert(slot, floor);
                     }
+                    None if key.first() == Some(&b's') => {
+                        let (family, from, to) = keys::split_parts(&key, &value).ok_or("a family's map")?;
+                        self.splits.insert(family, (from, to));
+                    }
                     None => {
                         let key = key.strip_prefix(b"m").ok_or("a key of the metadata")?;
-                        if let Some((family, from, to)) = keys::split_parts(key, &value) {
-                            self.splits.insert(family, (from, to));
-                        }
                         self.meta.insert(Bytes::copy_from_slice(key), value);
                     }
                 },
