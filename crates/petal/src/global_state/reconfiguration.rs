@@ -630,9 +630,10 @@ mod tests {
         assert_eq!(f.state.gmaps[&common], before);
         // Turned back half way, it can be asked for again.
         copies(&mut f, a, Scheme::Chained3).unwrap();
-        step(&mut f, own);
-        bring_in_sync(&mut f);
-        step(&mut f, own);
+        for _ in 0..4 {
+            step(&mut f, own);
+            bring_in_sync(&mut f);
+        }
         f.run(Command::AbortReconfiguration { gmap: own }).unwrap();
         let lengths = |f: &Fixture| f.state.gmaps[&own].slots.iter().map(Vec::len).collect::<BTreeSet<_>>();
         assert_eq!(lengths(&f), [2, 3].into());
