@@ -70,7 +70,7 @@ fn is_live(server: &ServerState) -> bool {
 }
 
 /// The next step of a GMap's reconfiguration, if one can be taken.
-pub(crate) fn next_step(state: &State, gmap: GmapId) -> Option<Command> {
+pub fn next_step(state: &State, gmap: GmapId) -> Option<Command> {
     match state.reconfigurations.get(&gmap) {
         Some(under_way) if under_way.turns_back => {
             let back = state.can_turn_back(gmap).then_some(Command::AbortReconfiguration { gmap });
