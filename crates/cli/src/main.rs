@@ -64,6 +64,9 @@ enum Command {
     Join(commands::join::Arguments),
     /// Bring back a server that lost its disks, or some of them
     Rejoin(commands::rejoin::Arguments),
+    /// Data that move from server to server: how far it is; pause, resume, turn back
+    #[command(subcommand)]
+    Reconfigure(commands::reconfigure::Command),
     /// Create, list, resize, rename and delete virtual disks
     #[command(subcommand)]
     Disk(commands::disk::Command),
@@ -122,6 +125,7 @@ fn main() -> ExitCode {
         Command::Init(arguments) => commands::init::run(arguments),
         Command::Join(arguments) => commands::join::run(arguments),
         Command::Rejoin(arguments) => commands::rejoin::run(&place, arguments),
+        Command::Reconfigure(command) => commands::reconfigure::run(&place, command),
         Command::Disk(command) => commands::disk::run(&place, command),
         Command::Snapshot(command) => commands::snapshot::run(&place, command),
         Command::Clone(arguments) => commands::clone::run(&place, arguments),

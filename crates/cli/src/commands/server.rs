@@ -27,6 +27,7 @@ Examples:
   petal server drain s3 --dry-run  what would move if s3 were to hold nothing
   petal server drain s3            its data moves to the others, while everything is used
   petal server fill s5             s5, which has joined, gets its share
+  petal server add --local         one more server where `petal up` made the cluster
 
 The config file:
   listen = [\"0.0.0.0:7000\"]
