@@ -158,7 +158,11 @@ fn main() -> ExitCode {
 
 /// Logs go to standard error. Processes that run for long tell more (`RUST_LOG` decides otherwise).
 fn start_logging(command: &Command) {
-    let long = matches!(command, Command::Server(_) | Command::Up(_) | Command::Nbd(_));
+    let long = match command {
+        Command::Server(arguments) => arguments.runs_server(),
+        Command::Up(_) | Command::Nbd(_) => true,
+        _ => false,
+    };
     let default = if long { "info" } else { "warn" };
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| default.into());
     let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());

@@ -53,6 +53,13 @@ pub struct Arguments {
     process_file: Option<PathBuf>,
 }
 
+impl Arguments {
+    /// This process is to be a server, and does not only ask about some.
+    pub fn runs_server(&self) -> bool {
+        self.placement.is_none()
+    }
+}
+
 /// Runs the server until it is told to stop; or asks a cluster about its servers.
 pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
     if let Some(command) = arguments.placement {
