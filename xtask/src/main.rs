@@ -3,6 +3,8 @@
 
 mod bench;
 mod bench_failures;
+mod bench_reconfigure;
+mod bench_scale;
 mod bench_snapshots;
 mod cluster;
 mod e2e;
@@ -35,6 +37,10 @@ enum Task {
     Bench(bench::Arguments),
     /// What failures cost: throughput through an outage, and degraded over normal throughput
     BenchFailures(bench_failures::Arguments),
+    /// What moving data costs: servers added, filled and drained again under load
+    BenchReconfigure(bench_reconfigure::Arguments),
+    /// What a cluster of many servers and disks costs: its global state
+    BenchScale(bench_scale::Arguments),
     /// What snapshots cost: making one under load, having a thousand, deleting them
     BenchSnapshots(bench_snapshots::Arguments),
     /// Scenarios with real processes
@@ -48,6 +54,8 @@ fn main() {
         Task::Sim(arguments) => sim::run(arguments),
         Task::Bench(arguments) => bench::run(arguments),
         Task::BenchFailures(arguments) => bench_failures::run(arguments),
+        Task::BenchReconfigure(arguments) => bench_reconfigure::run(arguments),
+        Task::BenchScale(arguments) => bench_scale::run(arguments),
         Task::BenchSnapshots(arguments) => bench_snapshots::run(arguments),
         Task::E2e(arguments) => e2e::run(arguments),
     };

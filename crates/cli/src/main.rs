@@ -64,6 +64,9 @@ enum Command {
     Join(commands::join::Arguments),
     /// Bring back a server that lost its disks, or some of them
     Rejoin(commands::rejoin::Arguments),
+    /// Data that move from server to server: how far it is; pause, resume, turn back
+    #[command(subcommand)]
+    Reconfigure(commands::reconfigure::Command),
     /// Create, list, resize, rename and delete virtual disks
     #[command(subcommand)]
     Disk(commands::disk::Command),
@@ -122,6 +125,7 @@ fn main() -> ExitCode {
         Command::Init(arguments) => commands::init::run(arguments),
         Command::Join(arguments) => commands::join::run(arguments),
         Command::Rejoin(arguments) => commands::rejoin::run(&place, arguments),
+        Command::Reconfigure(command) => commands::reconfigure::run(&place, command),
         Command::Disk(command) => commands::disk::run(&place, command),
         Command::Snapshot(command) => commands::snapshot::run(&place, command),
         Command::Clone(arguments) => commands::clone::run(&place, arguments),
@@ -154,7 +158,11 @@ fn main() -> ExitCode {
 
 /// Logs go to standard error. Processes that run for long tell more (`RUST_LOG` decides otherwise).
 fn start_logging(command: &Command) {
-    let long = matches!(command, Command::Server(_) | Command::Up(_) | Command::Nbd(_));
+    let long = match command {
+        Command::Server(arguments) => arguments.runs_server(),
+        Command::Up(_) | Command::Nbd(_) => true,
+        _ => false,
+    };
     let default = if long { "info" } else { "warn" };
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| default.into());
     let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());

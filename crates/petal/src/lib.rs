@@ -18,7 +18,7 @@ pub mod ids;
 pub mod limits;
 pub mod liveness;
 pub mod message;
-pub(crate) mod mover;
+pub mod mover;
 mod pace;
 pub mod placement;
 pub(crate) mod policy;

@@ -11,7 +11,7 @@
 //! written to more servers than before.
 //!
 //! It waits for servers that are away, by itself for ever: one that does not come back can be drained, and then holds
-//! nothing that anybody waits for.
+//! nothing that anybody waits for. [`waits_for`] tells people what it waits for, by the same questions.
 
 use crate::global_state::{Command, Move, Reconfiguration, ServerState, State};
 use crate::ids::*;
@@ -69,8 +69,65 @@ fn is_live(server: &ServerState) -> bool {
     !server.down && server.suspect.is_none()
 }
 
+/// What a GMap's reconfiguration waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Nothing is planned while these are away, which may hold data.
+    ToPlan(Vec<ServerId>),
+    /// To be resumed: nothing more is fenced.
+    Paused,
+    /// So many slots are to move to this server, which is not live.
+    Target(ServerId, usize),
+    /// No server that is in sync in these slots is live: so many slots, and who has them.
+    Source(usize, Vec<ServerId>),
+    /// What every move takes: so many slots are being copied to this server.
+    Copying(ServerId, usize),
+}
+
+/// What the reconfiguration of a GMap waits for; nothing if none is under way or to be planned, or if the next step is due.
+pub fn waits_for(state: &State, gmap: GmapId) -> Vec<Wait> {
+    let Some(under_way) = state.reconfigurations.get(&gmap) else {
+        let away = if state.replan.contains(&gmap) { away(state) } else { Vec::new() };
+        return if away.is_empty() { Vec::new() } else { vec![Wait::ToPlan(away)] };
+    };
+    let live = |s: &ServerId| state.servers.get(s).is_some_and(is_live);
+    let (mut targets, mut copying) = (BTreeMap::<ServerId, usize>::new(), BTreeMap::<ServerId, usize>::new());
+    let (mut sources, mut have) = (0, BTreeSet::new());
+    for (number, target) in &under_way.moves {
+        let is_fenced = under_way.fenced.contains_key(number);
+        let Some(slot) = state.slot(SlotId { gmap, slot: *number }) else { continue };
+        if under_way.turns_back && !is_fenced {
+            continue;
+        }
+        target.iter().filter(|s| !live(s)).for_each(|s| *targets.entry(*s).or_default() += 1);
+        if !slot.in_sync().any(|s| live(&s)) {
+            sources += 1;
+            have.extend(slot.in_sync());
+        } else if is_fenced {
+            let is_copied = |s: &&ServerId| live(s) && slot.member(**s).is_some_and(|m| !m.in_sync);
+            target.iter().filter(is_copied).for_each(|s| *copying.entry(*s).or_default() += 1);
+        }
+    }
+    let mut all = Vec::new();
+    if under_way.paused && !under_way.turns_back {
+        all.push(Wait::Paused);
+    }
+    all.extend(targets.into_iter().map(|(server, slots)| Wait::Target(server, slots)));
+    if sources > 0 {
+        all.push(Wait::Source(sources, have.into_iter().collect()));
+    }
+    all.extend(copying.into_iter().map(|(server, slots)| Wait::Copying(server, slots)));
+    all
+}
+
+/// Servers that may hold data, and are not live.
+fn away(state: &State) -> Vec<ServerId> {
+    let holders = state.candidates().into_iter().filter(|c| c.weight > 0).map(|c| c.server);
+    holders.filter(|s| !state.servers.get(s).is_some_and(is_live)).collect()
+}
+
 /// The next step of a GMap's reconfiguration, if one can be taken.
-pub(crate) fn next_step(state: &State, gmap: GmapId) -> Option<Command> {
+pub fn next_step(state: &State, gmap: GmapId) -> Option<Command> {
     match state.reconfigurations.get(&gmap) {
         Some(under_way) if under_way.turns_back => {
             let back = state.can_turn_back(gmap).then_some(Command::AbortReconfiguration { gmap });
@@ -123,11 +180,10 @@ fn fence(state: &State, gmap: GmapId, under_way: &Reconfiguration) -> Option<Com
 
 /// Planned when all that may hold data are there: what is away for a moment must not be planned around.
 fn plan(state: &State, gmap: GmapId) -> Option<Command> {
-    let candidates = state.candidates();
-    let is_there = |s: &ServerId| state.servers.get(s).is_some_and(is_live);
-    if !candidates.iter().filter(|c| c.weight > 0).all(|c| is_there(&c.server)) {
+    if !away(state).is_empty() {
         return None;
     }
+    let candidates = state.candidates();
     let from = state.gmaps.get(&gmap)?;
     let to = replan(gmap, from, &candidates).ok()?;
     let differ = (0..).zip(from.slots.iter().zip(to.slots)).filter(|(_, (old, new))| *old != new);

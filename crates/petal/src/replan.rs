@@ -66,7 +66,10 @@ pub fn replan(id: GmapId, from: &Gmap, candidates: &[Candidate]) -> Result<Gmap,
     }
     let mut layout: Vec<Vec<usize>> = layout.into_iter().map(|t| t.into_iter().flatten().collect()).collect();
 
-    // Each exchange is from a server above its share to one below: there are as many as that takes.
+    // Each exchange is from a server above its share to one below: there are as many as that takes. Where even the one that
+    // is farthest below would gain nothing nobody is looked for: 1,000 servers are not asked for each of 65,536 slots.
+    let farthest = |held: &[i64]| wanted.iter().zip(held).map(|(wanted, held)| wanted - held).max().expect("a server");
+    let mut most_below = farthest(&held);
     for slot in order.iter().cycle().take(slots * copies) {
         let tuple = &layout[*slot];
         let domains = |tuple: &[usize]| {
@@ -76,7 +79,8 @@ pub fn replan(id: GmapId, from: &Gmap, candidates: &[Candidate]) -> Result<Gmap,
             domains.len()
         };
         let place = (0..copies).max_by_key(|p| held[tuple[*p]] - wanted[tuple[*p]]).expect("a copy or more");
-        if held[tuple[place]] <= wanted[tuple[place]] {
+        let above = held[tuple[place]] - wanted[tuple[place]];
+        if above <= 0 || above + most_below <= 2 {
             continue;
         }
         let with = |i: usize| {
@@ -87,12 +91,13 @@ pub fn replan(id: GmapId, from: &Gmap, candidates: &[Candidate]) -> Result<Gmap,
         let next = (0..servers.len())
             .filter(|i| held[*i] < wanted[*i] && !tuple.contains(i) && domains(&with(*i)) >= domains(tuple))
             // One above its share and one below: both are as near as whole copies come.
-            .filter(|i| held[tuple[place]] - wanted[tuple[place]] + wanted[*i] - held[*i] > 2)
+            .filter(|i| above + wanted[*i] - held[*i] > 2)
             .max_by_key(|i| (wanted[*i] - held[*i], std::cmp::Reverse(*i)));
         if let Some(next) = next {
             held[tuple[place]] -= 1;
             held[next] += 1;
             layout[*slot][place] = next;
+            most_below = farthest(&held);
         }
     }
     // Who is first is primary. What moves anyway is ordered so that everybody is it in his share of slots.

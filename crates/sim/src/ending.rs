@@ -22,6 +22,7 @@ use petal::client::Request;
 use petal::global_state::{Attachment, State};
 use petal::ids::VdiskId;
 use petal::message::{Admin, AdminRequest, Body, Message, ScrubOrder};
+use petal::mover::next_step;
 use petal::server::{self, Peer};
 use petal::translator::vdir::Vdisk;
 use std::collections::{BTreeMap, VecDeque};
@@ -220,9 +221,10 @@ impl World {
         if !out.is_empty() {
             return Some(format!("{out:?} are not in sync again"));
         }
-        // Who is away for good is waited for, and so is nothing planned or moved to it.
+        // Who is away for good is waited for, so that nothing is planned or moved to it; what can go on without it does.
         let waits = self.servers.iter().any(|s| s.lost);
-        let moves = state.reconfigurations.keys().chain(&state.replan).filter(|_| !waits).collect::<Vec<_>>();
+        let under_way = state.reconfigurations.keys().chain(&state.replan);
+        let moves = under_way.filter(|gmap| !waits || next_step(state, **gmap).is_some()).collect::<Vec<_>>();
         (!moves.is_empty()).then(|| format!("{moves:?} are reconfigured"))
     }
 

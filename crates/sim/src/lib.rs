@@ -27,6 +27,7 @@ pub mod net;
 pub mod options;
 mod panics;
 mod run;
+pub mod scale;
 pub mod scenario;
 pub mod trace;
 pub mod workload;

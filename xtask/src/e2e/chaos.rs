@@ -58,10 +58,10 @@ pub(super) fn judge(record: &Path) -> Result<String> {
 }
 
 /// Enough randomness for chaos, and the same again from the same seed.
-struct Dice(u64);
+pub(super) struct Dice(pub u64);
 
 impl Dice {
-    fn below(&mut self, end: u64) -> u64 {
+    pub fn below(&mut self, end: u64) -> u64 {
         self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         (self.0 >> 33) % end
     }

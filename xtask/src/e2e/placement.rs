@@ -1,7 +1,9 @@
-//! Servers are drained and filled while a disk is written (design 2.8).
+//! Servers are added, drained and filled while a disk is written, and killed meanwhile (design 2.8).
 
-use crate::cluster::Cluster;
-use crate::run::{command, read};
+use super::chaos::Dice;
+use super::failures::{declared_down, full_again, leader, pid_of};
+use crate::cluster::{Cluster, kill9};
+use crate::run::{command, read, read_failure};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::time::{Duration, Instant};
@@ -26,6 +28,26 @@ fn elements(cluster: &Cluster, server: &str) -> Result<u64> {
     Ok(disks.iter().filter_map(|d| d["elements"].as_u64()).sum())
 }
 
+/// fio on the first 192 MiB of the disk.
+fn fio(cluster: &Cluster, more: &[&str]) -> Result<std::process::Command> {
+    let mut fio = command("fio");
+    fio.args(["--name=load", "--ioengine=nbd", "--size=192m", &format!("--uri={}", cluster.nbd_uri("vol0")?)]);
+    fio.args(more);
+    Ok(fio)
+}
+
+/// What `petal reconfigure status` tells programs.
+fn reconfiguration(cluster: &Cluster) -> Result<Value> {
+    Ok(serde_json::from_str(&read(cluster.petal().args(["reconfigure", "status", "--json"]))?)?)
+}
+
+/// Waits until something moves.
+fn wait_until_moving(cluster: &Cluster) -> Result<()> {
+    Cluster::wait_for("something moves", Duration::from_secs(20), || {
+        reconfiguration(cluster).is_ok_and(|r| r["moving"].as_array().is_some_and(|m| !m.is_empty()))
+    })
+}
+
 fn wait_until_moved(cluster: &Cluster) -> Result<()> {
     let end = Instant::now() + MOVED_WITHIN;
     loop {
@@ -43,13 +65,7 @@ fn wait_until_moved(cluster: &Cluster) -> Result<()> {
 
 pub fn drained_and_filled(cluster: &Cluster) -> Result<()> {
     cluster.up(&[])?;
-    let uri = format!("--uri={}", cluster.nbd_uri("vol0")?);
-    let fio = |more: &[&str]| {
-        let mut fio = command("fio");
-        fio.args(["--name=load", "--ioengine=nbd", "--size=192m", &uri]).args(more);
-        fio
-    };
-    read(&mut fio(&["--rw=write", "--bs=1m", "--iodepth=4"]))?;
+    read(&mut fio(cluster, &["--rw=write", "--bs=1m", "--iodepth=4"])?)?;
     let before = list(cluster)?;
     ensure!(of_server(&before, "s3", "copies")? > 0, "s3 holds nothing to begin with: {before}");
     let plan: Value =
@@ -60,8 +76,7 @@ pub fn drained_and_filled(cluster: &Cluster) -> Result<()> {
     ensure!(list(cluster)?["reconfiguration"] == before["reconfiguration"], "a dry run has changed something");
     for (command_word, copies_left) in [("drain", false), ("fill", true)] {
         let verify = ["--rw=randwrite", "--bs=4k", "--iodepth=4", "--verify=crc32c", "--time_based", "--runtime=15"];
-        let mut load = fio(&verify);
-        let load = load.stdout(std::process::Stdio::piped()).spawn()?;
+        let load = fio(cluster, &verify)?.stdout(std::process::Stdio::piped()).spawn()?;
         std::thread::sleep(Duration::from_secs(1));
         let begun = Instant::now();
         read(cluster.petal().args(["server", command_word, "s3"]))?;
@@ -80,5 +95,113 @@ pub fn drained_and_filled(cluster: &Cluster) -> Result<()> {
             }
         }
     }
+    cluster.down()
+}
+
+/// A server is added to a running cluster; the move is paused, its target killed, and started again; then turned back.
+pub fn added_paused_and_turned_back(cluster: &Cluster) -> Result<()> {
+    cluster.up(&[])?;
+    read(&mut fio(cluster, &["--rw=write", "--bs=1m", "--iodepth=4"])?)?;
+    let add = |more: &[&str]| read(cluster.petal().args(["server", "add", "--local", "--json"]).args(more));
+    let plan: Value = serde_json::from_str(&add(&["--dry-run"])?)?;
+    let (stored, moved) = (plan["bytes_stored"].as_u64().unwrap_or(0), plan["bytes_to_move"].as_u64().unwrap_or(0));
+    ensure!(moved > stored / 7 && moved < stored / 4, "of five servers one is to get about a fifth: {plan}");
+    ensure!(plan["server"] == "s5" && plan["balance"]["after"].as_f64().is_some_and(|b| b < 1.2), "{plan}");
+    ensure!(of_server(&list(cluster)?, "s5", "copies").is_err(), "a dry run has added a server");
+
+    add(&[])?;
+    wait_until_moving(cluster)?;
+    read(cluster.petal().args(["reconfigure", "pause"]))?;
+    kill9(pid_of(cluster, "s5")?)?;
+    declared_down(cluster, "s5")?;
+    let waits = reconfiguration(cluster)?;
+    let said = waits["moving"][0]["waits"].as_array().cloned().unwrap_or_default();
+    let says = |why: &str| said.iter().any(|w| w["why"] == why);
+    ensure!(says("paused") && says("target_down") && said[1]["servers"][0] == "s5", "{waits}");
+    let text = read(cluster.petal().args(["reconfigure", "status"]))?;
+    ensure!(text.contains("s5, which is down") && text.contains("paused"), "{text}");
+    let text = read(cluster.petal().arg("status"))?;
+    ensure!(text.contains("waits for s5, which is down"), "the status does not tell what is waited for:\n{text}");
+    cluster.up(&[])?;
+    read(cluster.petal().args(["reconfigure", "resume"]))?;
+    wait_until_moved(cluster)?;
+    let after = list(cluster)?;
+    let (most, least) = (of_server(&after, "s1", "copies")?, of_server(&after, "s5", "copies")?);
+    ensure!(most <= least + 2, "five servers hold as much as each other: {after}");
+    let (_, said) = read_failure(cluster.petal().args(["reconfigure", "pause"]))?;
+    ensure!(said.contains("nothing is under way"), "{said}");
+
+    read(cluster.petal().args(["server", "drain", "s5"]))?;
+    wait_until_moving(cluster)?;
+    read(cluster.petal().args(["reconfigure", "abort"]))?;
+    wait_until_moved(cluster)?;
+    let text = read(cluster.petal().args(["reconfigure", "status"]))?;
+    ensure!(of_server(&list(cluster)?, "s5", "copies")? > 0, "it was turned back, and s5 holds nothing");
+    ensure!(text.contains("s5 was to be drained and holds"), "{text}");
+    read(cluster.petal().args(["server", "drain", "s5"]))?;
+    let lines = read(cluster.petal().args(["reconfigure", "status", "--watch", "--json"]))?;
+    let last: Value = serde_json::from_str(lines.lines().last().context("nothing was told")?)?;
+    ensure!(last["moving"] == Value::Array(Vec::new()) && last["to_plan"] == 0, "it ended too early: {last}");
+    ensure!(of_server(&list(cluster)?, "s5", "copies")? == 0, "s5 is drained");
+    full_again(cluster)?;
+    read(cluster.petal().arg("verify"))?;
+    cluster.down()
+}
+
+/// Servers that are killed, unless `PETAL_E2E_KILLS` says otherwise.
+const KILLS: u64 = 4;
+
+/// Somebody who takes part is killed at some moment of each move: a source, a joiner, the ring's leader, in turn.
+pub fn killed_while_moving(cluster: &Cluster) -> Result<()> {
+    let number = |name: &str, default: u64| match std::env::var(name) {
+        Ok(text) => text.parse().with_context(|| format!("{name} is not a number")),
+        Err(_) => Ok(default),
+    };
+    let kills = number("PETAL_E2E_KILLS", KILLS)?;
+    let seed = number("PETAL_E2E_SEED", u64::from(std::process::id()))?;
+    println!("{kills} kills, drawn from {seed} (PETAL_E2E_KILLS, PETAL_E2E_SEED)");
+    let mut dice = Dice(seed);
+    cluster.up(&[])?;
+    read(&mut fio(cluster, &["--rw=write", "--bs=1m", "--iodepth=4"])?)?;
+    let mut met = 0;
+    for kill in 0..kills {
+        // Half of the moves are away from s4, half to it.
+        let (order, is_source) = if kill % 2 == 0 { ("drain", true) } else { ("fill", false) };
+        let verify = ["--rw=randwrite", "--bs=4k", "--iodepth=4", "--verify=crc32c", "--time_based", "--runtime=8"];
+        let load = fio(cluster, &verify)?.stdout(std::process::Stdio::piped()).spawn()?;
+        let at = dice.below(90);
+        let down_for = Duration::from_millis(dice.below(2500));
+        read(cluster.petal().args(["server", order, "s4"]))?;
+        wait_until_moving(cluster)?;
+        let moved = loop {
+            let report = reconfiguration(cluster)?;
+            let Some(one) = report["moving"].get(0) else { break None };
+            let (moved, all) = (one["moved"].as_u64().unwrap_or(0), one["slots"].as_u64().unwrap_or(1));
+            if moved * 100 >= at * all {
+                break Some(moved * 100 / all);
+            }
+        };
+        let ring_leader = leader(cluster)?;
+        let other = ["s1", "s2", "s3"].into_iter().find(|s| *s != ring_leader).context("a ring of three")?;
+        let (role, victim) = match kill % 3 {
+            0 => ("source", if is_source { "s4" } else { other }),
+            1 => ("joiner", if is_source { other } else { "s4" }),
+            _ => ("leader", ring_leader.as_str()),
+        };
+        kill9(pid_of(cluster, victim)?)?;
+        met += u64::from(moved.is_some());
+        let when = moved.map_or("behind the end".into(), |percent| format!("at {percent} %"));
+        println!("{order} s4: {victim} ({role}) is killed {when}, for {down_for:?}");
+        std::thread::sleep(down_for);
+        cluster.up(&[])?;
+        wait_until_moved(cluster)?;
+        full_again(cluster)?;
+        let said = load.wait_with_output()?;
+        ensure!(said.status.success(), "fio ended with {} after kill {kill}", said.status);
+        let after = list(cluster)?;
+        ensure!((of_server(&after, "s4", "copies")? == 0) == is_source, "after {order}: {after}");
+        read(cluster.petal().arg("verify"))?;
+    }
+    ensure!(met > 0 || kills == 0, "no kill met a move");
     cluster.down()
 }

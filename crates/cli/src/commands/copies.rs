@@ -17,7 +17,7 @@ use std::collections::BTreeSet;
 #[command(after_help = "\
 Examples:
   petal disk set vol0 --copies 3 --dry-run     what would be copied, and where to
-  petal disk set vol0 --copies 3               it is used meanwhile; `petal status` shows how far it is
+  petal disk set vol0 --copies 3               it is used meanwhile; `petal reconfigure status` shows how far it is
 
 The disk's snapshots and clones share its blocks, so they get as many copies. While copies are made there are never fewer than
 before, and while some are given up never fewer than are asked for.")]
@@ -50,7 +50,7 @@ pub async fn set(connection: &Connection, arguments: Arguments) -> Result<()> {
     let to = if is_new { replan(from.id, &wanted, &state.candidates())? } else { from.clone() };
     ensure!(
         !state.reconfigurations.contains_key(&from.id) || !is_new,
-        "data of {} is being moved; wait until that has ended (`petal status`), or turn it back (`petal server turn-back`)",
+        "data of {} is being moved; wait until that has ended (`petal status`), or turn it back (`petal reconfigure abort`)",
         from.id
     );
     let used = Counting::new(connection).family(disk.family, &BTreeSet::new()).await?.used;
@@ -77,8 +77,8 @@ pub async fn set(connection: &Connection, arguments: Arguments) -> Result<()> {
     }
     if !format.json {
         match (is_new, lacks) {
-            (true, _) => println!("It begins now and goes on by itself; `petal status` shows how far it is."),
-            (false, true) => println!("That is under way; `petal status` shows how far it is."),
+            (true, _) => println!("It begins now and goes on by itself; `petal reconfigure status` shows how far it is."),
+            (false, true) => println!("That is under way; `petal reconfigure status` shows how far it is."),
             (false, false) => println!("Disk {name} has {copies} of everything already."),
         }
     }

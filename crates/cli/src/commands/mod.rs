@@ -1,5 +1,6 @@
 //! The subcommands.
 
+pub mod add;
 pub mod attach;
 pub mod bench;
 pub mod clone;
@@ -18,6 +19,7 @@ pub mod join;
 pub mod log;
 pub mod nbd;
 pub mod placement;
+pub mod reconfigure;
 pub mod rejoin;
 pub mod rollback;
 pub mod scrub;

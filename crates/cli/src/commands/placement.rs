@@ -1,8 +1,9 @@
-//! `petal server list | drain | fill | turn-back`: which servers hold data, and how it gets from one to the other.
+//! `petal server list | drain | fill`: which servers hold data, and how it gets from one to the other.
 //!
 //! These commands only say what is wanted; the ring's leader plans and moves (`petal::replan`, 2.8). So they may be ended at
-//! any time, and `petal status` shows how far it is.
+//! any time, and `petal reconfigure status` (`reconfigure.rs`) shows how far it is.
 
+use super::reconfigure;
 use crate::connect::{self, Connection};
 use crate::output;
 use crate::place::Place;
@@ -33,8 +34,8 @@ pub enum Placement {
     Drain(Change),
     /// Let a server hold its share of the data: a new one, or one that was drained
     Fill(Change),
-    /// Turn back what is under way; slots that moved already stay where they are
-    TurnBack,
+    /// One more server for a cluster that `petal up` made: starts it, and fills it
+    Add(super::add::Arguments),
 }
 
 /// A change of the placement.
@@ -53,6 +54,9 @@ pub struct Change {
 
 /// Does it.
 pub fn run(place: &Place, command: Placement) -> Result<()> {
+    if let Placement::Add(arguments) = command {
+        return super::add::run(place, arguments);
+    }
     let place = place.clone();
     connect::block_on(async move {
         let connection = Connection::open(&place).await?;
@@ -60,7 +64,7 @@ pub fn run(place: &Place, command: Placement) -> Result<()> {
             Placement::List { json } => list(&connection, json).await,
             Placement::Drain(change) => apply(&connection, change, true).await,
             Placement::Fill(change) => apply(&connection, change, false).await,
-            Placement::TurnBack => turn_back(&connection).await,
+            Placement::Add(_) => unreachable!("done above"),
         }
     })
 }
@@ -69,10 +73,24 @@ pub fn run(place: &Place, command: Placement) -> Result<()> {
 #[derive(Clone, Copy, Default)]
 pub(super) struct Held {
     /// Copies of slots.
-    copies: u64,
+    pub copies: u64,
     /// Bytes of data, and for how many there is room; of a server that does not answer, none are known.
-    bytes: u64,
-    capacity: u64,
+    pub bytes: u64,
+    pub capacity: u64,
+    /// One of its disks takes nothing more: what is free is kept for what must go on.
+    pub is_full: bool,
+}
+
+/// A copy of a slot that these servers have has the mean size of their copies.
+pub(super) fn copy_size(tuple: &[ServerId], held: &BTreeMap<ServerId, Held>) -> u64 {
+    let known = tuple.iter().filter_map(|s| held.get(s)).filter(|h| h.capacity > 0 && h.copies > 0);
+    let sizes: Vec<u64> = known.map(|h| h.bytes / h.copies).collect();
+    sizes.iter().sum::<u64>() / sizes.len().max(1) as u64
+}
+
+/// What a disk keeps free (`store/disk.rs`), with what may be promised to others of the rest.
+fn kept_free(capacity: u64) -> u64 {
+    2 * (capacity / 256).clamp(256 << 10, 64 << 20)
 }
 
 pub(super) async fn held(connection: &Connection, state: &State) -> Result<BTreeMap<ServerId, Held>> {
@@ -84,41 +102,11 @@ pub(super) async fn held(connection: &Connection, state: &State) -> Result<BTree
         if let Ok(status) = connection.server_status(*server, ANSWER_LIMIT).await {
             held.bytes = status.disks.iter().map(|d| d.used).sum();
             held.capacity = status.disks.iter().map(|d| d.capacity).sum();
+            held.is_full = status.disks.iter().all(|d| d.capacity - d.used.min(d.capacity) <= kept_free(d.capacity));
         }
         all.insert(*server, held);
     }
     Ok(all)
-}
-
-/// How far what is under way is, one sentence for each map.
-pub fn progress(state: &State) -> Vec<String> {
-    let sentence = |(gmap, under_way): (&petal::ids::GmapId, &petal::global_state::Reconfiguration)| {
-        let all = under_way.moved as usize + under_way.moves.len();
-        let how = match (under_way.turns_back, under_way.paused) {
-            (true, _) => ", turning back",
-            (_, true) => ", paused",
-            _ => "",
-        };
-        format!("Moving data of {gmap}: {} of {all} slots, {} under way{how}.", under_way.moved, under_way.fenced.len())
-    };
-    let planned = state.replan.iter().filter(|gmap| !state.reconfigurations.contains_key(gmap));
-    let planned = planned.map(|gmap| format!("Data of {gmap} is to be moved; it begins when all servers are up."));
-    state.reconfigurations.iter().map(sentence).chain(planned).collect()
-}
-
-/// The same for programs.
-pub fn progress_json(state: &State) -> Value {
-    let all = state.reconfigurations.iter().map(|(gmap, r)| {
-        json!({
-            "map": gmap.to_string(),
-            "slots": r.moved as usize + r.moves.len(),
-            "moved": r.moved,
-            "under_way": r.fenced.len(),
-            "paused": r.paused,
-            "turns_back": r.turns_back,
-        })
-    });
-    json!({ "moving": all.collect::<Vec<_>>(), "to_plan": state.replan.len() })
 }
 
 fn word(server: &ServerState) -> &'static str {
@@ -143,17 +131,17 @@ async fn list(connection: &Connection, json: bool) -> Result<()> {
             })
         };
         let servers: Vec<Value> = state.servers.iter().map(one).collect();
-        return output::print_json(&json!({ "servers": servers, "reconfiguration": progress_json(&state) }));
+        return output::print_json(&json!({ "servers": servers, "reconfiguration": reconfigure::json(&state) }));
     }
     let mut table = output::table(&["server", "state", "slots", "data", "room"]);
     output::right(&mut table, &[2, 3, 4]);
     for (id, server) in &state.servers {
-        let Held { copies, bytes, capacity } = held[id];
+        let Held { copies, bytes, capacity, .. } = held[id];
         let row = [copies.to_string(), output::size(bytes), output::size(capacity)];
         table.add_row([id.to_string(), word(server).to_string()].into_iter().chain(row));
     }
     output::print_table(&table);
-    progress(&state).iter().for_each(|line| println!("{line}"));
+    reconfigure::sentences(&state).iter().for_each(|line| println!("{line}"));
     Ok(())
 }
 
@@ -166,20 +154,21 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// What the ring's leader will plan, if nothing else changes until then.
     fn of(state: &State, before: BTreeMap<ServerId, Held>, server: ServerId, drained: bool) -> Result<Plan> {
         let mut then = state.clone();
         then.servers.get_mut(&server).context("no such server")?.drained = drained;
+        Plan::between(state, &then, before)
+    }
+
+    /// What the ring's leader will plan when other servers hold data than now, if nothing else changes until then.
+    pub fn between(state: &State, then: &State, before: BTreeMap<ServerId, Held>) -> Result<Plan> {
         let candidates = then.candidates();
         let mut plan = Plan { after: before.clone(), before, copies: 0, bytes: 0 };
         for (id, from) in &state.gmaps {
             let to = replan(*id, from, &candidates)?;
             plan.copies += copies_to_move(from, &to) as u64;
             for (old, new) in from.slots.iter().zip(&to.slots) {
-                // A copy has the mean size of those on the servers that have it.
-                let sizes = old.iter().filter_map(|s| plan.before.get(s)).filter(|h| h.capacity > 0 && h.copies > 0);
-                let sizes: Vec<u64> = sizes.map(|h| h.bytes / h.copies).collect();
-                plan.slot(old, new, sizes.iter().sum::<u64>() / sizes.len().max(1) as u64);
+                plan.slot(old, new, copy_size(old, &plan.before));
             }
         }
         for held in plan.after.values_mut().filter(|held| held.copies == 0) {
@@ -216,7 +205,7 @@ impl Plan {
     }
 
     /// Refuses what cannot be held.
-    pub(super) fn check_room(&self) -> Result<()> {
+    pub fn check_room(&self) -> Result<()> {
         for (server, held) in &self.after {
             let grows = held.copies > self.before.get(server).map_or(0, |h| h.copies);
             let room = held.capacity / 100 * (100 - KEPT_FREE_PERCENT);
@@ -232,7 +221,21 @@ impl Plan {
         Ok(())
     }
 
-    pub(super) fn json(&self) -> Value {
+    /// How much fuller the fullest server is than the mean of those that hold data: 1.0 is even.
+    fn balance(held: &BTreeMap<ServerId, Held>) -> Option<f64> {
+        let holders: Vec<&Held> = held.values().filter(|h| h.copies > 0 && h.capacity > 0).collect();
+        let (bytes, room) = holders.iter().fold((0, 0), |(b, r), h| (b + h.bytes, r + h.capacity));
+        let mean = bytes as f64 / room as f64;
+        let fullest = holders.iter().map(|h| h.bytes as f64 / h.capacity as f64).fold(0.0, f64::max);
+        (bytes > 0).then(|| (fullest / mean * 1000.0).round() / 1000.0)
+    }
+
+    /// Bytes that are to move.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub fn json(&self) -> Value {
         let of = |held: &Held| json!({ "slots": held.copies, "bytes": held.bytes });
         let one = |(server, before): (&ServerId, &Held)| json!({ "server": server.to_string(), "before": of(before), "after": of(&self.after[server]) });
         let servers: Vec<Value> = self.before.iter().map(one).collect();
@@ -240,11 +243,12 @@ impl Plan {
             "bytes_stored": self.stored(),
             "bytes_to_move": self.bytes,
             "slots_to_move": self.copies,
+            "balance": { "before": Plan::balance(&self.before), "after": Plan::balance(&self.after) },
             "servers": servers,
         })
     }
 
-    pub(super) fn print(&self) {
+    pub fn print(&self) {
         println!(
             "About {} of {} are to move, in {} slots:",
             output::size(self.bytes),
@@ -283,17 +287,8 @@ async fn apply(connection: &Connection, change: Change, drained: bool) -> Result
     connection.execute(Command::Drain { server, drained }).await?;
     if !json {
         println!(
-            "It begins now and goes on by itself; `petal status` shows how far it is, `petal server turn-back` ends it."
+            "It begins now and goes on by itself; `petal reconfigure` shows how far it is, pauses it and turns it back."
         );
-    }
-    Ok(())
-}
-
-async fn turn_back(connection: &Connection) -> Result<()> {
-    let state = connection.state().await?;
-    ensure!(!state.reconfigurations.is_empty(), "nothing is under way");
-    for gmap in state.reconfigurations.keys().copied() {
-        connection.execute(Command::AbortReconfiguration { gmap }).await?;
     }
     Ok(())
 }

@@ -27,6 +27,7 @@ Examples:
   petal server drain s3 --dry-run  what would move if s3 were to hold nothing
   petal server drain s3            its data moves to the others, while everything is used
   petal server fill s5             s5, which has joined, gets its share
+  petal server add --local         one more server where `petal up` made the cluster
 
 The config file:
   listen = [\"0.0.0.0:7000\"]
@@ -50,6 +51,13 @@ pub struct Arguments {
     /// Keep the pid, and whether the server serves, in this file
     #[arg(long, value_name = "FILE")]
     process_file: Option<PathBuf>,
+}
+
+impl Arguments {
+    /// This process is to be a server, and does not only ask about some.
+    pub fn runs_server(&self) -> bool {
+        self.placement.is_none()
+    }
 }
 
 /// Runs the server until it is told to stop; or asks a cluster about its servers.

@@ -1,6 +1,6 @@
 //! `petal status`: the whole cluster on one screen.
 
-use super::{disk, scrub};
+use super::{disk, reconfigure, scrub};
 use crate::cluster_folder::ClusterFolder;
 use crate::connect::{self, Connection};
 use crate::output;
@@ -142,7 +142,7 @@ async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report>
 }
 
 /// What those servers have applied lately.
-async fn logs(connection: &Connection, servers: impl Iterator<Item = ServerId>) -> Vec<Vec<LogLine>> {
+pub(super) async fn logs(connection: &Connection, servers: impl Iterator<Item = ServerId>) -> Vec<Vec<LogLine>> {
     let mut asked = tokio::task::JoinSet::new();
     for id in servers {
         let connection = connection.clone();
@@ -234,7 +234,7 @@ impl Report {
             "slow": slow_servers(&self.servers).iter().map(SlowServer::json).collect::<Vec<_>>(),
             "majority": self.has_majority(),
             "redundancy": self.redundancy.json(),
-            "reconfiguration": super::placement::progress_json(&self.state),
+            "reconfiguration": reconfigure::json(&self.state),
             "disks": disks,
             "nbd": self.nbd,
         })
@@ -278,7 +278,7 @@ impl Report {
         }
         slow_servers(&self.servers).iter().for_each(|slow| println!("  {}", slow.sentence()));
         self.redundancy.sentences(|server, missing| self.why(server, missing)).iter().for_each(|l| println!("{l}"));
-        super::placement::progress(&self.state).iter().for_each(|l| println!("{l}"));
+        reconfigure::sentences(&self.state).iter().for_each(|l| println!("{l}"));
         let scrubs = self.servers.iter().filter_map(|s| Some((s.id, s.scrub.as_ref()?)));
         scrub::sentences(scrubs, output::unix_seconds()).iter().for_each(|l| println!("{l}"));
         println!();

@@ -312,14 +312,14 @@ fn format(folder: &ClusterFolder, file: &ClusterFile, entry: &ServerEntry, genes
 }
 
 /// Ports that were free a moment ago. They are remembered: servers know each other by them.
-fn free_ports(count: u16) -> Result<Vec<u16>> {
+pub(super) fn free_ports(count: u16) -> Result<Vec<u16>> {
     let listeners: std::io::Result<Vec<_>> = (0..count).map(|_| std::net::TcpListener::bind("127.0.0.1:0")).collect();
     let listeners = listeners.context("cannot listen on 127.0.0.1")?;
     Ok(listeners.iter().filter_map(|l| l.local_addr().ok()).map(|a| a.port()).collect())
 }
 
 /// Makes a server known to the cluster and formats its disks.
-async fn join_learner(
+pub(super) async fn join_learner(
     folder: &ClusterFolder,
     file: &ClusterFile,
     entry: &ServerEntry,

@@ -673,7 +673,7 @@ pub enum CommandError {
     NoSuchGmap(GmapId),
     /// One change of placement at a time.
     #[error(
-        "data of {0} is being moved; wait until that has ended (`petal status`), or turn it back (`petal server turn-back`)"
+        "data of {0} is being moved; wait until that has ended (`petal status`), or turn it back (`petal reconfigure abort`)"
     )]
     Moving(GmapId),
 }

@@ -404,7 +404,7 @@ impl super::SlotState {
 mod tests {
     use super::*;
     use crate::global_state::{Command, Fixture};
-    use crate::mover::next_step;
+    use crate::mover::{Wait, next_step, waits_for};
 
     fn s(n: u16) -> ServerId {
         ServerId(n)
@@ -667,5 +667,47 @@ mod tests {
         assert_eq!(step(&mut f, gmap), Some(Command::AbortReconfiguration { gmap }));
         finish(&mut f, gmap);
         assert_eq!(held(&f, 4), 0);
+    }
+
+    #[test]
+    fn what_a_reconfiguration_waits_for_is_told_by_server() {
+        let (mut f, gmap) = three_and_a_new_one();
+        assert_eq!(waits_for(&f.state, gmap), []);
+        let suspect = |f: &mut Fixture, n| {
+            let incarnation = f.state.servers[&s(n)].incarnation;
+            f.run(Command::Suspect { server: s(n), incarnation }).unwrap();
+            f.state.index
+        };
+        let reinstate = |f: &mut Fixture, n, suspect| {
+            let incarnation = f.state.servers[&s(n)].incarnation;
+            f.run(Command::Reinstate { server: s(n), incarnation, suspect }).unwrap();
+        };
+        f.run(Command::Drain { server: s(4), drained: false }).unwrap();
+        let index = suspect(&mut f, 2);
+        assert_eq!(waits_for(&f.state, gmap), [Wait::ToPlan(vec![s(2)])]);
+        reinstate(&mut f, 2, index);
+        assert_eq!(waits_for(&f.state, gmap), [], "the next step is due");
+        step(&mut f, gmap);
+        step(&mut f, gmap);
+        let under_way = &f.state.reconfigurations[&gmap];
+        let (all, fenced) = (under_way.moves.len(), under_way.fenced.len());
+        assert!(fenced > 0 && fenced < all);
+        assert_eq!(waits_for(&f.state, gmap), [Wait::Copying(s(4), fenced)]);
+        f.run(Command::PauseReconfiguration { gmap, paused: true }).unwrap();
+        assert_eq!(waits_for(&f.state, gmap), [Wait::Paused, Wait::Copying(s(4), fenced)]);
+        let index = suspect(&mut f, 4);
+        assert_eq!(waits_for(&f.state, gmap), [Wait::Paused, Wait::Target(s(4), all)]);
+        f.run(Command::PauseReconfiguration { gmap, paused: false }).unwrap();
+        reinstate(&mut f, 4, index);
+        // Of every slot one server of two is suspected at least, and of some both are.
+        suspect(&mut f, 1);
+        suspect(&mut f, 2);
+        let waits = waits_for(&f.state, gmap);
+        let source =
+            waits.iter().find_map(|w| if let Wait::Source(n, have) = w { Some((*n, have.clone())) } else { None });
+        assert!(matches!(source, Some((n, have)) if n > 0 && n < all && have == [s(1), s(2)]), "{waits:?}");
+        for server in [1, 2] {
+            assert!(waits.iter().any(|w| matches!(w, Wait::Target(to, _) if *to == s(server))), "{waits:?}");
+        }
     }
 }
