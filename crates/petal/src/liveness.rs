@@ -330,8 +330,10 @@ impl Liveness {
             if heard.incarnation == m.incarnation {
                 heard.applied = heard.applied.max(m.applied);
             }
-            // Refused for another reason, or granted: it does not lag, as far as this member can tell.
-            heard.lags_since = (may && !granted).then(|| heard.lags_since.unwrap_or(now));
+            // Only behind what this member has applied: what is accepted and not decided nobody can have applied, and
+            // everybody is refused for it.
+            let lags = may && !granted && m.applied < global.state().index;
+            heard.lags_since = lags.then(|| heard.lags_since.unwrap_or(now));
             let news = heard.silent != m.silent || self.silent.contains(&from);
             heard.silent = m.silent;
             if news || self.suspected.contains_key(&from) {
