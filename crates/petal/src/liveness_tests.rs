@@ -594,6 +594,30 @@ fn who_lags_and_catches_up_goes_on() {
 }
 
 #[test]
+fn what_a_leader_that_is_cut_off_left_accepted_and_not_decided_makes_nobody_lag() {
+    for seed in 0..20 {
+        let mut cluster = kind(seed);
+        cluster.run(millis(1000));
+        let leader = cluster.leader();
+        let others = cluster.others(leader);
+        // It is heard and does not hear: what it says is accepted, and it does not learn that.
+        cluster.cut.extend(others.iter().map(|other| (*other, leader)));
+        let local = cluster.local(leader);
+        cluster.life(leader).room.propose_own(local, Command::Noop);
+        cluster.outputs(leader);
+        cluster.run(millis(10));
+        cluster.cut.extend(others.iter().map(|other| (leader, *other)));
+        let down = cluster.run_until(millis(3000), |c| c.down(leader));
+        assert!(down.is_some(), "seed {seed}: nobody acts in its place");
+        let all = cluster.run_until(millis(1000), |c| others.iter().all(|server| c.holds(*server)));
+        assert!(all.is_some(), "seed {seed}");
+        cluster.run(millis(3000));
+        assert!(others.iter().all(|server| cluster.holds(*server) && !cluster.down(*server)), "seed {seed}");
+        assert_eq!(cluster.violation, None);
+    }
+}
+
+#[test]
 fn without_a_majority_of_the_ring_nobody_is_declared_down_and_leases_end() {
     let mut cluster = kind(5);
     let leader = cluster.leader();
