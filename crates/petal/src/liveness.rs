@@ -81,27 +81,17 @@ struct Heard {
     silent: Vec<ServerId>,
     /// Its heartbeats that were answered, and when, while it has not told that the answer arrived.
     unanswered: VecDeque<(u64, Instant)>,
-    /// Since when it has been refused leases because it lags, without a grant in between.
-    lags_since: Option<Instant>,
 }
 
 impl Heard {
     fn new(now: Instant, incarnation: Incarnation) -> Heard {
-        let (silent, unanswered) = (Vec::new(), VecDeque::new());
-        Heard { incarnation, at: now, refuses: false, applied: 0, silent, unanswered, lags_since: None }
+        Heard { incarnation, at: now, refuses: false, applied: 0, silent: Vec::new(), unanswered: VecDeque::new() }
     }
 
     /// Whether *this member* has reason to think that nobody is there. A refused connection is no more than
-    /// that: it may be a firewall between the two, and the others may hear it well. Who does not follow the log for so
-    /// long that its lease is over is as good as not there: it serves nothing.
+    /// that: it may be a firewall between the two, and the others may hear it well.
     fn is_silent(&self, now: Instant) -> bool {
-        self.silent_from() <= now
-    }
-
-    /// From when on it counts as silent, if nothing comes.
-    fn silent_from(&self) -> Instant {
-        let refused = if self.refuses { Instant::ZERO } else { self.at + HALF_LEASE };
-        self.lags_since.map_or(refused, |since| refused.min(since + LEASE))
+        self.refuses || self.at + HALF_LEASE <= now
     }
 }
 
@@ -205,7 +195,7 @@ impl Liveness {
     /// When `tick` has something to do.
     pub fn next_timeout(&self) -> Instant {
         let told = |server: &ServerId| self.silent.binary_search(server).is_ok();
-        let silences = self.heard.iter().filter(|(server, _)| !told(server)).map(|(_, heard)| heard.silent_from());
+        let silences = self.heard.iter().filter(|(server, _)| !told(server)).map(|(_, heard)| heard.at + HALF_LEASE);
         let over = self.proposed_or_waiting();
         silences.chain(over).fold(self.heartbeat_at, Instant::min)
     }
@@ -312,8 +302,7 @@ impl Liveness {
         }
         self.notice_stall(now);
         self.note_end(now, global);
-        let may = self.may_hold(global, from, m.incarnation);
-        let granted = may && self.keeps_up(now, global, from, m.applied);
+        let granted = self.may_grant(now, global, from, m.incarnation, m.applied);
         let grant = Grant { sequence: m.sequence, configuration: self.configuration, granted };
         self.out.push_back(LivenessOutput::Send { to: from, body: Body::Grant(grant) });
         // A newer life, whose ServerUp is on its way, is there as well.
@@ -330,8 +319,6 @@ impl Liveness {
             if heard.incarnation == m.incarnation {
                 heard.applied = heard.applied.max(m.applied);
             }
-            // Refused for another reason, or granted: it does not lag, as far as this member can tell.
-            heard.lags_since = (may && !granted).then(|| heard.lags_since.unwrap_or(now));
             let news = heard.silent != m.silent || self.silent.contains(&from);
             heard.silent = m.silent;
             if news || self.suspected.contains_key(&from) {
@@ -397,8 +384,7 @@ impl Liveness {
         if only.is_none() {
             self.note_end(now, global);
             self.heartbeat_at = now + HEARTBEAT;
-            let may = global.is_member() && self.may_hold(global, self.me, self.incarnation);
-            if may && self.keeps_up(now, global, self.me, applied) {
+            if global.is_member() && self.may_grant(now, global, self.me, self.incarnation, applied) {
                 self.hold(now, self.me, now);
             }
         }
@@ -413,29 +399,26 @@ impl Liveness {
         }
     }
 
-    /// The granter's rule (2.5), first half: nothing that was accepted forbids it.
-    fn may_hold(&self, global: &GlobalState, server: ServerId, incarnation: Incarnation) -> bool {
-        let Some(known) = global.state().servers.get(&server) else { return false };
-        let accepted = self.accepted(global);
-        known.incarnation == incarnation
-            && !known.down
-            && known.suspect.is_none()
-            && !accepted.unknown
-            && !accepted.forbidden.contains(&server)
-    }
-
-    /// Second half: it has applied what names it, and what was accepted half a lease ago.
-    fn keeps_up(&self, now: Instant, global: &GlobalState, server: ServerId, applied: StateIndex) -> bool {
-        let accepted = self.accepted(global);
-        let named = accepted.names.get(&server).copied().unwrap_or(0).max(global.named(server));
-        applied >= named.max(self.overdue(now, &accepted))
-    }
-
-    fn accepted(&self, global: &GlobalState) -> Accepted {
-        match self.sabotage {
+    /// The granter's rule (2.5).
+    fn may_grant(
+        &self,
+        now: Instant,
+        global: &GlobalState,
+        server: ServerId,
+        incarnation: Incarnation,
+        applied: StateIndex,
+    ) -> bool {
+        let state = global.state();
+        let Some(known) = state.servers.get(&server) else { return false };
+        if known.incarnation != incarnation || known.down || known.suspect.is_some() {
+            return false;
+        }
+        let accepted = match self.sabotage {
             Sabotage::GrantByAppliedLog => Accepted::default(),
             _ => global.accepted(),
-        }
+        };
+        let named = accepted.names.get(&server).copied().unwrap_or(0).max(global.named(server));
+        !accepted.unknown && !accepted.forbidden.contains(&server) && applied >= named.max(self.overdue(now, &accepted))
     }
 
     fn note_end(&mut self, now: Instant, global: &GlobalState) {
@@ -467,7 +450,6 @@ impl Liveness {
         for heard in self.heard.values_mut() {
             heard.at = now;
             heard.unanswered.clear();
-            heard.lags_since = None;
         }
     }
 
@@ -521,8 +503,13 @@ impl Liveness {
         if self.members.iter().filter(|member| !self.is_silent(now, **member)).count() < self.majority() {
             return;
         }
-        let wanted: Vec<(ServerId, Option<Command>)> =
-            self.heard.iter().map(|(server, heard)| (*server, self.verdict(now, global, *server, heard))).collect();
+        let wanted: Vec<(ServerId, Option<Command>)> = self
+            .heard
+            .iter()
+            .filter_map(|(server, heard)| {
+                Some((*server, self.verdict(now, *server, heard, state.servers.get(server)?)))
+            })
+            .collect();
         // Who leads, and is heard by a majority, has no reason to be suspected by an earlier leader.
         let own = state.servers.get(&self.me).filter(|s| s.incarnation == self.incarnation && !s.down);
         let own = own.and_then(|s| s.suspect).map(|suspect| Command::Reinstate {
@@ -535,18 +522,12 @@ impl Liveness {
         }
     }
 
-    fn verdict(&self, now: Instant, global: &GlobalState, server: ServerId, heard: &Heard) -> Option<Command> {
-        let known = global.state().servers.get(&server)?;
+    fn verdict(&self, now: Instant, server: ServerId, heard: &Heard, known: &ServerState) -> Option<Command> {
         let incarnation = known.incarnation;
         let is_there = self.can_get_lease(now, server);
         match known.suspect {
             None => (!is_there).then_some(Command::Suspect { server, incarnation }),
-            Some(suspect)
-                if is_there
-                    && heard.applied >= suspect
-                    && !heard.is_silent(now)
-                    && self.keeps_up(now, global, server, heard.applied) =>
-            {
+            Some(suspect) if is_there && heard.applied >= suspect && !heard.is_silent(now) => {
                 Some(Command::Reinstate { server, incarnation, suspect })
             }
             Some(suspect) => {

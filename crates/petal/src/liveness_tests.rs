@@ -48,8 +48,6 @@ struct Cluster {
     messages: u64,
     /// Directions in which everything is lost.
     cut: BTreeSet<(ServerId, ServerId)>,
-    /// Who hears nothing of the log, but heartbeats and grants.
-    unlearned: BTreeSet<ServerId>,
     last_arrival: BTreeMap<(ServerId, ServerId), Instant>,
     sabotage: Sabotage,
     /// Lives that were declared down, and when that was applied first.
@@ -77,7 +75,6 @@ impl Cluster {
             count: 0,
             messages: 0,
             cut: BTreeSet::new(),
-            unlearned: BTreeSet::new(),
             last_arrival: BTreeMap::new(),
             sabotage,
             downs: BTreeMap::new(),
@@ -279,9 +276,6 @@ impl Cluster {
 
     fn send(&mut self, from: ServerId, to: ServerId, index: StateIndex, body: Body) {
         self.messages += 1;
-        if self.unlearned.contains(&to) && !matches!(body, Body::Heartbeat(_) | Body::Grant(_)) {
-            return;
-        }
         if self.cut.contains(&(from, to)) || self.hosts[&to].life.is_none() {
             return;
         }
@@ -559,38 +553,6 @@ fn who_speaks_and_does_not_hear_is_as_good_as_silent() {
     }
     cluster.run(millis(4000));
     assert!(cluster.down(s(4)));
-}
-
-#[test]
-fn who_is_heard_and_does_not_follow_the_log_is_declared_down() {
-    let mut cluster = kind(9);
-    let (other, _) = roles(&mut cluster);
-    cluster.unlearned.insert(s(4));
-    cluster.run(millis(3000));
-    assert!(cluster.holds(s(4)), "there is nothing to learn");
-    cluster.crash(other);
-    let down = cluster.run_until(millis(6000), |c| c.down(s(4)));
-    assert!(down.is_some(), "its slots would wait for ever");
-    cluster.run(millis(2000));
-    let left: Vec<ServerId> = (1..=3).map(s).filter(|server| *server != other).collect();
-    assert!(left.iter().all(|server| cluster.holds(*server) && !cluster.down(*server)));
-    assert_eq!(cluster.violation, None);
-}
-
-#[test]
-fn who_lags_and_catches_up_goes_on() {
-    let mut cluster = kind(10);
-    let (other, _) = roles(&mut cluster);
-    cluster.unlearned.insert(s(4));
-    cluster.crash(other);
-    let lost = cluster.run_until(millis(4000), |c| !c.holds(s(4)));
-    assert!(lost.is_some());
-    cluster.unlearned.clear();
-    let again = cluster.run_until(millis(3000), |c| c.holds(s(4)));
-    assert!(again.is_some() && !cluster.down(s(4)));
-    cluster.run(millis(4000));
-    assert!(cluster.holds(s(4)) && !cluster.down(s(4)));
-    assert_eq!(cluster.violation, None);
 }
 
 #[test]

@@ -102,7 +102,7 @@ pub(super) async fn held(connection: &Connection, state: &State) -> Result<BTree
         if let Ok(status) = connection.server_status(*server, ANSWER_LIMIT).await {
             held.bytes = status.disks.iter().map(|d| d.used).sum();
             held.capacity = status.disks.iter().map(|d| d.capacity).sum();
-            held.is_full = status.disks.iter().all(|d| d.capacity - d.used.min(d.capacity) <= kept_free(d.capacity));
+            held.is_full = status.disks.iter().any(|d| d.capacity - d.used.min(d.capacity) <= kept_free(d.capacity));
         }
         all.insert(*server, held);
     }
