@@ -228,7 +228,8 @@ fn a_family_that_gets_slots_of_its_own_takes_along_what_is_newer_than_the_waterm
         assert!(
             before.iter().any(|(_, _, newer)| newer.as_ref().is_some_and(|n| n.iter().any(|k| k.family == family)))
         );
-        walk.stores.split(family, from, to);
+        let ticket = walk.stores.split(family, from, to).expect("it is new");
+        walk.watermark_tickets.insert(ticket, (SlotId { gmap: to, ..*slots.first().unwrap() }, Version::ZERO));
         if die {
             // Its record is durable like any other.
             walk.flush().unwrap();
