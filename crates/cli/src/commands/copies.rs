@@ -77,7 +77,9 @@ pub async fn set(connection: &Connection, arguments: Arguments) -> Result<()> {
     }
     if !format.json {
         match (is_new, lacks) {
-            (true, _) => println!("It begins now and goes on by itself; `petal reconfigure status` shows how far it is."),
+            (true, _) => {
+                println!("It begins now and goes on by itself; `petal reconfigure status` shows how far it is.")
+            }
             (false, true) => println!("That is under way; `petal reconfigure status` shows how far it is."),
             (false, false) => println!("Disk {name} has {copies} of everything already."),
         }
