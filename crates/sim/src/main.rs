@@ -21,7 +21,7 @@ petal-sim: whole clusters in one thread, in virtual time, decided by a seed
   --servers N  --disks N  --copies N  --operations N   instead of what the seed draws
   --fault-interval MILLISECONDS   mean time between two faults
   --no-faults  --only-crashes  --crowded  --busy  --full  --recovering  --readers  --swift  --no-shrink  --snapshots
-  --shifts               likewise
+  --shifts  --alone      likewise
   --only-fault KIND      this kind of fault only (again for more): crash-one, crash-all, stop, reset, stall, ambush,
                          cut, hold, strand, differ, ghost, crash-client, partition, freeze, sever, relapse, lag, late,
                          spoil, lose, hang, fail, stumble, lie, isolate, oust, estrange, damage, shift
@@ -187,6 +187,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Option<Arguments>, S
                 a.again.push_str(&format!(" --only-fault {name}"));
             }
             "--shifts" => a.overrides.shifts = true,
+            "--alone" => a.overrides.alone = true,
             "--no-shrink" => a.overrides.no_shrink = true,
             "--help" | "-h" => return Ok(None),
             other => return Err(format!("'{other}' is not an argument")),

@@ -96,6 +96,9 @@ impl World {
         if weights.iter().sum::<u64>() == 0 {
             return;
         }
+        if self.options.alone && !self.is_long_whole() {
+            return;
+        }
         if std::mem::take(&mut self.lied) && self.unready().is_some() {
             self.lied = true;
             return;
@@ -136,6 +139,19 @@ impl World {
             30 => self.trap = Some(Trap::Damage),
             _ => self.shift(),
         }
+    }
+
+    /// Nothing that went wrong before is felt any more, as was so a second ago.
+    fn is_long_whole(&mut self) -> bool {
+        let hampered = |s: &ServerHost| {
+            s.frozen_until > self.now || s.slow_until > self.now || s.disks.iter().any(|d| d.is_hung(self.now))
+        };
+        if self.servers.iter().any(hampered) || self.net.is_anything_stalled(self.now) || self.unready().is_some() {
+            self.whole_since = None;
+        } else if self.whole_since.is_none() {
+            self.whole_since = Some(self.now);
+        }
+        self.whole_since.is_some_and(|since| self.now.since(since) >= Duration::from_secs(1))
     }
 
     /// Springs the trap if this is the command that it waits for.
@@ -637,6 +653,7 @@ impl World {
     /// What an operator does about placement. He looks at the newest state, and so plans from what holds; the ring's
     /// leader does the rest.
     fn shift(&mut self) {
+        let which = self.chaos.next_u64();
         let Some(state) = self.newest_state() else { return };
         let servers: Vec<ServerId> =
             state.servers.iter().filter(|(_, s)| s.incarnation.0 > 0).map(|(id, _)| *id).collect();
@@ -646,7 +663,7 @@ impl World {
         if servers.is_empty() || self.workload.to_create > 0 {
             return;
         }
-        let other = other_copies(&state, self.chaos.next_u64());
+        let other = other_copies(state, which);
         let command = match self.chaos.below(9) {
             8 if !under_way.is_empty() => Command::AbortReconfiguration { gmap: *self.chaos.pick(&under_way) },
             0 | 1 if other.is_some() => {
@@ -829,7 +846,7 @@ impl World {
             let host = *self.chaos.pick(&running);
             let time = Duration::from_millis(self.chaos.between(100, 4000));
             let mut at = self.now;
-            if self.chaos.chance(1, 2) {
+            if !self.options.alone && self.chaos.chance(1, 2) {
                 // By then its reads are not sent elsewhere any more: what it asked is answered by the frozen one.
                 at += Duration::from_millis(300);
                 self.leave_a_client_with(host, at + time + Duration::from_millis(50));

@@ -179,6 +179,11 @@ impl SimNet {
         self.connections.get(&id).is_some_and(|c| c.ends.iter().any(|e| e.stalled_until > now))
     }
 
+    /// True if anything does not get through somewhere.
+    pub fn is_anything_stalled(&self, now: Instant) -> bool {
+        self.connections.values().any(|c| c.ends.iter().any(|e| e.stalled_until > now))
+    }
+
     /// Connections that are not broken.
     pub fn alive(&self) -> Vec<ConnectionId> {
         self.connections.iter().filter(|(_, c)| !c.broken).map(|(id, _)| *id).collect()

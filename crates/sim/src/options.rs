@@ -80,6 +80,8 @@ pub struct Options {
     pub reads_max: usize,
     /// What is done with snapshots and clones, if anything.
     pub snapshots: Option<SnapshotMix>,
+    /// One failure at a time: the next one is not before everything has been whole for a while.
+    pub alone: bool,
     /// Nobody does anything by himself: a scenario asks for everything.
     pub scripted: bool,
     /// A rule that is left out on purpose.
@@ -253,6 +255,8 @@ pub struct Overrides {
     pub snapshots: bool,
     /// Servers are drained and filled all the time, whatever else the seed draws.
     pub shifts: bool,
+    /// One failure at a time.
+    pub alone: bool,
     /// Nobody does anything by himself, and there are no faults.
     pub scripted: bool,
     /// These faults only.
@@ -298,6 +302,7 @@ impl Options {
             reads_max: 48,
             power_loss_at_end: prng.chance(1, 2),
             snapshots: None,
+            alone: overrides.alone,
             scripted: overrides.scripted,
             sabotage: overrides.sabotage,
         };
@@ -328,6 +333,11 @@ impl Options {
         let draws_shifts = servers > 2 && !overrides.crowded && !overrides.swift && shifting.chance(1, 3);
         if draws_shifts || overrides.shifts {
             options.shift(&mut shifting, overrides.shifts);
+        }
+        let mut lone = Prng::new(shifting.clone().next_u64() ^ 0x0a10);
+        let draws_alone = servers > 2 && !overrides.crowded && !overrides.swift && lone.chance(1, 10);
+        if draws_alone && overrides.faults.is_none() || overrides.alone {
+            options.fail_alone();
         }
         options.apply(overrides);
         if overrides.recovering {
@@ -389,6 +399,50 @@ impl Options {
         self.mix = Mix { write: 40, ..self.mix };
     }
 
+    /// A fast network, fast disks, a ring of three and much time.
+    fn be_swift(&mut self) {
+        self.ring = self.servers.min(3);
+        self.net = NetTimes { min: Duration::from_micros(20), max: Duration::from_millis(1), spike_one_in: 300 };
+        let (min, max) = (Duration::from_micros(20), Duration::from_micros(500));
+        self.disk_times = DiskTimes { min, max, commit_factor: 3 };
+        self.run_delay = Duration::from_micros(20);
+        self.faulty = Duration::from_secs(10);
+        self.client_deadline = None;
+    }
+
+    /// One failure after the other, and everything else is as good as it can be: nothing may stand for long.
+    fn fail_alone(&mut self) {
+        self.be_swift();
+        self.alone = true;
+        self.servers = self.servers.max(3);
+        self.ring = 3;
+        self.late_learners = false;
+        self.copies = vec![2];
+        self.data = None;
+        self.full = false;
+        self.mix.shrink = false;
+        self.snapshots = None;
+        self.recovering = false;
+        self.readers = false;
+        self.faulty = Duration::from_secs(20);
+        self.operations = 6000;
+        self.power_loss_at_end = false;
+        self.restart_delay = Duration::from_millis(1500);
+        self.bury_after = None;
+        self.fault_interval = Some(Duration::from_millis(200));
+        self.faults = FaultWeights {
+            crash_one: 2,
+            stop: 1,
+            partition: 4,
+            freeze: 2,
+            sever: 2,
+            isolate: 2,
+            estrange: 1,
+            hang: 1,
+            ..FaultWeights::NONE
+        };
+    }
+
     fn apply(&mut self, overrides: &Overrides) {
         if let Some(copies) = overrides.copies {
             self.copies = vec![copies];
@@ -413,13 +467,7 @@ impl Options {
             self.faults = faults;
         }
         if overrides.swift {
-            self.ring = self.servers.min(3);
-            self.net = NetTimes { min: Duration::from_micros(20), max: Duration::from_millis(1), spike_one_in: 300 };
-            let (min, max) = (Duration::from_micros(20), Duration::from_micros(500));
-            self.disk_times = DiskTimes { min, max, commit_factor: 3 };
-            self.run_delay = Duration::from_micros(20);
-            self.faulty = Duration::from_secs(10);
-            self.client_deadline = None;
+            self.be_swift();
         }
         if overrides.no_faults || overrides.scripted {
             self.fault_interval = None;

@@ -6,6 +6,7 @@
 //! What they are told is checked on the spot where it is wrong by itself (an error that cannot be, bytes that nobody
 //! wrote), and goes into the history for the rest.
 
+use crate::checkers::progress::STANDS_MAX;
 use crate::content::{Layout, ZEROS, fill, read_cell};
 use crate::counters::Kind;
 use crate::families::Shown;
@@ -579,7 +580,11 @@ impl World {
         };
         let asked_at = life.user.asked_at.remove(&number);
         if let (Asked::Operation { .. }, Some(at)) = (&asked, asked_at) {
-            self.longest = self.longest.max(self.now.since(at));
+            let took = self.now.since(at);
+            self.longest = self.longest.max(took);
+            if self.options.alone && took > STANDS_MAX {
+                self.complain(format!("request {number} of client {host} took {took:?}, though no two failures met"));
+            }
         }
         match (asked, result) {
             (Asked::Operation { id, held, what }, Ok(response)) => self.on_operation(host, id, &held, what, response),

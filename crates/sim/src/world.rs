@@ -79,6 +79,8 @@ pub struct World {
     pub longest: Duration,
     /// A disk has lied, and what it lost is not put back everywhere yet: no other failure meanwhile.
     pub lied: bool,
+    /// Since when nothing is wrong, where failures come one at a time.
+    pub whole_since: Option<Instant>,
     /// What an assassin waits for.
     pub trap: Option<Trap>,
     /// Answers to what a scenario asked.
@@ -117,6 +119,7 @@ impl World {
             written: BTreeSet::new(),
             longest: Duration::ZERO,
             lied: false,
+            whole_since: None,
             trap: None,
             answers: Vec::new(),
             prng,

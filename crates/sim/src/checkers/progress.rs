@@ -1,4 +1,5 @@
-//! Without faults everything that was asked is answered, in bounded virtual time.
+//! Without faults everything that was asked is answered, in bounded virtual time; and with one failure at a time nothing
+//! takes much longer than a lease.
 
 use crate::ending::Phase;
 use crate::host::{ClientHost, ServerHost};
@@ -6,6 +7,10 @@ use stdx::Duration;
 
 /// Longest time that a phase without faults may take: 60 times the longest delay between two tries.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Longest time that an operation may take where failures come one at a time, and network and disks are fast: the silence
+/// after which a server is suspected, the lease that it may still have, and the election of another leader of the ring.
+pub const STANDS_MAX: Duration = Duration::from_millis(2500);
 
 /// Why a run that does not end does not, as far as can be seen from outside.
 pub fn complaint(phase: Phase, waited: Duration, what: &str, servers: &[ServerHost], clients: &[ClientHost]) -> String {
