@@ -507,7 +507,8 @@ impl Liveness {
             .heard
             .iter()
             .filter_map(|(server, heard)| {
-                Some((*server, self.verdict(now, *server, heard, state.servers.get(server)?)))
+                let known = state.servers.get(server)?;
+                Some((*server, self.verdict(now, *server, heard, known, global.named(*server))))
             })
             .collect();
         // Who leads, and is heard by a majority, has no reason to be suspected by an earlier leader.
@@ -522,7 +523,15 @@ impl Liveness {
         }
     }
 
-    fn verdict(&self, now: Instant, server: ServerId, heard: &Heard, known: &ServerState) -> Option<Command> {
+    /// `named`: the last entry that names the server.
+    fn verdict(
+        &self,
+        now: Instant,
+        server: ServerId,
+        heard: &Heard,
+        known: &ServerState,
+        named: StateIndex,
+    ) -> Option<Command> {
         let incarnation = known.incarnation;
         let is_there = self.can_get_lease(now, server);
         match known.suspect {
@@ -533,6 +542,7 @@ impl Liveness {
             Some(suspect) => {
                 let over = |(_, at): &(StateIndex, Instant)| *at + LEASE_SURELY_OVER <= now;
                 let over = self.suspected.get(&server).is_some_and(over);
+                let over = over && (self.sabotage != Sabotage::DownCancelledByTakeOut || named <= suspect);
                 over.then_some(Command::ServerDown { server, incarnation, suspect })
             }
         }

@@ -61,6 +61,9 @@ pub enum Sabotage {
     FirstNotSuspectedActs,
     /// Who says goodbye goes on serving until it ends.
     ServeAfterGoodbye,
+    /// What names a suspected server after its suspicion, as a `TakeOut` does, keeps it from being declared down for that
+    /// (counterexample R4).
+    DownCancelledByTakeOut,
     /// A ring member grants by what it has applied: an accepted `Suspect` that it does not know to be decided
     /// forbids nothing (counterexample F2).
     GrantByAppliedLog,
@@ -118,7 +121,7 @@ pub enum Sabotage {
 
 impl Sabotage {
     /// Every rule that can be left out.
-    pub const ALL: [Sabotage; 35] = [
+    pub const ALL: [Sabotage; 36] = [
         Sabotage::AckBeforeSecondary,
         Sabotage::NoSettlement,
         Sabotage::SettleByVersion,
@@ -130,6 +133,7 @@ impl Sabotage {
         Sabotage::ForgetIds,
         Sabotage::ReadWithoutLease,
         Sabotage::DownWithoutSuspectIndex,
+        Sabotage::DownCancelledByTakeOut,
         Sabotage::GrantByAppliedLog,
         Sabotage::LeaseByEarlierClock,
         Sabotage::FirstNotSuspectedActs,
@@ -171,6 +175,7 @@ impl Sabotage {
             Sabotage::ForgetIds => "forget-ids",
             Sabotage::ReadWithoutLease => "read-without-lease",
             Sabotage::DownWithoutSuspectIndex => "down-without-suspect-index",
+            Sabotage::DownCancelledByTakeOut => "down-cancelled-by-take-out",
             Sabotage::GrantByAppliedLog => "grant-by-applied-log",
             Sabotage::LeaseByEarlierClock => "lease-by-earlier-clock",
             Sabotage::FirstNotSuspectedActs => "first-not-suspected-acts",

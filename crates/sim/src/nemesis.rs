@@ -96,8 +96,11 @@ impl World {
         if weights.iter().sum::<u64>() == 0 {
             return;
         }
-        if self.options.alone && !self.is_long_whole() {
-            return;
+        if self.options.alone {
+            if !self.is_long_whole() {
+                return;
+            }
+            self.whole_since = None;
         }
         if std::mem::take(&mut self.lied) && self.unready().is_some() {
             self.lied = true;

@@ -289,6 +289,33 @@ impl Scenario {
         self.world.crash_server(host);
     }
 
+    /// A server does nothing for so long.
+    pub fn freeze(&mut self, host: usize, time: Duration) {
+        self.world.servers[host].frozen_until = self.world.now + time;
+    }
+
+    /// Waits until a server is suspected.
+    pub fn suspected(&mut self, host: usize) {
+        let id = self.world.servers[host].id.expect("it has an id");
+        self.until("it is suspected", |w| w.newest_state().is_some_and(|s| s.servers[&id].suspect.is_some()));
+    }
+
+    /// A server is taken out of an element's slot, as by one that does not know yet that it is suspected.
+    pub fn take_out(&mut self, host: usize, vdisk: VdiskId, element: u64) -> Result<(), RequestError> {
+        let state = self.state();
+        let family = state.vdisk(vdisk).expect("it exists").family;
+        let slot = state.slot_of(family, element).expect("it has a slot");
+        let term = state.slot(slot).expect("it has a slot").term;
+        let server = self.world.servers[host].id.expect("it has an id");
+        self.execute(Command::TakeOut { server, slots: vec![(slot, term)] }).map(|_| ())
+    }
+
+    /// A server is declared down.
+    pub fn is_down(&self, host: usize) -> bool {
+        let id = self.world.servers[host].id.expect("it has an id");
+        self.state().servers[&id].down
+    }
+
     /// Waits until a server is declared down.
     pub fn down(&mut self, host: usize) {
         let id = self.world.servers[host].id.expect("it has an id");

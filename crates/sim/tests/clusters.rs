@@ -108,6 +108,23 @@ fn i_o_goes_on_when_data_are_damaged_on_their_way() {
     assert!(longest < LEASE, "an operation took {longest:?}");
 }
 
+/// Whatever fails by itself (a server dies, stops, freezes, is cut off from some or all, hears or is heard no more; a disk
+/// hangs), nothing stands for longer than `STANDS_MAX`: the world complains of what does.
+#[test]
+fn i_o_goes_on_whatever_fails_alone() {
+    let ground = Overrides { alone: true, ..Overrides::default() };
+    let (mut failures, mut longest) = (0, Duration::ZERO);
+    for seed in 1..=10 {
+        let report = run_seed(seed, &ground, Keep::Hash);
+        assert!(report.complaints.is_empty(), "seed {seed}: {:#?}", report.complaints);
+        let kinds = [Kind::CrashOne, Kind::Partition, Kind::Freeze, Kind::Sever, Kind::Isolate, Kind::HungDisk];
+        failures += kinds.iter().map(|kind| report.counters.get(*kind)).sum::<u64>();
+        longest = longest.max(report.longest);
+    }
+    println!("{failures} failures; the longest operation took {longest:?}");
+    assert!(failures > 20, "only {failures} failures");
+}
+
 /// A server whose disk fails for good goes down and stays down; nobody loses anything.
 #[test]
 fn a_disk_that_fails_for_good_costs_nothing_but_its_copies() {

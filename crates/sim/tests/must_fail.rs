@@ -7,9 +7,11 @@
 //! Two rules are there for what the rest of today's system cannot yet do, and are shown by faults that stand
 //! for it (`differ`, `ghost`): see docs/testing.md, "Which rule is caught by what".
 
+use petal::limits::LEASE;
 use petal::sabotage::Sabotage;
 use petal_sim::options::{FaultWeights, Overrides};
 use petal_sim::run_seed;
+use petal_sim::scenario::Scenario;
 use petal_sim::trace::Keep;
 use stdx::Duration;
 
@@ -261,4 +263,22 @@ fn a_split_that_leaves_behind_what_is_newer_than_the_watermark() {
         40,
         Overrides { servers: Some(4), shifts: true, ..Overrides::default() },
     );
+}
+
+/// A server that freezes is suspected, and is taken out of a slot by one that does not know that yet.
+#[test]
+fn a_take_out_that_cancels_what_a_suspicion_leads_to() {
+    let goes_down = |sabotage| {
+        let mut s = Scenario::new(1, &Overrides { sabotage, ..Overrides::default() });
+        let disk = s.create("vol", 64);
+        let element = (0..64).find(|e| s.hosts_of(disk, *e)[1] == 2).expect("it is second somewhere");
+        s.freeze(2, Duration::from_secs(20));
+        s.suspected(2);
+        s.take_out(2, disk, element).expect("the other one is there");
+        assert!(!s.is_down(2), "it was declared down before it was taken out");
+        s.pass(LEASE * 3);
+        s.is_down(2)
+    };
+    assert!(goes_down(Sabotage::None));
+    assert!(!goes_down(Sabotage::DownCancelledByTakeOut));
 }
