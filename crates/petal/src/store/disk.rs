@@ -18,6 +18,7 @@
 mod cached;
 mod growing;
 mod scan;
+mod split;
 
 use super::allocator::Allocator;
 use super::element::{Address, Entry, NOWHERE, Row};
@@ -757,55 +758,6 @@ impl Disk {
                 };
             }
         }
-    }
-
-    /// The slot that an element has, where a record names one that its family has left.
-    fn present_slot(&self, element: ElementKey, slot: SlotId) -> SlotId {
-        let left = self.splits.get(&element.family).filter(|(from, _)| *from == slot.gmap);
-        left.map_or(slot, |(_, to)| SlotId { gmap: *to, ..slot })
-    }
-
-    /// A family has slots of its own: they begin with what is known of those with the same numbers that it left. What
-    /// those have from its term on (`to` is its state index) is not about it any more.
-    fn split(&mut self, family: FamilyId, from: GmapId, to: GmapId) {
-        self.splits.insert(family, (from, to));
-        self.dirty_splits.insert(family);
-        let theirs = SlotId { gmap: from, slot: 0 }..=SlotId { gmap: from, slot: u32::MAX };
-        let known: Vec<(SlotId, Version)> =
-            self.watermarks.iter().filter(|(slot, _)| theirs.contains(slot)).map(|(slot, w)| (*slot, *w)).collect();
-        for (slot, watermark) in known.into_iter().filter(|(_, watermark)| watermark.term < to.0) {
-            self.note_watermark(SlotId { gmap: to, ..slot }, watermark);
-        }
-        let floors: Vec<(SlotId, Version)> =
-            self.floors.iter().filter(|(slot, _)| theirs.contains(slot)).map(|(slot, f)| (*slot, *f)).collect();
-        for (slot, floor) in floors {
-            let of_new = self.floors.entry(SlotId { gmap: to, ..slot }).or_default();
-            *of_new = (*of_new).max(floor.min(Version { term: to.0, sequence: 0 }));
-        }
-        let left: Vec<(SlotId, Version, ElementKey)> = self
-            .changes
-            .iter()
-            .filter(|(slot, _)| theirs.contains(slot))
-            .flat_map(|(slot, index)| index.iter().map(|(version, element)| (*slot, *version, *element)))
-            .filter(|(_, _, element)| element.family == family && self.sabotage != Sabotage::SplitLosesChanges)
-            .collect();
-        for (slot, version, element) in left {
-            self.index_change(element, (slot, version), Some((SlotId { gmap: to, ..slot }, version)));
-        }
-        for element in self.clock.iter().filter(|element| element.family == family) {
-            if let Some(cached) = self.cache.get_mut(element).filter(|cached| cached.entry.slot.gmap == from) {
-                cached.entry.slot.gmap = to;
-            }
-        }
-    }
-
-    /// A family has left a GMap for another one, if this disk does not know that yet. Never refused for want of room in the
-    /// journal: there is one such record for a family at most.
-    pub fn stage_split(&mut self, ticket: Ticket, family: FamilyId, from: GmapId, to: GmapId) {
-        let record = Record::Split { family, from, to };
-        self.append(&record);
-        self.apply(record);
-        self.staged(Some(ticket));
     }
 
     /// An entry has changed; it had so many rows.

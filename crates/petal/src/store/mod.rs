@@ -730,31 +730,6 @@ impl Stores {
         }
     }
 
-    /// A family has a GMap of its own, whose slots begin with what is known here of those that it left. Stable with the
-    /// ticket, and then so is all that was staged before; none if every disk knew it.
-    pub fn split(&mut self, family: FamilyId, from: GmapId, to: GmapId) -> Option<Ticket> {
-        let is_new = |d: &disk::Disk| d.failed.is_none() && !d.splits.contains_key(&family);
-        let homes: SmallVec<[usize; 4]> = (0..self.disks.len()).filter(|d| is_new(&self.disks[*d])).collect();
-        if homes.is_empty() {
-            return None;
-        }
-        let ticket = self.ticket();
-        if homes.len() > 1 {
-            self.copies.insert(ticket, homes.len() as u8);
-        }
-        let of_from = |(slot, watermark): (&SlotId, &Version)| {
-            (slot.gmap == from && watermark.term < to.0).then_some((SlotId { gmap: to, ..*slot }, *watermark))
-        };
-        for (slot, watermark) in self.watermarks.iter().filter_map(of_from).collect::<Vec<_>>() {
-            let of_new = self.watermarks.entry(slot).or_default();
-            *of_new = (*of_new).max(watermark);
-        }
-        for home in homes {
-            self.disks[home].stage_split(ticket, family, from, to);
-        }
-        Some(ticket)
-    }
-
     /// Every disk notes the watermark of a slot that has everything again. Nobody waits for it.
     pub fn note_caught_up(&mut self, slot: SlotId, watermark: Version) {
         let known = self.watermarks.entry(slot).or_default();
