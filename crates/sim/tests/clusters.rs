@@ -114,7 +114,7 @@ fn i_o_goes_on_when_data_are_damaged_on_their_way() {
 fn i_o_goes_on_whatever_fails_alone() {
     let ground = Overrides { alone: true, ..Overrides::default() };
     let (mut failures, mut longest) = (0, Duration::ZERO);
-    for seed in 1..=10 {
+    for seed in 1..=6 {
         let report = run_seed(seed, &ground, Keep::Hash);
         assert!(report.complaints.is_empty(), "seed {seed}: {:#?}", report.complaints);
         let kinds = [Kind::CrashOne, Kind::Partition, Kind::Freeze, Kind::Sever, Kind::Isolate, Kind::HungDisk];
@@ -122,7 +122,7 @@ fn i_o_goes_on_whatever_fails_alone() {
         longest = longest.max(report.longest);
     }
     println!("{failures} failures; the longest operation took {longest:?}");
-    assert!(failures > 20, "only {failures} failures");
+    assert!(failures > 12, "only {failures} failures");
 }
 
 /// A server whose disk fails for good goes down and stays down; nobody loses anything.

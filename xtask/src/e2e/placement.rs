@@ -205,3 +205,52 @@ pub fn killed_while_moving(cluster: &Cluster) -> Result<()> {
     ensure!(met > 0 || kills == 0, "no kill met a move");
     cluster.down()
 }
+
+/// A disk gets one copy, two, three and two again while it is written and read back; with three any two servers may die.
+pub fn copies_changed(cluster: &Cluster) -> Result<()> {
+    cluster.up(&[])?;
+    read(&mut fio(cluster, &["--rw=write", "--bs=1m", "--iodepth=4"])?)?;
+    let set = |copies: u64, more: &[&str]| {
+        let copies = copies.to_string();
+        read(cluster.petal().args(["disk", "set", "vol0", "--copies", &copies]).args(more))
+    };
+    for copies in [1, 2, 3] {
+        let plan: Value = serde_json::from_str(&set(copies, &["--dry-run", "--json"])?)?;
+        ensure!(plan["copies"] == copies, "{plan}");
+        let has = disk_copies(cluster)?;
+        let verify = ["--rw=randwrite", "--bs=4k", "--iodepth=4", "--verify=crc32c", "--time_based", "--runtime=10"];
+        let load = fio(cluster, &verify)?.stdout(std::process::Stdio::piped()).spawn()?;
+        std::thread::sleep(Duration::from_secs(1));
+        let begun = Instant::now();
+        set(copies, &[])?;
+        wait_until_moved(cluster)?;
+        println!("from {has} copies to {copies} took {:.1} s under writes", begun.elapsed().as_secs_f64());
+        let said = load.wait_with_output()?;
+        ensure!(said.status.success(), "fio ended with {} while {has} copies became {copies}", said.status);
+        ensure!(disk_copies(cluster)? == copies, "it has {} copies instead of {copies}", disk_copies(cluster)?);
+        full_again(cluster)?;
+        read(cluster.petal().arg("verify"))?;
+    }
+    ensure!(set(3, &[])?.contains("has 3 of everything already"), "the same again is no news");
+
+    let ring_leader = leader(cluster)?;
+    let other = ["s1", "s2", "s3"].into_iter().find(|s| *s != ring_leader).context("a ring of three")?;
+    for victim in ["s4", other] {
+        kill9(pid_of(cluster, victim)?)?;
+        declared_down(cluster, victim)?;
+    }
+    read(&mut fio(cluster, &["--rw=read", "--bs=1m", "--iodepth=4"])?)?;
+    println!("all of it is read though s4 and {other} are down");
+    cluster.up(&[])?;
+    full_again(cluster)?;
+    set(2, &[])?;
+    wait_until_moved(cluster)?;
+    full_again(cluster)?;
+    read(cluster.petal().arg("verify"))?;
+    cluster.down()
+}
+
+fn disk_copies(cluster: &Cluster) -> Result<u64> {
+    let about: Value = serde_json::from_str(&read(cluster.petal().args(["disk", "info", "vol0", "--json"]))?)?;
+    about["copies"].as_u64().context("no copies")
+}

@@ -1,4 +1,7 @@
-//! What data access counts, for status.
+//! What data access counts, and what it tells of itself: for status and checkers.
+
+use super::DataAccess;
+use crate::ids::{SlotId, Term, Version};
 
 /// What is counted for status; since the server started.
 #[derive(Debug, Default, Clone)]
@@ -29,4 +32,33 @@ pub struct Counters {
     pub recovered_blocks: u64,
     /// Rows dropped that nobody could see any more.
     pub reclaimed_rows: u64,
+}
+
+impl DataAccess {
+    /// Elements with bad blocks that are not repaired yet.
+    pub fn repairs(&self) -> usize {
+        self.repairs.len()
+    }
+
+    /// Operations in progress.
+    pub fn operations(&self) -> usize {
+        self.operations.len()
+    }
+
+    /// `(slots in which this server acts, of these served)`.
+    pub fn acting(&self) -> (u32, u32) {
+        let acting = self.slots.iter().filter_map(|s| s.acting.as_ref());
+        acting.fold((0, 0), |(all, served), a| (all + 1, served + u32::from(a.is_serving())))
+    }
+
+    /// The slots that this server serves as primary, with the term: for checkers (I1).
+    pub fn serving(&self) -> impl Iterator<Item = (SlotId, Term)> + '_ {
+        let serving = self.slots.iter().filter(|s| s.acting.as_ref().is_some_and(|a| a.is_serving()));
+        serving.map(|s| (s.id, s.term))
+    }
+
+    /// `(slot, watermark, unfinished writes)` of every slot, for checkers and status.
+    pub fn watermarks(&self) -> impl Iterator<Item = (SlotId, Version, usize)> + '_ {
+        self.slots.iter().map(|s| (s.id, s.watermark, s.acting.as_ref().map_or(0, |a| a.unfinished.len())))
+    }
 }

@@ -1439,33 +1439,6 @@ impl DataAccess {
         self.reclaim.left()
     }
 
-    /// Elements with bad blocks that are not repaired yet.
-    pub fn repairs(&self) -> usize {
-        self.repairs.len()
-    }
-
-    /// Operations in progress.
-    pub fn operations(&self) -> usize {
-        self.operations.len()
-    }
-
-    /// `(slots in which this server acts, of these served)`.
-    pub fn acting(&self) -> (u32, u32) {
-        let acting = self.slots.iter().filter_map(|s| s.acting.as_ref());
-        acting.fold((0, 0), |(all, served), a| (all + 1, served + u32::from(a.is_serving())))
-    }
-
-    /// The slots that this server serves as primary, with the term: for checkers (I1).
-    pub fn serving(&self) -> impl Iterator<Item = (SlotId, Term)> + '_ {
-        let serving = self.slots.iter().filter(|s| s.acting.as_ref().is_some_and(|a| a.is_serving()));
-        serving.map(|s| (s.id, s.term))
-    }
-
-    /// `(slot, watermark, unfinished writes)` of every slot, for checkers and status.
-    pub fn watermarks(&self) -> impl Iterator<Item = (SlotId, Version, usize)> + '_ {
-        self.slots.iter().map(|s| (s.id, s.watermark, s.acting.as_ref().map_or(0, |a| a.unfinished.len())))
-    }
-
     /// Panics if the room contradicts itself.
     pub fn check_invariants(&self) {
         for slot in &self.slots {
