@@ -392,7 +392,7 @@ impl Client {
         self.management = Some(from);
         let call = self.calls.remove(&reply.tag).expect("it was there");
         match call.purpose {
-            Purpose::Refresh(session) => self.on_refreshed(session, reply.result),
+            Purpose::Refresh(session) => self.on_refreshed(from, session, reply.result),
             Purpose::Request(index) => self.on_answer(from, index, reply.result),
         }
     }
@@ -564,8 +564,12 @@ impl Client {
         if self.now.since(refresh.not_before) > RETRY_MAX {
             refresh.pause = RETRY_MIN;
         }
-        let vdisk = session.vdisk;
-        let tag = self.call(AdminRequest::HintsById { vdisk }, Purpose::Refresh(id), None);
+        let (vdisk, fruitless) = (session.vdisk, session.refresh.fruitless);
+        let tag = self.add_call(AdminRequest::HintsById { vdisk }, Purpose::Refresh(id), None, None);
+        if let Some(server) = fruitless {
+            self.calls.get_mut(&tag).expect("just made").state = CallState::Pauses(server);
+        }
+        self.send_call(tag);
         let now = self.now;
         self.sessions.get_mut(&id).expect("it was there").refresh.asked(now, tag);
     }
@@ -586,9 +590,10 @@ impl Client {
         }
     }
 
-    fn on_refreshed(&mut self, id: SessionId, result: Result<AdminResponse, AdminError>) {
+    fn on_refreshed(&mut self, from: ServerId, id: SessionId, result: Result<AdminResponse, AdminError>) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         session.refresh.call = None;
+        session.refresh.fruitless = Some(from);
         match result {
             Ok(AdminResponse::Hints(hints)) => self.adopt(id, &hints),
             Err(AdminError::DiskGone(_)) => {
@@ -606,6 +611,7 @@ impl Client {
         let behind = session.is_behind();
         if changed {
             session.refresh.pause = RETRY_MIN;
+            session.refresh.fruitless = None;
         }
         self.learn_servers(id, hints);
         if changed {

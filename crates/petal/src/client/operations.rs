@@ -432,7 +432,8 @@ impl Client {
         let operation = self.operations.get_mut(index).expect("it was answered");
         let id = operation.session;
         let element = operation.element();
-        if self.sessions.get_mut(&id).expect("a session outlives its operations").merge(element, need) {
+        let now = self.now;
+        if self.sessions.get_mut(&id).expect("a session outlives its operations").merge(now, element, need) {
             self.refresh(id);
         }
     }

@@ -109,6 +109,8 @@ pub(super) struct Refresh {
     pub call: Option<Tag>,
     pub not_before: Instant,
     pub pause: Duration,
+    /// Who answered last, if that told nothing new: it may be cut off from the others, so another one is asked next.
+    pub fruitless: Option<ServerId>,
 }
 
 impl Refresh {
@@ -118,6 +120,15 @@ impl Refresh {
         self.call = Some(call);
         self.not_before = now + self.pause;
         self.pause = (self.pause * 2).min(RETRY_MAX);
+    }
+
+    /// Something newer was heard of: no long pause.
+    pub fn hurry(&mut self, now: Instant) {
+        self.pause = RETRY_MIN;
+        if self.not_before > now + RETRY_MIN {
+            self.not_before = now + RETRY_MIN;
+            self.wanted = false;
+        }
     }
 }
 
@@ -143,7 +154,7 @@ impl Session {
             open: 0,
             detaching: false,
             ended: false,
-            refresh: Refresh { wanted: false, call: None, not_before: now, pause: RETRY_MIN },
+            refresh: Refresh { wanted: false, call: None, not_before: now, pause: RETRY_MIN, fruitless: None },
             warned: None,
             map_changes: 0,
             slots: Vec::new(),
@@ -211,9 +222,12 @@ impl Session {
         Need { revision: self.revision_known, term: 0 }
     }
     /// Merges what a reply about an element relied on. True if it is newer than the hints.
-    pub fn merge(&mut self, element: u64, need: Need) -> bool {
+    pub fn merge(&mut self, now: Instant, element: u64, need: Need) -> bool {
         let slot = self.slot_number(element) as usize;
         let slot = &mut self.slots[slot];
+        if need.term > slot.known || need.revision > self.revision_known {
+            self.refresh.hurry(now);
+        }
         slot.known = slot.known.max(need.term);
         self.revision_known = self.revision_known.max(need.revision);
         need.term > slot.hinted || need.revision > self.revision_hinted

@@ -44,6 +44,8 @@ struct World {
     /// Elements that a `Map` tells in one answer.
     map_limit: usize,
     counts: BTreeMap<&'static str, u64>,
+    /// Who was asked for hints.
+    hinted: BTreeSet<ServerId>,
     next_number: RequestNumber,
 }
 
@@ -113,6 +115,7 @@ impl World {
             rot: None,
             map_limit: 1000,
             counts: BTreeMap::new(),
+            hinted: BTreeSet::new(),
             next_number: 0,
         };
         for server in 1..=SERVERS {
@@ -290,6 +293,7 @@ impl World {
             AdminRequest::Hints { name } if name != "vol0" => Err(AdminError::NoSuchDisk(name)),
             AdminRequest::Hints { .. } | AdminRequest::HintsById { .. } => {
                 *self.counts.entry("hints").or_default() += 1;
+                self.hinted.insert(server);
                 Ok(AdminResponse::Hints(Box::new(self.hints.clone())))
             }
             AdminRequest::Execute { id, command, .. } => {
@@ -515,6 +519,16 @@ fn stale_map_leads_to_new_hints_and_the_same_number_elsewhere() {
     assert_eq!(world.count("hints"), hints + 1);
     assert_eq!(world.applied.keys().copied().collect::<Vec<_>>(), [1]);
     assert_eq!(world.read(session, 0, 5), b"hello");
+}
+
+/// It may be cut off from those that know more.
+#[test]
+fn who_told_nothing_new_is_not_asked_for_hints_again_at_once() {
+    let (mut world, session) = World::attached();
+    world.hinted.clear();
+    world.refuse = [Refusal::NotReady; 12].into();
+    world.write(session, 0, b"hello");
+    assert!(world.refuse.is_empty() && world.hinted.len() == SERVERS as usize, "asked were {:?}", world.hinted);
 }
 
 #[test]
