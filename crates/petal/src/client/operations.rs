@@ -70,6 +70,8 @@ pub(super) struct Operation {
     pub session: SessionId,
     pub task: Task,
     pub state: State,
+    /// Tags of its attempts are of later generations.
+    born: u64,
     /// The same read at another copy; only while the state is `Sent`.
     second: Option<Attempt>,
     since: Instant,
@@ -95,6 +97,7 @@ impl Operation {
             session,
             task,
             state: State::Ready,
+            born: 0,
             second: None,
             since,
             target: None,
@@ -160,7 +163,7 @@ impl Operation {
 }
 
 /// All operations. A tag is the place here and the generation of its use, so that an answer finds its
-/// operation without a map, and one to an earlier use finds none. A new one with each attempt.
+/// operation without a map, and one to an earlier use finds none. A new one with each attempt of an operation.
 #[derive(Debug, Default)]
 pub(super) struct Operations {
     entries: Vec<(u64, Option<Operation>)>,
@@ -170,10 +173,12 @@ pub(super) struct Operations {
 const INDEX_BITS: u32 = 24;
 
 impl Operations {
-    pub fn insert(&mut self, operation: Operation) -> u32 {
+    pub fn insert(&mut self, mut operation: Operation) -> u32 {
         match self.free.pop() {
             Some(index) => {
-                self.entries[index as usize].1 = Some(operation);
+                let (generation, entry) = &mut self.entries[index as usize];
+                operation.born = *generation;
+                *entry = Some(operation);
                 index
             }
             None => {
@@ -198,7 +203,7 @@ impl Operations {
     fn generation(&self, index: u32) -> u64 {
         self.entries[index as usize].0
     }
-    /// A tag for the next attempt; answers to earlier ones are not known any more.
+    /// A tag for the next attempt.
     fn new_tag(&mut self, index: u32) -> Tag {
         let generation = &mut self.entries[index as usize].0;
         *generation += 1;
@@ -209,6 +214,15 @@ impl Operations {
         let index = (tag & ((1 << INDEX_BITS) - 1)) as u32;
         let operation = self.entries.get(index as usize)?.1.as_ref()?;
         operation.attempts().any(|a| a.tag == tag && a.via == from).then_some(index)
+    }
+    /// The change of which an attempt that was given up had this tag: all of them ask for the same, with one number (P4).
+    fn given_up(&self, tag: Tag) -> Option<u32> {
+        let index = (tag & ((1 << INDEX_BITS) - 1)) as u32;
+        let (generation, operation) = self.entries.get(index as usize)?;
+        let operation = operation.as_ref()?;
+        let made_for_it = operation.born + 1..=*generation;
+        let is_its = operation.number().is_some_and(|n| n > 0) && made_for_it.contains(&(tag >> INDEX_BITS));
+        is_its.then_some(index)
     }
     /// The operation of which this is the only attempt.
     fn unanswered(&self, tag: Tag) -> Option<u32> {
@@ -470,7 +484,13 @@ impl Client {
     }
 
     pub(super) fn on_write_reply(&mut self, from: ServerId, reply: WriteReply) {
-        let Some((index, attempt)) = self.take_answer(from, reply.tag) else { return };
+        let Some((index, attempt)) = self.take_answer(from, reply.tag) else {
+            if let (Ok(()), Some(index)) = (reply.result, self.operations.given_up(reply.tag)) {
+                self.merge_need(index, reply.need);
+                self.finish_operation(index, None);
+            }
+            return;
+        };
         self.merge_need(index, reply.need);
         let is_change = self.operations.get_mut(index).is_some_and(|o| o.number().is_some());
         match reply.result {

@@ -50,3 +50,23 @@ fn without_a_connection_those_that_tried_try_again() {
     world.connect(primary);
     assert_eq!(world.wait(number), Ok(Response::Done));
 }
+
+#[test]
+fn an_answer_to_an_attempt_that_was_given_up_counts() {
+    let (mut world, session) = World::attached();
+    let (number, ways) = ways(&mut world, session, Duration::from_secs(1));
+    assert!(ways.len() > 1);
+    let (server, connection, first) = world.to_servers.pop_front().unwrap();
+    let later = std::mem::take(&mut world.to_servers);
+    world.serve(server, connection, first);
+    world.settle();
+    assert_eq!(world.replies.remove(&number), Some(Ok(Response::Done)));
+    // Answers to the others mean nothing any more, also not for whatever asks next.
+    let next = world.ask(Request::Write { session, offset: 0, data: Bytes::from_static(b"other") });
+    let own = std::mem::replace(&mut world.to_servers, later);
+    world.settle();
+    assert!(!world.replies.contains_key(&next));
+    world.to_servers = own;
+    assert_eq!(world.wait(next), Ok(Response::Done));
+    assert_eq!(world.read(session, 0, 5), b"other");
+}
