@@ -102,10 +102,11 @@ impl World {
             }
             self.whole_since = None;
         }
-        if std::mem::take(&mut self.lied) && self.unready().is_some() {
-            self.lied = true;
+        // Before the others have heard of it and put back what was lost, anything else would be a second failure.
+        if self.lied && !self.is_long_whole() {
             return;
         }
+        self.lied = false;
         let kind = draw_weighted(&mut self.chaos, &weights);
         self.trace.event(self.now, &[9, kind as u64], || format!("fault {kind}"));
         match kind {
@@ -831,6 +832,7 @@ impl World {
             self.counters.count(Kind::Lied);
             self.trace.words(self.now, || format!("host {host} disk {disk} has lost what it had acknowledged"));
             self.lied = true;
+            self.whole_since = None;
         }
         let at = self.now + self.draw(self.options.restart_delay);
         self.plan_start(Node::Server(host), at);

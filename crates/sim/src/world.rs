@@ -79,7 +79,7 @@ pub struct World {
     pub longest: Duration,
     /// A disk has lied, and what it lost is not put back everywhere yet: no other failure meanwhile.
     pub lied: bool,
-    /// Since when nothing is wrong, where failures come one at a time.
+    /// Since when nothing is wrong, where the next failure has to wait for that.
     pub whole_since: Option<Instant>,
     /// What an assassin waits for.
     pub trap: Option<Trap>,
