@@ -8,9 +8,10 @@ use stdx::Duration;
 /// Longest time that a phase without faults may take: 60 times the longest delay between two tries.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Longest time that an operation may take where failures come one at a time, and network and disks are fast: the silence
-/// after which a server is suspected, the lease that it may still have, and the election of another leader of the ring.
-pub const STANDS_MAX: Duration = Duration::from_millis(2500);
+/// Longest time that an operation may take where failures come one at a time, and network and disks are fast. Where a link
+/// between two servers is cut it takes a second until one of them is taken out of what they share, a lease until that holds, and
+/// up to half a second until the client asks again.
+pub const STANDS_MAX: Duration = Duration::from_secs(3);
 
 /// Why a run that does not end does not, as far as can be seen from outside.
 pub fn complaint(phase: Phase, waited: Duration, what: &str, servers: &[ServerHost], clients: &[ClientHost]) -> String {
