@@ -1,5 +1,5 @@
-//! Without faults everything that was asked is answered, in bounded virtual time; and with one failure at a time nothing
-//! takes much longer than a lease.
+//! Without faults everything that was asked is answered, in bounded virtual time; and where failures come one at a
+//! time each operation within three leases.
 
 use crate::ending::Phase;
 use crate::host::{ClientHost, ServerHost};
