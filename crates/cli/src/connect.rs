@@ -38,6 +38,15 @@ const OVERTAKEN_MAX: u32 = 50;
 /// The pause in between: the server that was asked may lag behind the one that decides.
 const OVERTAKEN_PAUSE: Duration = Duration::from_millis(20);
 
+/// A command is decided, and these servers have not settled it in time. It completes by itself.
+#[derive(Debug, thiserror::Error)]
+#[error("accepted, not settled: waits for {}; it completes by itself when they are back", names(.0))]
+pub struct NotSettled(Vec<ServerId>);
+
+fn names(servers: &[ServerId]) -> String {
+    servers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
 /// Runs a command's async part on this thread.
 pub fn block_on<T: 'static>(future: impl Future<Output = Result<T>> + 'static) -> Result<T> {
     petal_io::run(future).context("cannot start the runtime")?
@@ -206,13 +215,15 @@ impl Connection {
     pub async fn execute(&self, command: Command) -> Result<Outcome> {
         let executed = self.client.execute(command, SETTLE_DEADLINE).await?;
         if !executed.unsettled.is_empty() {
-            let names: Vec<String> = executed.unsettled.iter().map(ToString::to_string).collect();
-            eprintln!(
-                "accepted, not settled: waits for {}; it completes by itself when they are back",
-                names.join(", ")
-            );
+            eprintln!("{}", NotSettled(executed.unsettled));
         }
         Ok(executed.outcome)
+    }
+
+    /// The same for a command on whose effect the caller relies at once (a fence): not settled in time is an error.
+    pub async fn execute_settled(&self, command: Command) -> Result<Outcome> {
+        let executed = self.client.execute(command, SETTLE_DEADLINE).await?;
+        if executed.unsettled.is_empty() { Ok(executed.outcome) } else { Err(NotSettled(executed.unsettled).into()) }
     }
 
     /// Executes a command that relies on the present state: made anew if that has changed meanwhile.

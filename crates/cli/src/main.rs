@@ -1,7 +1,8 @@
 //! The program `petal`: one file per subcommand, in `commands/`.
 //!
 //! Exit codes: 0 it was done, 1 it failed (the sentence on standard error says what happened, to which
-//! object, and what to do next), 2 the command line makes no sense.
+//! object, and what to do next), 2 the command line makes no sense, 3 a server ended for a reason that does not go away
+//! by starting it again (a disk that has failed), 4 it is decided, but not yet settled everywhere.
 
 /// What is printed to somebody who has stopped reading (`petal status | head -1`) is not missed; std's macro
 /// panics there.
@@ -151,8 +152,18 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            exit_code(&error)
         }
+    }
+}
+
+fn exit_code(error: &anyhow::Error) -> ExitCode {
+    if error.is::<commands::server::CannotGoOn>() {
+        ExitCode::from(3)
+    } else if error.is::<connect::NotSettled>() {
+        ExitCode::from(4)
+    } else {
+        ExitCode::FAILURE
     }
 }
 

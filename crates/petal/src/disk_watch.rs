@@ -4,15 +4,18 @@
 //! for, while the ring still hears the server. So the server takes itself out of the way (`Server::leave`); it begins a
 //! new life when the disk answers again.
 //!
-//! *Hangs*: a read or write has waited for as long as the config says (half a lease, if it says nothing) and nothing at all was answered meanwhile; or one has waited
+//! *Hangs*: a read or write has waited for as long as the config says (half a lease, if it says nothing) and nothing at all was answered meanwhile; for
+//! twice as long, and nothing of its own kind was answered (a disk may read on while no write ends); or one has waited
 //! for [`COMMAND_MAX`]. A disk under much load answers something, and is only slow. Commands of the PMap store and
-//! growth, which take long on a healthy disk too and which nobody waits for at once, have [`SLOW_MAX`].
+//! growth may take long on a healthy disk too, and have [`SLOW_MAX`]; but when nothing but these has been waited for, in silence, the
+//! disk is asked for its first block, which it may not take long for.
 //! Time counts only while this server ran: after a stall every clock begins anew.
 //!
 //! *Fails too often*: a block that cannot be read is repaired, and a write that failed once is tried again; but a disk
 //! that does this at [`READ_ERRORS_MAX`] places, or to [`WRITE_ERRORS_MAX`] writes, within an hour is not trusted any more.
 //! Blocks that do not have their checksum do not count: somebody may have written over them, and they are repaired.
 
+use crate::ids::BLOCK_SIZE;
 use crate::store::{DiskCommand, DiskResult, OpId};
 use std::collections::{BTreeMap, BTreeSet};
 use stdx::{Duration, Instant};
@@ -31,6 +34,9 @@ const WINDOW: Duration = Duration::from_secs(3600);
 const READ_ERRORS_MAX: usize = 1024;
 /// Writes that had to be tried again within that time.
 const WRITE_ERRORS_MAX: u32 = 16;
+
+/// The operation of asking a disk for its first block; the store's own count from 1.
+const PROBE: OpId = OpId::MAX;
 
 /// What is wrong with a disk, in words that go behind its name.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,16 +61,40 @@ pub(crate) struct DiskWatch {
 
 #[derive(Debug)]
 struct Watched {
-    /// What was not answered, with when it was asked and where; those that may take long apart. Numbers grow with time.
-    quick: BTreeMap<OpId, (Instant, u64)>,
+    reads: Waiting,
+    writes: Waiting,
+    /// Commands that may take long, with when they were given. Numbers grow with time.
     slow: BTreeMap<OpId, Instant>,
+    /// Anything at all.
     answered: Instant,
+    /// When it was asked for its first block.
+    probe: Option<Instant>,
+    /// That is to be asked for.
+    wants_probe: bool,
     window: Instant,
     unread: BTreeSet<u64>,
     unwritten: u32,
 }
 
+/// Commands of one kind.
+#[derive(Debug)]
+struct Waiting {
+    /// Not answered, with when it was asked and where. Numbers grow with time.
+    asked: BTreeMap<OpId, (Instant, u64)>,
+    answered: Instant,
+}
+
+impl Waiting {
+    fn oldest(&self) -> Option<Instant> {
+        self.asked.first_key_value().map(|(_, (at, _))| *at)
+    }
+}
+
 impl Watched {
+    fn is_idle(&self) -> bool {
+        self.reads.asked.is_empty() && self.writes.asked.is_empty() && self.slow.is_empty() && self.probe.is_none()
+    }
+
     fn count(&mut self, now: Instant) -> &mut Watched {
         if now.since(self.window) > WINDOW {
             (self.window, self.unwritten) = (now, 0);
@@ -77,10 +107,14 @@ impl Watched {
 impl DiskWatch {
     /// Of so many disks.
     pub fn new(now: Instant, disks: usize, patience: Duration) -> DiskWatch {
+        let waiting = || Waiting { asked: BTreeMap::new(), answered: now };
         let watched = || Watched {
-            quick: BTreeMap::new(),
+            reads: waiting(),
+            writes: waiting(),
             slow: BTreeMap::new(),
             answered: now,
+            probe: None,
+            wants_probe: false,
             window: now,
             unread: BTreeSet::new(),
             unwritten: 0,
@@ -93,8 +127,11 @@ impl DiskWatch {
     pub fn on_command(&mut self, now: Instant, disk: usize, op: OpId, command: &DiskCommand) {
         let watched = &mut self.disks[disk];
         match command {
-            DiskCommand::Read { offset, .. } | DiskCommand::Write { offset, .. } => {
-                watched.quick.insert(op, (now, *offset));
+            DiskCommand::Read { offset, .. } => {
+                watched.reads.asked.insert(op, (now, *offset));
+            }
+            DiskCommand::Write { offset, .. } => {
+                watched.writes.asked.insert(op, (now, *offset));
             }
             _ => {
                 watched.slow.insert(op, now);
@@ -103,12 +140,32 @@ impl DiskWatch {
         self.next_look.get_or_insert(now + LOOK_EVERY);
     }
 
+    /// A disk that has been silent, while nobody reads or writes, is to be asked for its first block: the command.
+    pub fn poll_probe(&mut self, now: Instant) -> Option<(usize, OpId, DiskCommand)> {
+        let (disk, watched) = self.disks.iter_mut().enumerate().find(|(_, d)| d.wants_probe)?;
+        (watched.wants_probe, watched.probe) = (false, Some(now));
+        Some((disk, PROBE, DiskCommand::Read { offset: 0, length: BLOCK_SIZE }))
+    }
+
+    /// True if the answer is to what the watch itself asked; nobody else knows of it.
+    pub fn is_probe(op: OpId) -> bool {
+        op == PROBE
+    }
+
     /// A disk has answered.
     pub fn on_answer(&mut self, now: Instant, disk: usize, op: OpId, result: &DiskResult) {
         let watched = &mut self.disks[disk];
         watched.answered = now;
-        watched.slow.remove(&op);
-        let offset = watched.quick.remove(&op).map(|(_, offset)| offset);
+        if Self::is_probe(op) {
+            watched.probe = None; // An error is an answer; that this block is bad is found when it is needed.
+            return;
+        }
+        if watched.slow.remove(&op).is_some() {
+            return;
+        }
+        let kind = if watched.reads.asked.contains_key(&op) { &mut watched.reads } else { &mut watched.writes };
+        kind.answered = now;
+        let offset = kind.asked.remove(&op).map(|(_, offset)| offset);
         match (result, offset) {
             (DiskResult::Read(Err(_)), Some(offset)) => {
                 watched.count(now).unread.insert(offset);
@@ -135,17 +192,35 @@ impl DiskWatch {
         if now.since(look) > LATE {
             self.runs_since = now;
         }
-        let is_idle = self.disks.iter().all(|d| d.quick.is_empty() && d.slow.is_empty());
+        for disk in 0..self.disks.len() {
+            self.disks[disk].wants_probe = self.is_unknown(now, &self.disks[disk]);
+        }
+        let is_idle = self.disks.iter().all(Watched::is_idle);
         self.next_look = (!is_idle).then_some(now + LOOK_EVERY);
         self.disks.iter().enumerate().find_map(|(i, d)| Some((i, self.trouble(now, d)?)))
     }
 
+    fn waited(&self, now: Instant, since: Instant) -> Duration {
+        now.since(since.max(self.runs_since))
+    }
+
+    /// Only what may take long is waited for, and nothing was answered for so long that it may hang.
+    fn is_unknown(&self, now: Instant, disk: &Watched) -> bool {
+        let is_quiet = disk.reads.asked.is_empty() && disk.writes.asked.is_empty() && disk.probe.is_none();
+        let since = |at: Instant| self.waited(now, at) >= self.patience;
+        is_quiet && disk.slow.first_key_value().is_some_and(|(_, at)| since(*at)) && since(disk.answered)
+    }
+
     fn trouble(&self, now: Instant, disk: &Watched) -> Option<Trouble> {
-        let waited = |since: Instant| now.since(since.max(self.runs_since));
-        let quick = disk.quick.first_key_value().map_or(Duration::ZERO, |(_, (at, _))| waited(*at));
-        let slow = disk.slow.first_key_value().map_or(Duration::ZERO, |(_, at)| waited(*at));
-        let is_silent = quick >= self.patience && waited(disk.answered) >= self.patience;
-        if is_silent || quick >= COMMAND_MAX || slow >= SLOW_MAX {
+        let since = |at: Option<Instant>| at.map_or(Duration::ZERO, |at| self.waited(now, at));
+        let (reads, writes, probe) = (since(disk.reads.oldest()), since(disk.writes.oldest()), since(disk.probe));
+        let quick = reads.max(writes).max(probe);
+        let slow = since(disk.slow.first_key_value().map(|(_, at)| *at));
+        let is_silent = quick >= self.patience && since(Some(disk.answered)) >= self.patience;
+        let twice = self.patience + self.patience;
+        let hangs = |waits: Duration, kind: &Waiting| waits >= twice && since(Some(kind.answered)) >= twice;
+        let is_half = hangs(reads, &disk.reads) || hangs(writes, &disk.writes);
+        if is_silent || is_half || quick >= COMMAND_MAX || slow >= SLOW_MAX {
             let longest = quick.max(slow).as_millis();
             return Some(Trouble::Hangs(format!("has not answered for {longest} ms")));
         }
@@ -163,7 +238,7 @@ impl DiskWatch {
 mod tests {
     use super::*;
     use crate::limits::HALF_LEASE;
-    use crate::store::DiskError;
+    use crate::store::{DiskError, Table};
     use bytes::Bytes;
 
     const READ: DiskCommand = DiskCommand::Read { offset: 4096, length: 4096 };
@@ -202,6 +277,47 @@ mod tests {
             let expected = (n >= 50).then_some((n * 100, 0));
             assert_eq!(look(&mut watch, n * 100, n * 100), expected);
         }
+    }
+
+    #[test]
+    fn a_disk_that_reads_on_while_no_write_ends_hangs_after_twice_the_time() {
+        let mut watch = watch();
+        watch.on_command(at(0), 0, 1, &DiskCommand::Write { offset: 4096, pieces: Vec::new() });
+        for n in 1..=10 {
+            watch.on_command(at(n * 100), 0, n + 1, &READ);
+            watch.on_answer(at(n * 100), 0, n + 1, &good());
+            let expected = (n == 10).then_some((1000, 0));
+            assert_eq!(look(&mut watch, n * 100, n * 100), expected);
+        }
+    }
+
+    #[test]
+    fn a_disk_that_only_look_ups_wait_for_is_asked_for_a_block_and_hangs_if_it_does_not_give_it() {
+        let get = DiskCommand::PmapGet { table: Table::Heads, key: Bytes::new() };
+        let mut watch = watch();
+        watch.on_command(at(0), 1, 1, &get);
+        assert_eq!(look(&mut watch, 0, 400), None);
+        assert!(watch.poll_probe(at(400)).is_none());
+        assert_eq!(look(&mut watch, 500, 500), None);
+        let (disk, op, _) = watch.poll_probe(at(500)).expect("silent for as long as it may be");
+        assert!(disk == 1 && DiskWatch::is_probe(op) && watch.poll_probe(at(500)).is_none());
+        assert_eq!(look(&mut watch, 600, 2000), Some((1000, 1)));
+    }
+
+    #[test]
+    fn who_gives_the_block_may_take_its_time_for_look_ups() {
+        let get = DiskCommand::PmapGet { table: Table::Heads, key: Bytes::new() };
+        let mut watch = watch();
+        watch.on_command(at(0), 1, 1, &get);
+        let mut probes = 0;
+        for n in 1..100 {
+            assert_eq!(look(&mut watch, n * 100, n * 100), None);
+            if let Some((disk, op, _)) = watch.poll_probe(at(n * 100)) {
+                probes += 1;
+                watch.on_answer(at(n * 100), disk, op, &good());
+            }
+        }
+        assert_eq!(probes, 19, "one for each time of silence");
     }
 
     #[test]

@@ -43,8 +43,9 @@ pub const VDISKS_MAX: usize = 100_000;
 /// Slots of all GMaps together, the common ones and those that a family has by itself: about 50 bytes of global state each,
 /// so 13 MB. With four servers a map has 256.
 pub const SLOTS_ALL_MAX: usize = 1 << 18;
-/// Disks and snapshots of one family: an element can have a row for each, and messages count rows in 16 bits.
-pub const FAMILY_MEMBERS_MAX: usize = 1 << 15;
+/// Disks and snapshots of one family: an element can have a row for each, and all of them must fit into one record of the smallest
+/// journal, 2 MiB with 256 bytes for each (`Disk::check_room`); a quarter is left for rows that are being reclaimed.
+pub const FAMILY_MEMBERS_MAX: usize = 6000;
 /// Lineages that one may inherit from, one behind the other: a first write to an element of a clone tells them
 /// all, 8 bytes each.
 pub const ANCESTORS_MAX: usize = 1024;

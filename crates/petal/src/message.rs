@@ -894,19 +894,27 @@ pub struct Snapshot {
     pub state: Vec<u8>,
 }
 
-/// Asks to be told when an index is settled at the receiver: applied, and everything that it began
-/// before and that the index affects finished or refused.
+/// Asks to be told when an index is settled at a server: applied, and everything that it began
+/// before and that the index affects finished or refused. Who is neither of the two passes it on, and the answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settle {
     /// The index.
     pub index: StateIndex,
+    /// Who wants to know.
+    pub asker: ServerId,
+    /// Who is asked.
+    pub settler: ServerId,
 }
 
-/// An index is settled at the sender.
+/// An index is settled at a server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settled {
     /// The index.
     pub index: StateIndex,
+    /// Who wants to know.
+    pub asker: ServerId,
+    /// Who has settled it.
+    pub settler: ServerId,
 }
 
 // ------------------------------------------------------------------------------------------------

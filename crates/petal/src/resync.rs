@@ -214,7 +214,10 @@ impl DataAccess {
             }
         }
         let mut asks: BTreeMap<ServerId, Vec<(SlotId, Term)>> = BTreeMap::new();
-        for index in 0..self.slots.len() {
+        // Those with the fewest copies first: they are nearest to a loss.
+        let mut by_risk: Vec<SlotIndex> = (0..self.slots.len()).collect();
+        by_risk.sort_by_key(|index| self.slots[*index].in_sync.len());
+        for index in by_risk {
             let slot = &self.slots[index];
             let Some(acting) = slot.acting.as_ref().filter(|a| a.is_serving()) else { continue };
             let Some(state) = ctx.state.slot(slot.id).filter(|s| s.term == slot.term) else { continue };

@@ -15,7 +15,7 @@ use crate::global_state::{
     Command, CommandError, Effects, Genesis, GlobalOutput, GlobalState, Own, RecentEntry, State,
 };
 use crate::ids::*;
-use crate::limits::LEASE;
+use crate::limits::{HALF_LEASE, LEASE};
 use crate::liveness::{Liveness, LivenessOutput};
 use crate::message::*;
 use crate::mover::Mover;
@@ -27,7 +27,7 @@ use bytes::Bytes;
 use relays::Relays;
 pub(crate) use relays::carrier;
 use settling::settlers;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use stdx::{Duration, FastMap, Instant, Machine};
 
 /// Number of a client connection, given by the driver; never used twice in one server life.
@@ -196,6 +196,9 @@ pub struct Server {
     last_word: Option<Output>,
     stores: Stores,
     watch: DiskWatch,
+    /// When those who have not settled something are asked again, and how often that was done.
+    settle_again: Option<Instant>,
+    settle_rounds: usize,
     global: Option<GlobalState>,
     liveness: Liveness,
     data: DataAccess,
@@ -253,6 +256,8 @@ impl Server {
             stage: Stage::Opening,
             last_word: None,
             watch: DiskWatch::new(now, disks.len(), config.disk_patience),
+            settle_again: None,
+            settle_rounds: 0,
             stores: Stores::open(disks, incarnation, store),
             global: None,
             liveness: Liveness::new(now, me, incarnation, config.sabotage),
@@ -366,10 +371,8 @@ impl Server {
         self.global().on_connected(now, server);
         self.with_liveness(|liveness, global| liveness.on_connected(now, global, server));
         self.with_data(|data, ctx| data.on_connected(ctx, server, incarnation));
-        let gates = [&self.data.gates, &self.data.leaving.unsettled];
-        let of_gates: Vec<StateIndex> = gates.iter().flat_map(|gates| gates.unsettled_at(server)).collect();
-        for index in self.admin.unsettled_at(server).into_iter().chain(of_gates) {
-            self.send(server, Body::Settle(Settle { index }));
+        for index in self.unsettled_at(server) {
+            self.ask_to_settle(server, index);
         }
     }
 
@@ -395,6 +398,14 @@ impl Server {
         if let Peer::Server(server) = from {
             let stopping = matches!(self.stage, Stage::Stopping { .. });
             let global = self.global();
+            if global.has_forgotten(message.state_index) {
+                let (told, known) = (message.state_index, global.accepted_end());
+                return self.out.push_back(Output::Fatal(format!(
+                    "{server} knows decision {told} of this cluster, and this server, which decides alone, only {known}: its disk \
+                     was put back to an earlier moment (a restored copy), or has lost what it acknowledged. Nothing is \
+                     changed; put the right disk in its place and start it again"
+                )));
+            }
             // Who stops wants to know that the others have its goodbye.
             if stopping || message.state_index > global.state().index {
                 global.on_index(now, server, message.state_index);
@@ -420,6 +431,11 @@ impl Server {
             (Peer::Server(server), Body::Grant(m)) => self.liveness.on_grant(now, server, m),
             (_, Body::Index) => {}
             (Peer::Client(client), Body::Admin(admin)) => self.on_admin(client, admin),
+            (Peer::Server(server), body @ (Body::Settle(_) | Body::Settled(_))) => {
+                if let Some(body) = self.pass_on_settling(server, body) {
+                    self.on_data_message(from, body, self.now + LEASE);
+                }
+            }
             (from, body) => {
                 if let Some((from, body)) = self.pass_on(from, body) {
                     self.on_data_message(from, body, self.now + LEASE);
@@ -439,8 +455,8 @@ impl Server {
             return self.defer(from, body, until); // Until it is known who is to answer.
         }
         let stopping = matches!(self.stage, Stage::Stopping { goodbye: None, .. });
-        if let (Peer::Server(server), Body::Settled(m)) = (from, &body) {
-            return self.on_settled(server, m.index);
+        if let (Peer::Server(_), Body::Settled(m)) = (from, &body) {
+            return self.on_settled(m.settler, m.index);
         }
         self.with_data(|data, ctx| match (from, body) {
             // What was begun is finished; nothing new is.
@@ -459,7 +475,7 @@ impl Server {
             (Peer::Server(s), Body::Fetched(m)) => data.on_fetched(ctx, s, m),
             (Peer::Server(s), Body::Compare(m)) => data.on_compare(ctx, s, m),
             (Peer::Server(s), Body::Compared(m)) => data.on_compared(ctx, s, m),
-            (Peer::Server(_), Body::Settle(m)) => data.on_settle(ctx, from, m.index),
+            (Peer::Server(s), Body::Settle(m)) => data.on_settle(ctx, s, m.asker, m.index),
             _ => {} // A message that this peer has no business to send.
         });
     }
@@ -902,6 +918,9 @@ impl Machine for Server {
         self.now = self.now.max(now);
         self.flushed = false;
         match input {
+            Input::Disk { disk, op, result } if DiskWatch::is_probe(op) => {
+                self.watch.on_answer(self.now, disk, op, &result);
+            }
             Input::Disk { disk, op, result } => {
                 self.disk_times.ended(self.now, disk, op);
                 self.watch.on_answer(self.now, disk, op, &result);
@@ -922,6 +941,7 @@ impl Machine for Server {
                     self.stores.retry_growth();
                 }
                 self.watch_disks();
+                self.ask_again_to_settle();
                 self.refuse_deferred();
                 self.look_at_policies();
                 self.look_at_moves();
@@ -946,6 +966,9 @@ impl Machine for Server {
             self.watch.on_command(self.now, disk, op, &command);
             return Some(Output::Disk { disk, op, command });
         }
+        if let Some((disk, op, command)) = self.watch.poll_probe(self.now) {
+            return Some(Output::Disk { disk, op, command });
+        }
         self.out.pop_front()
     }
 
@@ -957,7 +980,7 @@ impl Machine for Server {
         let global = self.global.as_ref().and_then(GlobalState::next_timeout);
         let liveness = self.global.as_ref().map(|_| self.liveness.next_timeout());
         let rooms = [global, liveness, self.data.next_timeout(), self.admin.next_timeout(), self.watch.next_look()];
-        rooms.into_iter().chain([stopping, self.growth_retry]).flatten().min()
+        rooms.into_iter().chain([stopping, self.growth_retry, self.settle_again]).flatten().min()
     }
 
     fn check_invariants(&self) {

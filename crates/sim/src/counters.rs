@@ -42,6 +42,8 @@ kinds! {
     Repaired => "a bad block was repaired from another copy",
     /// A disk answered nothing for seconds.
     HungDisk => "a disk hung",
+    /// A disk answered reads, and nothing else for seconds.
+    HungWrites => "a disk read on and wrote nothing",
     /// A server took itself out of the way because of that.
     LeftHung => "a server whose disk hung took itself out of the way",
     /// A disk failed for good.

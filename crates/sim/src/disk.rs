@@ -84,8 +84,9 @@ pub struct SimDisk {
     pub data_start: u64,
     /// Answers every command with an error.
     pub failing: bool,
-    /// Answers nothing before that moment.
+    /// Answers nothing before that moment, or only reads.
     hung_until: Instant,
+    reads_on: bool,
     /// The next write fails, and leaves any of its sectors behind.
     stumbles: bool,
     /// It may do so again from this command on.
@@ -118,6 +119,7 @@ impl SimDisk {
             data_start: 0,
             failing: false,
             hung_until: Instant::ZERO,
+            reads_on: false,
             stumbles: false,
             steady_until: 0,
             stumbled: 0,
@@ -141,9 +143,17 @@ impl SimDisk {
         self.slow = (factor, until);
     }
 
-    /// Answers nothing before that moment.
-    pub fn hang(&mut self, until: Instant) {
-        self.hung_until = until;
+    /// Answers nothing before that moment; or goes on to answer reads, as where a flush does not end.
+    pub fn hang(&mut self, until: Instant, reads_on: bool) {
+        (self.hung_until, self.reads_on) = (until, reads_on);
+    }
+
+    /// This command is not answered yet, however long ago it was given.
+    pub fn withholds(&self, ticket: Ticket, now: Instant) -> bool {
+        let is_read = |command: &DiskCommand| {
+            matches!(command, DiskCommand::Read { .. } | DiskCommand::PmapGet { .. } | DiskCommand::PmapRange { .. })
+        };
+        self.is_hung(now) && !(self.reads_on && self.pending.get(&ticket).is_some_and(|(_, command)| is_read(command)))
     }
 
     /// The next write will fail: not soon after the last one that did, since the same write failing twice is a disk
@@ -159,7 +169,7 @@ impl SimDisk {
         self.stumbles = false;
     }
 
-    /// It answers nothing.
+    /// There is something that it does not answer.
     pub fn is_hung(&self, now: Instant) -> bool {
         now < self.hung_until
     }

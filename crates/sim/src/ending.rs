@@ -173,7 +173,7 @@ impl World {
             }
             for disk in &mut self.servers[host].disks {
                 disk.slow_down(1, Instant::ZERO);
-                disk.hang(Instant::ZERO);
+                disk.hang(Instant::ZERO, false);
                 disk.steady();
             }
             if self.servers[host].id.is_some() && self.servers[host].life.is_none() {

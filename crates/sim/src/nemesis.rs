@@ -629,7 +629,8 @@ impl World {
             true => self.chaos.between(400, 1600),
             false => {
                 links = vec![*self.chaos.pick(&links)];
-                self.chaos.between(1500, 3000)
+                // Alone for longer than anything may stand.
+                if self.options.alone { self.chaos.between(1500, 9000) } else { self.chaos.between(1500, 3000) }
             }
         };
         self.sever_links(&links, Duration::from_millis(millis));
@@ -786,9 +787,11 @@ impl World {
         let host = self.chaos.below(self.servers.len() as u64) as usize;
         let disk = self.chaos.below(self.servers[host].disks.len() as u64) as usize;
         let until = self.now + Duration::from_millis(self.chaos.between(2_000, 20_000));
-        self.counters.count(Kind::HungDisk);
-        self.trace.words(self.now, || format!("host {host} disk {disk} hangs until {until:?}"));
-        self.servers[host].disks[disk].hang(until);
+        let reads_on = self.chaos.chance(1, 3);
+        self.counters.count(if reads_on { Kind::HungWrites } else { Kind::HungDisk });
+        self.trace
+            .words(self.now, || format!("host {host} disk {disk} hangs until {until:?}, reads go on: {reads_on}"));
+        self.servers[host].disks[disk].hang(until, reads_on);
     }
 
     /// A disk fails for good: not where it is the only one that has something, or its server has the only voice.

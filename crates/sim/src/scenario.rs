@@ -15,7 +15,7 @@ use petal::client::{RequestError, Response};
 use petal::global_state::{Attachment, Command, Outcome, State};
 use petal::ids::{ELEMENT_SIZE, ServerId, StateIndex, VdiskId};
 use petal::message::AdminResponse;
-use stdx::{Duration, Prng};
+use stdx::{Duration, Instant, Prng};
 
 /// Virtual time that anything may take which a scenario waits for.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -59,6 +59,11 @@ impl Scenario {
             let goes_on = self.world.advance() && self.world.now < end;
             assert!(goes_on, "it never was that {what}; complaints: {:#?}", self.world.complaints);
         }
+    }
+
+    /// Virtual time.
+    pub fn now(&self) -> Instant {
+        self.world.now
     }
 
     /// Lets time go by.

@@ -784,7 +784,7 @@ impl World {
     fn on_disk_done(&mut self, host: usize, disk: usize, life: u64, ticket: Ticket) {
         let machine = &mut self.servers[host];
         let Some(server) = machine.life.as_mut().filter(|l| l.driver.life == life) else { return };
-        if machine.disks[disk].is_hung(self.now) {
+        if machine.disks[disk].withholds(ticket, self.now) {
             return self.queue.plan(self.now + HUNG_LOOK, Event::DiskDone { host, disk, life, ticket });
         }
         let Some((op, result)) = machine.disks[disk].finish(ticket, &mut self.counters) else { return };

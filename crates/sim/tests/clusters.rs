@@ -117,7 +117,15 @@ fn i_o_goes_on_whatever_fails_alone() {
     for seed in 1..=6 {
         let report = run_seed(seed, &ground, Keep::Hash);
         assert!(report.complaints.is_empty(), "seed {seed}: {:#?}", report.complaints);
-        let kinds = [Kind::CrashOne, Kind::Partition, Kind::Freeze, Kind::Sever, Kind::Isolate, Kind::HungDisk];
+        let kinds = [
+            Kind::CrashOne,
+            Kind::Partition,
+            Kind::Freeze,
+            Kind::Sever,
+            Kind::Isolate,
+            Kind::HungDisk,
+            Kind::HungWrites,
+        ];
         failures += kinds.iter().map(|kind| report.counters.get(*kind)).sum::<u64>();
         longest = longest.max(report.longest);
     }

@@ -109,6 +109,7 @@ const SCENARIOS: &[Scenario] = &[
     ("damaged_and_foreign_disks_are_refused_by_name", bad_input::damaged_disks),
     ("a_disk_restored_from_a_backup_is_refused_whoever_it_belongs_to", old_disks::restored_from_a_backup),
     ("a_disk_set_back_within_its_life_is_given_what_it_lacks", old_disks::copied_in_the_same_life),
+    ("a_ring_of_one_whose_disk_was_set_back_ends_when_others_know_more", old_disks::of_who_decides_alone),
     ("a_disk_of_another_cluster_is_refused", old_disks::of_another_cluster),
     ("a_wall_clock_that_jumps_changes_nothing", old_disks::wall_clock_jumps),
     ("bad_arguments_are_refused_with_a_remedy", bad_input::bad_arguments),

@@ -44,7 +44,7 @@ pub fn restored_from_a_backup(cluster: &Cluster) -> Result<()> {
         for _ in 0..3 {
             let (code, said) = read_failure(cluster.petal().args(["server", "--config"]).arg(&config))?;
             let words = ["earlier life", "restored"];
-            ensure!(code == 1 && words.iter().all(|w| said.contains(w)), "{server}: exit code {code}: {said}");
+            ensure!(code == 3 && words.iter().all(|w| said.contains(w)), "{server}: exit code {code}: {said}");
             println!("{server}: {}", said.lines().last().unwrap_or_default());
         }
         everywhere_is(cluster, 'n')?;
@@ -84,6 +84,39 @@ pub fn copied_in_the_same_life(cluster: &Cluster) -> Result<()> {
         everywhere_is(cluster, letter)?;
         read(cluster.petal().arg("verify"))?;
     }
+    cluster.down()
+}
+
+pub fn of_who_decides_alone(cluster: &Cluster) -> Result<()> {
+    // A ring of one: what its disk forgets nobody else can vote for, and all others have it.
+    cluster.up(&["--servers", "2", "--disk-size", "2GiB"])?;
+    write_everywhere(cluster, 'o')?;
+    let server = leader(cluster)?;
+    let disk = cluster.data().join(&server).join("disk1");
+    let (backup, right) = (cluster.folder().join("backup"), cluster.folder().join("right"));
+    let pid = pid_of(cluster, &server)?.to_string();
+    read(command("kill").args(["-STOP", &pid]))?;
+    let copied = copy(&disk, &backup);
+    read(command("kill").args(["-CONT", &pid]))?;
+    copied?;
+    full_again(cluster)?;
+    for n in 0..20 {
+        read(cluster.petal().args(["disk", "create", &format!("later{n}"), "1GiB"]))?;
+    }
+    write_everywhere(cluster, 'n')?;
+    kill9(pid_of(cluster, &server)?)?;
+    std::fs::rename(&disk, &right)?;
+    copy(&backup, &disk)?;
+    let config = cluster.data().join(&server).join("server.toml");
+    let (code, said) = read_failure(cluster.petal().args(["server", "--config"]).arg(&config))?;
+    ensure!(code == 3 && said.contains("decides alone"), "exit code {code}: {said}");
+    println!("{}", said.lines().last().unwrap_or_default());
+    std::fs::rename(&right, &disk)?;
+    cluster.up(&[])?;
+    full_again(cluster)?;
+    everywhere_is(cluster, 'n')?;
+    read(cluster.petal().args(["disk", "info", "later19"]))?;
+    read(cluster.petal().arg("verify"))?;
     cluster.down()
 }
 

@@ -37,7 +37,7 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
         let place = place.clone();
         connect::block_on(async move {
             let connection = Connection::open(&place).await?;
-            connection.execute(Command::Detach { session }).await
+            connection.execute_settled(Command::Detach { session }).await
         })?;
         println!("Session {session} is over.");
     }

@@ -108,7 +108,7 @@ async fn serve(config: ServerConfig, on_ready: Box<dyn FnOnce()>) -> Result<()> 
         let ready = on_ready.take().unwrap_or_else(|| Box::new(|| {}));
         let (server, why) = match live(&config, ready, told_to_stop.as_mut()).await? {
             (_, Ended::Stopped | Ended::Signalled) => return Ok(()),
-            (server, Ended::Fatal(why)) => bail!("server {server} cannot go on: {why}"),
+            (server, Ended::Fatal(why)) => return Err(CannotGoOn { server, why }.into()),
             (server, Ended::Restart(why)) => (server, why),
         };
         let good = petal_io::clock::now().since(began) >= GOOD_LIFE;
@@ -119,6 +119,14 @@ async fn serve(config: ServerConfig, on_ready: Box<dyn FnOnce()>) -> Result<()> 
         }
         wait = if good { Duration::ZERO } else { (wait * 2).clamp(Duration::from_millis(50), NEW_LIFE_WAIT_MAX) };
     }
+}
+
+/// A server ended for a reason that does not go away by starting it again.
+#[derive(Debug, thiserror::Error)]
+#[error("server {server} cannot go on: {why}")]
+pub struct CannotGoOn {
+    server: ServerId,
+    why: String,
 }
 
 /// One life of the server. Its disks are closed, with nothing in flight there, when this returns.

@@ -245,7 +245,9 @@ pub(crate) enum ReadOwner {
 
 /// Somebody asked when an index is settled here.
 struct Settling {
-    from: Peer,
+    asker: ServerId,
+    /// Who passed the question on, and is to pass on the answer; else the asker.
+    through: ServerId,
     index: StateIndex,
     /// Operations that must end first.
     operations: BTreeSet<OpNumber>,
@@ -1302,8 +1304,9 @@ impl DataAccess {
 
     /// A room's part of `settle`: everything that it had begun when it learnt the index is finished or
     /// refused. Operations without a version check the state again before they get one.
-    pub fn on_settle(&mut self, ctx: &mut Context, from: Peer, index: StateIndex) {
-        if self.settles.iter().any(|s| s.from == from && s.index == index) {
+    pub fn on_settle(&mut self, ctx: &mut Context, through: ServerId, asker: ServerId, index: StateIndex) {
+        if let Some(known) = self.settles.iter_mut().find(|s| s.asker == asker && s.index == index) {
+            known.through = through; // Asked again: this is the way that works now.
             return;
         }
         // What was judged by that index or a later one does not stand in its way.
@@ -1311,7 +1314,7 @@ impl DataAccess {
         let operations = self.operations.iter().filter(|(_, op)| began(op)).map(|(number, _)| *number).collect();
         // What an earlier life of some member began is known only when the slot is settled.
         let slots = (0..self.slots.len()).filter(|s| !self.is_settled(*s)).collect();
-        self.settles.push(Settling { from, index, operations, slots });
+        self.settles.push(Settling { asker, through, index, operations, slots });
         self.tell_settled(ctx);
     }
 
@@ -1341,11 +1344,11 @@ impl DataAccess {
         let is_done = |s: &Settling| s.operations.is_empty() && s.slots.is_empty();
         let (done, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.settles).into_iter().partition(is_done);
         self.settles = rest;
-        for Settling { from, index, .. } in done {
-            if from == Peer::Server(self.me) {
+        for Settling { asker, through, index, .. } in done {
+            if asker == self.me {
                 self.settled_here.push(index);
             } else {
-                ctx.send(from, Body::Settled(Settled { index }));
+                ctx.send(Peer::Server(through), Body::Settled(Settled { index, asker, settler: self.me }));
             }
         }
     }

@@ -372,6 +372,12 @@ impl GlobalState {
         }
     }
 
+    /// True if a server that knows this index shows that this one, which decides everything alone, has forgotten what it
+    /// decided: its disk is of an earlier moment of this life. In a larger ring a leader that was replaced is told such indexes too.
+    pub fn has_forgotten(&self, index: StateIndex) -> bool {
+        self.ring.is_some() && self.state.ring.members.len() == 1 && index > self.accepted_end()
+    }
+
     /// A connection to a server is up (also: a new one instead of the old).
     pub fn on_connected(&mut self, now: Instant, server: ServerId) {
         self.note(now);

@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// Who has not settled something by then is asked again.
+const SETTLE_AGAIN: Duration = HALF_LEASE;
+
 impl Server {
     /// These servers are down by the command `index`: nobody waits for them. What waited is settled when every
     /// server that is left has settled that command (2.1).
@@ -34,12 +37,14 @@ impl Server {
         }
     }
 
+    /// A server has settled an index; so it has applied it, which a message that was passed on does not show by itself.
     pub(super) fn on_settled(&mut self, server: ServerId, index: StateIndex) {
         self.admin.on_settled(server, index, &mut self.out);
-        if self.data.gates.on_settled(server, index) {
+        if self.data.gates.on_settled(server, index) | self.data.gates.on_applied(server, index) {
             self.with_data(|data, ctx| data.complete_what_waited(ctx));
         }
-        if self.data.leaving.unsettled.on_settled(server, index) {
+        let leaving = &mut self.data.leaving.unsettled;
+        if leaving.on_settled(server, index) | leaving.on_applied(server, index) {
             self.data.want_sweep();
         }
     }
@@ -77,11 +82,58 @@ impl Server {
     }
 
     pub(super) fn ask_to_settle(&mut self, server: ServerId, index: StateIndex) {
-        if server == self.me {
-            self.with_data(|data, ctx| data.on_settle(ctx, Peer::Server(server), index));
+        let me = self.me;
+        if server == me {
+            self.with_data(|data, ctx| data.on_settle(ctx, me, me, index));
         } else {
-            self.send(server, Body::Settle(Settle { index }));
+            self.send(server, Body::Settle(Settle { index, asker: me, settler: server }));
+            self.settle_again.get_or_insert(self.now + SETTLE_AGAIN);
         }
+    }
+
+    /// What a server is waited for to settle.
+    pub(super) fn unsettled_at(&self, server: ServerId) -> BTreeSet<StateIndex> {
+        let gates = [&self.data.gates, &self.data.leaving.unsettled];
+        let of_gates = gates.into_iter().flat_map(|gates| gates.unsettled_at(server));
+        self.admin.unsettled_at(server).into_iter().chain(of_gates).collect()
+    }
+
+    /// Whoever has not answered is asked again, also through another server, each time another one: a link may be cut that
+    /// nobody else misses, and then nobody is declared down.
+    pub(super) fn ask_again_to_settle(&mut self) {
+        if self.settle_again.is_none_or(|at| at > self.now) {
+            return;
+        }
+        self.settle_again = None;
+        self.settle_rounds += 1;
+        let (asker, servers) = (self.me, self.state().map_or_else(Vec::new, |s| s.servers.keys().copied().collect()));
+        for settler in servers.into_iter().filter(|s| *s != asker) {
+            let others: Vec<ServerId> = self.connected.keys().copied().filter(|s| *s != settler).collect();
+            let other = (!others.is_empty()).then(|| others[self.settle_rounds % others.len()]);
+            for index in self.unsettled_at(settler) {
+                self.ask_to_settle(settler, index);
+                if let Some(other) = other {
+                    self.send(other, Body::Settle(Settle { index, asker, settler }));
+                }
+            }
+        }
+    }
+
+    /// A question or an answer that is for a server which its sender does not reach: passed on, once. Returned if it is for
+    /// this one.
+    pub(super) fn pass_on_settling(&mut self, sender: ServerId, body: Body) -> Option<Body> {
+        let (from, to) = match &body {
+            Body::Settle(m) => (m.asker, m.settler),
+            Body::Settled(m) => (m.settler, m.asker),
+            _ => return Some(body),
+        };
+        if to == self.me {
+            return Some(body);
+        }
+        if from == sender && self.connected.contains_key(&to) {
+            self.send(to, body);
+        }
+        None
     }
 }
 

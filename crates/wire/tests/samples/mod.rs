@@ -165,8 +165,8 @@ pub fn samples() -> Vec<Message> {
         Body::Learn(Learn { from: 13 }),
         Body::Entries(Entries { from: 13, entries: vec![Entry { id: id(), command: Command::Noop }] }),
         Body::Snapshot(Snapshot { state: vec![4, 5, 6] }),
-        Body::Settle(Settle { index: 13 }),
-        Body::Settled(Settled { index: 13 }),
+        Body::Settle(Settle { index: 13, asker: ServerId(1), settler: ServerId(3) }),
+        Body::Settled(Settled { index: 13, asker: ServerId(1), settler: ServerId(3) }),
         Body::Index,
         Body::Heartbeat(Heartbeat {
             incarnation: Incarnation(7),

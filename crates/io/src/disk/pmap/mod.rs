@@ -254,10 +254,12 @@ impl Store {
         }
         self.write(|transaction| {
             for name in TABLES {
-                let mut changes = changes.iter().filter(|(table, ..)| *table == name).peekable();
-                if changes.peek().is_none() {
+                let mut changes: Vec<_> = changes.iter().filter(|(table, ..)| *table == name).collect();
+                if changes.is_empty() {
                     continue;
                 }
+                // Neighbours one after the other: a page is taken up once. Changes of one key keep their order.
+                changes.sort_by(|(_, one, _), (_, other, _)| one.cmp(other));
                 let mut table = transaction.open_table(definition(name))?;
                 for (_, key, value) in changes {
                     match value {

@@ -111,6 +111,8 @@ pub(super) struct Ring {
     ticks: u64,
     heard: BTreeMap<u64, u64>,
     ticks_searching: u32,
+    /// The highest ballot that another member was heard to follow.
+    told: Ballot,
     /// Entries kept behind the snapshot, and records after which everything is written anew.
     keep: usize,
     records_max: usize,
@@ -180,6 +182,7 @@ impl Ring {
             ticks: 0,
             heard: BTreeMap::new(),
             ticks_searching: 0,
+            told: Ballot::default(),
             keep: LOG_KEEP,
             records_max: RECORDS_MAX,
             held: BTreeMap::new(),
@@ -192,8 +195,17 @@ impl Ring {
         self.configuration
     }
 
-    /// Who leads, as far as this member knows.
+    /// Who leads, as far as this member knows: it may have been told by others whom they follow now, and not have heard of that
+    /// one itself. (Where a link between two members is cut, one may be replaced by the other, who cannot tell it.)
     pub fn leader(&self) -> Option<u64> {
+        match &self.core {
+            Core::Many(paxos) if self.told > paxos.get_promise() && self.told.pid != self.node => Some(self.told.pid),
+            _ => self.elected(),
+        }
+    }
+
+    /// Whom this member follows.
+    fn elected(&self) -> Option<u64> {
         match &self.core {
             Core::Alone => Some(self.node),
             Core::Many(paxos) => paxos.get_current_leader().filter(|(_, accepted)| *accepted).map(|(node, _)| node),
@@ -234,6 +246,7 @@ impl Ring {
             return;
         }
         self.heard.insert(from, self.ticks);
+        self.told = self.told.max(followed(&message).unwrap_or_default());
         if let Core::Many(paxos) = &mut self.core {
             paxos.handle_incoming(message);
         }
@@ -271,7 +284,7 @@ impl Ring {
         if now < self.tick_at {
             return;
         }
-        let searching = self.leader().is_none();
+        let searching = self.elected().is_none();
         self.ticks_searching = if searching { self.ticks_searching.saturating_add(1) } else { 0 };
         let fast = searching && self.ticks_searching <= TICKS_SEARCHING;
         self.tick_at = now + if fast { TICK_SEARCHING } else { TICK };
@@ -409,7 +422,8 @@ impl Ring {
             PaxosMsg::Prepare(m) => m.n.pid == from,
             PaxosMsg::Promise(m) => {
                 // A leader that is past the prepare phase looks only at how far the other's log goes.
-                let takes = self.leads() || m.log_sync.as_ref().is_none_or(|sync| self.takes(sync));
+                let leads = self.elected() == Some(self.node);
+                let takes = leads || m.log_sync.as_ref().is_none_or(|sync| self.takes(sync));
                 m.n.pid == self.node && takes
             }
             PaxosMsg::AcceptSync(m) => {
@@ -434,6 +448,20 @@ impl Ring {
             None => (log.compacted..=log.end()).contains(&sync.sync_idx),
         };
         fits && sync.stopsign.is_none()
+    }
+}
+
+/// The ballot that the sender of a message follows, if it says so.
+fn followed(message: &Message<Numbered>) -> Option<Ballot> {
+    match message {
+        Message::BLE(m) => match &m.msg {
+            HeartbeatMsg::Reply(reply) => Some(reply.leader),
+            HeartbeatMsg::Request(_) => None,
+        },
+        Message::SequencePaxos(m) => match &m.msg {
+            PaxosMsg::NotAccepted(m) => Some(m.n),
+            _ => None,
+        },
     }
 }
 
