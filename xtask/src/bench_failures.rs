@@ -1,5 +1,5 @@
-//! What failures cost (the paper's 4.1 and table 2): throughput through an outage of one server and its return; the
-//! rebuild of a lost disk; and degraded over normal throughput with every server limited to a part of a core, so that
+//! What failures cost (the paper's 4.1 and table 2): throughput through an outage of one server and its return; how long
+//! I/O stands when a server or the ring's leader dies, hangs or is stopped; the rebuild of a lost disk; and degraded over normal throughput with every server limited to a part of a core, so that
 //! the servers are the limit although all of them share one machine. Prints tables; docs/performance.md is written by
 //! hand from them.
 
@@ -9,7 +9,7 @@ use crate::run::{command, read};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// What to measure.
@@ -37,6 +37,8 @@ pub struct Arguments {
 enum Part {
     /// Throughput through an outage and the return
     Outage,
+    /// How long I/O stands: kill -9, SIGSTOP and planned stops
+    Gaps,
     /// A lost disk, nothing else going on
     Rebuild,
     /// Degraded over normal throughput
@@ -53,6 +55,9 @@ pub fn run(arguments: Arguments) -> Result<()> {
     let wanted = |part: Part| arguments.only.is_none_or(|only| only == part);
     if wanted(Part::Outage) {
         outage(&petal, arguments.outage)?;
+    }
+    if wanted(Part::Gaps) {
+        gaps(&petal)?;
     }
     if wanted(Part::Rebuild) {
         rebuild(&petal, arguments.rebuild)?;
@@ -81,9 +86,19 @@ fn fio(cluster: &Cluster, size: u64) -> Result<Command> {
 }
 
 fn kill(cluster: &Cluster) -> Result<()> {
+    kill9(pid_of(cluster, VICTIM)?)
+}
+
+fn pid_of(cluster: &Cluster, server: &str) -> Result<u32> {
     let status = cluster.status()?;
-    let victim = status["servers"].as_array().into_iter().flatten().find(|s| s["id"] == VICTIM);
-    kill9(victim.and_then(|s| s["pid"].as_u64()).context("it does not run")? as u32)
+    let found = status["servers"].as_array().into_iter().flatten().find(|s| s["id"] == server);
+    Ok(found.and_then(|s| s["pid"].as_u64()).with_context(|| format!("{server} does not run"))? as u32)
+}
+
+fn leader(cluster: &Cluster) -> Result<String> {
+    let status = cluster.status()?;
+    let leads = status["servers"].as_array().into_iter().flatten().find(|s| s["leads"] == true);
+    leads.and_then(|s| s["id"].as_str()).map(String::from).context("nobody leads the ring")
 }
 
 fn declared_down(cluster: &Cluster) -> Result<()> {
@@ -127,7 +142,7 @@ fn outage(petal: &Path, seconds: u64) -> Result<()> {
     println!("|---:|---:|---:|---:|---:|");
     println!(
         "| {normal} | {:.2} s | {away} ({:.0} %) | {back} ({:.0} %) | {:.2} s |",
-        done.longest_gap().as_secs_f64(),
+        done.longest_gap(Duration::ZERO, Duration::MAX).as_secs_f64(),
         percent(away, normal),
         percent(back, normal),
         (full - returned).as_secs_f64()
@@ -136,6 +151,128 @@ fn outage(petal: &Path, seconds: u64) -> Result<()> {
     let quarters = (0..20).map(|n| (4 * done.count(returned + quarter * n, quarter)).to_string());
     println!("quarters of a second from the return on, as IOPS: {}", quarters.collect::<Vec<_>>().join(" "));
     cluster.down()
+}
+
+/// What is done to a server.
+#[derive(Clone, Copy)]
+enum Failure {
+    Kill,
+    Stop,
+    Planned,
+}
+
+/// To whom.
+#[derive(Clone, Copy)]
+enum Whom {
+    /// `VICTIM`, which does not lead the ring.
+    Other,
+    Leader,
+}
+
+/// What is measured: fio's kind of load, and what happens during it.
+const GAPS: [(&str, Failure, Whom); 7] = [
+    ("randwrite", Failure::Kill, Whom::Other),
+    ("randwrite", Failure::Kill, Whom::Leader),
+    ("randwrite", Failure::Stop, Whom::Other),
+    ("randwrite", Failure::Stop, Whom::Leader),
+    ("randwrite", Failure::Planned, Whom::Other),
+    ("randwrite", Failure::Planned, Whom::Leader),
+    ("randread", Failure::Kill, Whom::Other),
+];
+
+/// How long the load is alone before the failure.
+const CALM: Duration = Duration::from_secs(5);
+/// Of that, what is left out at either end: fio begins to count some time after it was started.
+const MARGIN: Duration = Duration::from_secs(1);
+/// How long the server is away: some leases.
+const AWAY: Duration = Duration::from_secs(4);
+
+/// One failure after the other in one cluster; everything is redundant before each.
+fn gaps(petal: &Path) -> Result<()> {
+    let cluster = prepared(petal, "gaps", 1)?;
+    let rows = GAPS.into_iter().map(|(rw, failure, whom)| gap(&cluster, rw, failure, whom));
+    let rows = rows.collect::<Result<Vec<String>>>()?;
+    println!("4 KiB random, depth 4; longest time without a completed request, from the failure until all data are");
+    println!("redundant again, beside that in {} s before:", (CALM - 2 * MARGIN).as_secs());
+    println!("| load | what happens | to | longest gap | before | normal IOPS |\n|---|---|---|---:|---:|---:|");
+    rows.iter().for_each(|row| println!("{row}"));
+    cluster.down()
+}
+
+/// A row of the table.
+fn gap(cluster: &Cluster, rw: &str, failure: Failure, whom: Whom) -> Result<String> {
+    Cluster::wait_for("everything is redundant", Duration::from_secs(120), || is_full(cluster))?;
+    let leader = leader(cluster)?;
+    let (server, to) = match whom {
+        Whom::Other => (VICTIM, "a server"),
+        Whom::Leader => (leader.as_str(), "the ring's leader"),
+    };
+    ensure!(matches!(whom, Whom::Leader) || leader != VICTIM, "{VICTIM} leads the ring: this would measure a leader");
+    let pid = pid_of(cluster, server)?;
+    let mut load = Load::begin(cluster, rw)?;
+    std::thread::sleep(CALM);
+    let failed = load.begun.elapsed();
+    let what = match failure {
+        Failure::Kill => kill9(pid).map(|()| "kill -9"),
+        Failure::Stop => signal(pid, "STOP").map(|()| "SIGSTOP for 4 s"),
+        Failure::Planned => read(cluster.petal().args(["down", server])).map(|_| "planned stop"),
+    }?;
+    // A lease later the others have noticed, or this would measure nothing.
+    let missed = Cluster::wait_for("the others miss it", AWAY, || {
+        cluster.status().is_ok_and(|s| s["redundancy"]["full"] == false)
+    });
+    std::thread::sleep((failed + AWAY).saturating_sub(load.begun.elapsed()));
+    match failure {
+        Failure::Stop => signal(pid, "CONT")?,
+        Failure::Kill | Failure::Planned => cluster.up(&[])?,
+    }
+    missed.with_context(|| format!("{what} of {server}"))?;
+    Cluster::wait_for("everything is redundant again", Duration::from_secs(120), || is_full(cluster))?;
+    let done = load.end(cluster)?;
+    let calm_end = failed - MARGIN;
+    let before = done.longest_gap(MARGIN, calm_end).as_secs_f64();
+    let longest = done.longest_gap(calm_end, Duration::MAX).as_secs_f64();
+    let normal = done.median_second(MARGIN, calm_end);
+    Ok(format!("| {} | {what} | {to} ({server}) | {longest:.3} s | {before:.3} s | {normal} |", &rw[4..]))
+}
+
+fn signal(pid: u32, name: &str) -> Result<()> {
+    read(command("kill").args([format!("-{name}"), pid.to_string()])).map(|_| ())
+}
+
+/// fio, 4 KiB random at depth 4, until it is ended.
+struct Load {
+    fio: Child,
+    begun: Instant,
+}
+
+impl Load {
+    fn begin(cluster: &Cluster, rw: &str) -> Result<Load> {
+        let mut load = fio(cluster, 1)?;
+        load.args([&format!("--rw={rw}"), "--bs=4k", "--iodepth=4", "--time_based", "--runtime=3600"]);
+        load.args(["--write_lat_log=gap", "--output=gap.json"]);
+        let begun = Instant::now();
+        Ok(Load { fio: load.stdout(Stdio::null()).spawn()?, begun })
+    }
+
+    fn end(&mut self, cluster: &Cluster) -> Result<Completions> {
+        // Asked to end it finishes what it has begun, and writes its logs.
+        signal(self.fio.id(), "INT")?;
+        self.fio.wait()?;
+        let report = std::fs::read_to_string(cluster.folder().join("gap.json"))?;
+        let report: Value = serde_json::from_str(&report[report.find('{').unwrap_or(0)..])?;
+        let job = &report["jobs"][0];
+        ensure!(job["error"] == 0 && job["total_err"].as_u64().unwrap_or(0) == 0, "fio had errors: {job}");
+        Completions::read(&cluster.folder().join("gap_clat.1.log"))
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        // Where something went wrong: it must not outlive the cluster.
+        let _ = self.fio.kill();
+        let _ = self.fio.wait();
+    }
 }
 
 /// A server loses its disk, and nothing else goes on.
@@ -208,8 +345,11 @@ impl Completions {
         counts.get(counts.len() / 2).copied().unwrap_or(0)
     }
 
-    fn longest_gap(&self) -> Duration {
-        Duration::from_millis(self.0.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0))
+    /// Between two neighbours of those that lie between.
+    fn longest_gap(&self, from: Duration, to: Duration) -> Duration {
+        let below = |end: Duration| self.0.partition_point(|at| u128::from(*at) < end.as_millis());
+        let between = &self.0[below(from)..below(to)];
+        Duration::from_millis(between.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0))
     }
 }
 

@@ -78,7 +78,7 @@ const SCENARIOS: &[Scenario] = &[
     ("a_server_is_added_and_its_filling_is_paused_and_turned_back", placement::added_paused_and_turned_back),
     ("moves_end_though_a_source_a_joiner_or_the_ring_leader_is_killed", placement::killed_while_moving),
     ("a_server_that_is_slow_gets_few_reads", slow::gets_few_reads),
-    ("what_clients_see_while_servers_die_and_hang_is_linearizable", chaos::history_is_linearizable),
+    ("what_clients_see_while_servers_die_hang_and_are_partitioned_is_linearizable", chaos::history_is_linearizable),
     ("a_server_cut_off_from_the_others_and_not_from_clients_serves_nothing_old", partitions::cut_off_from_the_servers),
     ("i_o_goes_on_when_the_ring_leader_is_cut_off", partitions::leader_cut_off),
     ("i_o_goes_on_when_the_ring_leader_is_cut_off_from_the_servers_only", partitions::leader_cut_off_from_the_servers),
@@ -185,9 +185,16 @@ fn run_one(petal: &Path, name: &str, scenario: fn(&Cluster) -> Result<()>, keep:
 
 /// The ends of the logs, where a failure has its reason.
 fn show_logs(cluster: &Cluster) {
-    for entry in std::fs::read_dir(cluster.data()).into_iter().flatten().flatten() {
+    // Servers on machines of their own write beside the cluster's folder, if there is one.
+    let entries = [cluster.data().as_path(), cluster.folder()].map(std::fs::read_dir);
+    for entry in entries.into_iter().flatten().flatten().flatten() {
         for log in [entry.path().join("log"), entry.path()] {
-            if log.is_file() && log.file_name().is_some_and(|n| n == "log" || n == "up.log") {
+            let is_log = |name: &str| {
+                name == "log"
+                    || name == "up.log"
+                    || partitions::SERVERS.iter().any(|s| name.strip_suffix(".log") == Some(s))
+            };
+            if log.is_file() && log.file_name().and_then(|n| n.to_str()).is_some_and(is_log) {
                 let text = std::fs::read_to_string(&log).unwrap_or_default();
                 let lines: Vec<&str> = text.lines().collect();
                 println!("-- {}", log.display());

@@ -8,10 +8,12 @@ use crate::network::Network;
 use crate::run::read;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-const SERVERS: [&str; 4] = ["s1", "s2", "s3", "s4"];
+pub(super) const SERVERS: [&str; 4] = ["s1", "s2", "s3", "s4"];
 const CLIENT: &str = "client";
 /// How long a partition lasts: several leases.
 const CUT: Duration = Duration::from_secs(5);
@@ -94,16 +96,16 @@ pub fn client_refused(cluster: &Cluster) -> Result<()> {
 }
 
 /// A cluster of four machines, and a client's.
-struct Lab<'a> {
+pub(super) struct Lab<'a> {
     cluster: &'a Cluster,
-    network: Network,
-    servers: Vec<Child>,
+    pub(super) network: Network,
+    servers: BTreeMap<&'static str, Child>,
     addresses: String,
 }
 
 impl Drop for Lab<'_> {
     fn drop(&mut self) {
-        for server in &mut self.servers {
+        for server in self.servers.values_mut() {
             let _ = server.kill();
             let _ = server.wait();
         }
@@ -111,19 +113,20 @@ impl Drop for Lab<'_> {
 }
 
 impl<'a> Lab<'a> {
-    fn start(cluster: &'a Cluster) -> Result<Lab<'a>> {
+    /// Four servers, and a disk for what is judged.
+    pub(super) fn start(cluster: &'a Cluster) -> Result<Lab<'a>> {
         let mut machines = SERVERS.to_vec();
         machines.push(CLIENT);
         let network = Network::new(&machines)?;
         let address = |server: &str| -> Result<String> { Ok(format!("{}:7000", network.address(server)?)) };
         let addresses = SERVERS.iter().map(|s| address(s)).collect::<Result<Vec<String>>>()?;
-        let mut lab = Lab { cluster, network, servers: Vec::new(), addresses: addresses.join(",") };
+        let mut lab = Lab { cluster, network, servers: BTreeMap::new(), addresses: addresses.join(",") };
         let ring = addresses[..3].join(",");
         let made = read(lab.petal().args(["init", "--ring", &ring, "--json"]).args(own_disk("s1")))?;
         let made: Value = serde_json::from_str(&made)?;
         let token = made["token"].as_str().context("init printed no join token")?.to_string();
         lab.run_server("s1")?;
-        for (server, address) in SERVERS.iter().zip(&addresses).skip(1) {
+        for (server, address) in SERVERS.into_iter().zip(&addresses).skip(1) {
             // s4 is made known to the running ring, so it must be asked from its machine.
             let mut join = lab.petal();
             join.args(["join", &token, "--listen", address, "--json"]).args(own_disk(server));
@@ -157,22 +160,54 @@ impl<'a> Lab<'a> {
         petal
     }
 
-    fn run_server(&mut self, server: &str) -> Result<()> {
-        let log = std::fs::File::create(self.cluster.folder().join(format!("{server}.log")))?;
+    /// Starts it; whatever it was before has ended.
+    pub(super) fn run_server(&mut self, server: &'static str) -> Result<()> {
+        let log = self.cluster.folder().join(format!("{server}.log"));
+        let log = std::fs::File::options().create(true).append(true).open(log)?;
         let mut petal = self.petal();
         petal.args(["server", "--config"]).arg(self.cluster.folder().join(format!("{server}.toml")));
         let mut run = self.network.on(server, &petal);
-        self.servers.push(run.stdout(log.try_clone()?).stderr(log).spawn()?);
+        self.servers.insert(server, run.stdout(log.try_clone()?).stderr(log).spawn()?);
+        Ok(())
+    }
+
+    /// Ends its process for good.
+    pub(super) fn kill_server(&mut self, server: &str) -> Result<()> {
+        let process = self.servers.get_mut(server).context("every server was started")?;
+        process.kill()?;
+        process.wait()?;
+        Ok(())
+    }
+
+    /// The process of a server.
+    pub(super) fn pid_of(&self, server: &str) -> u32 {
+        self.servers[server].id()
+    }
+
+    /// An error if a server ended without having been asked to.
+    pub(super) fn all_run(&mut self) -> Result<()> {
+        for (server, process) in &mut self.servers {
+            if let Some(status) = process.try_wait()? {
+                bail!("{server} ended by itself: {status}");
+            }
+        }
         Ok(())
     }
 
     /// Asks from the client's machine.
-    fn ask(&self, arguments: &[&str]) -> Result<String> {
+    pub(super) fn ask(&self, arguments: &[&str]) -> Result<String> {
         read(&mut self.network.on(CLIENT, self.petal().args(arguments)))
     }
 
-    fn status(&self) -> Result<Value> {
+    pub(super) fn status(&self) -> Result<Value> {
         Ok(serde_json::from_str(&self.ask(&["status", "--json"])?)?)
+    }
+
+    /// Clients on the client's machine, which write what they see into the record.
+    pub(super) fn clients(&self, record: &Path, seconds: u64) -> Result<Child> {
+        let mut history = self.petal();
+        history.args(["history", "judged", "--clients", "4", "--seconds", &seconds.to_string(), "--out"]).arg(record);
+        self.network.on(CLIENT, &history).spawn().context("cannot start `petal history`")
     }
 
     /// What the cluster decided, as each server remembers it: one that began a new life forgot what was before.
@@ -198,19 +233,14 @@ fn own_disk(server: &str) -> [String; 6] {
 fn goes_on(cluster: &Cluster, what: &str, fail: impl FnOnce(&Lab) -> Result<Vec<&'static str>>) -> Result<()> {
     let lab = Lab::start(cluster)?;
     let record = cluster.folder().join("history.jsonl");
-    let mut history = lab.petal();
-    history.args(["history", "judged", "--clients", "4", "--seconds", &HISTORY_SECONDS.to_string(), "--out"]);
-    let mut history = lab.network.on(CLIENT, history.arg(&record)).spawn().context("cannot start `petal history`")?;
-    let cut = Cluster::wait_for("the clients have begun", Duration::from_secs(10), || {
-        std::fs::metadata(&record).is_ok_and(|m| m.len() > 0)
-    })
-    .and_then(|()| {
+    let mut clients = lab.clients(&record, HISTORY_SECONDS)?;
+    let cut = have_begun(&record).and_then(|()| {
         let cut = fail(&lab);
         std::thread::sleep(CUT);
         cut
     });
     let healed = lab.network.heal();
-    let ended = end_of(&mut history);
+    let ended = end_of(&mut clients, HISTORY_SECONDS);
     let expected = cut?;
     healed?;
     ended?;
@@ -232,16 +262,24 @@ fn goes_on(cluster: &Cluster, what: &str, fail: impl FnOnce(&Lab) -> Result<Vec<
     lab.ask(&["verify"]).map(|_| ())
 }
 
-fn end_of(history: &mut Child) -> Result<()> {
-    let end = Instant::now() + Duration::from_secs(HISTORY_SECONDS) + Duration::from_secs(30);
+/// Waits for the first of what the clients write down.
+pub(super) fn have_begun(record: &Path) -> Result<()> {
+    Cluster::wait_for("the clients have begun", Duration::from_secs(10), || {
+        std::fs::metadata(record).is_ok_and(|m| m.len() > 0)
+    })
+}
+
+/// Waits for the end of clients that ask for so many seconds at most.
+pub(super) fn end_of(clients: &mut Child, seconds: u64) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(seconds) + Duration::from_secs(30);
     loop {
-        if let Some(status) = history.try_wait()? {
+        if let Some(status) = clients.try_wait()? {
             ensure!(status.success(), "`petal history` ended with {status}");
             return Ok(());
         }
         if Instant::now() > end {
-            history.kill()?;
-            history.wait()?;
+            clients.kill()?;
+            clients.wait()?;
             bail!("the clients' last operations were not answered");
         }
         std::thread::sleep(Duration::from_millis(50));

@@ -1,6 +1,6 @@
 //! Servers are added, drained and filled while a disk is written, and killed meanwhile (design 2.8).
 
-use super::chaos::Dice;
+use super::chaos::{Dice, number};
 use super::failures::{declared_down, full_again, leader, pid_of};
 use crate::cluster::{Cluster, kill9};
 use crate::run::{command, read, read_failure};
@@ -153,10 +153,6 @@ const KILLS: u64 = 4;
 
 /// Somebody who takes part is killed at some moment of each move: a source, a joiner, the ring's leader, in turn.
 pub fn killed_while_moving(cluster: &Cluster) -> Result<()> {
-    let number = |name: &str, default: u64| match std::env::var(name) {
-        Ok(text) => text.parse().with_context(|| format!("{name} is not a number")),
-        Err(_) => Ok(default),
-    };
     let kills = number("PETAL_E2E_KILLS", KILLS)?;
     let seed = number("PETAL_E2E_SEED", u64::from(std::process::id()))?;
     println!("{kills} kills, drawn from {seed} (PETAL_E2E_KILLS, PETAL_E2E_SEED)");
