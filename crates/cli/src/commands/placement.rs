@@ -112,6 +112,7 @@ pub(super) async fn held(connection: &Connection, state: &State) -> Result<BTree
 fn word(server: &ServerState) -> &'static str {
     match server {
         _ if server.incarnation.0 == 0 => "never up",
+        _ if server.down && server.away => "away, being replaced",
         _ if server.down => "down",
         _ if server.weight == 0 => "witness",
         _ if server.drained => "drained",

@@ -144,6 +144,7 @@ async fn live(
         },
         witness: config.witness,
         disk_patience: config.disk_patience(),
+        replace_after: config.replace_after(),
         scrub: config.scrub(),
         sabotage: Sabotage::None,
         salt: disk_files::random()? as u64,

@@ -351,6 +351,14 @@ pub enum Command {
         /// The scheme.
         scheme: Scheme,
     },
+    /// A server that is down has stayed away for so long that its data is copied to others, as if it were drained. When it
+    /// comes up that is turned back.
+    StayedAway {
+        /// The server.
+        server: ServerId,
+        /// Its life that ended.
+        incarnation: Incarnation,
+    },
 }
 
 /// A snapshot that is to be made.
@@ -454,6 +462,9 @@ impl std::fmt::Display for Command {
             Command::SetCopies { vdisk, scheme } => {
                 let copies = scheme.copies();
                 write!(f, "{vdisk} is to have {copies} {}", if copies == 1 { "copy" } else { "copies" })
+            }
+            Command::StayedAway { server, .. } => {
+                write!(f, "{server} stayed away: what it has is copied to the others")
             }
         }
     }

@@ -83,8 +83,12 @@ impl State {
             up: self.index,
             suspect: None,
             weight: found.values().fold(0, |sum: u64, (_, capacity)| sum.saturating_add(*capacity)),
-            drained: server.drained,
+            drained: server.drained && !server.away,
+            away: false,
         };
+        if server.away {
+            self.came_back(id);
+        }
         self.servers.insert(id, up);
         effects.servers.push(id);
         effects.names.insert(id);

@@ -38,7 +38,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Version of the encoding of a [`State`]: its first byte.
-const STATE_VERSION: u8 = 7;
+const STATE_VERSION: u8 = 8;
 
 /// The first lineage of a family, and the first epoch of a lineage.
 const FIRST_LINEAGE: LineageId = LineageId(1);
@@ -154,6 +154,8 @@ pub struct ServerState {
     pub weight: u64,
     /// It is to hold no data.
     pub drained: bool,
+    /// That is so because it stayed away, and until it comes up.
+    pub away: bool,
 }
 
 /// A disk of a server.
@@ -716,6 +718,7 @@ impl State {
             Command::AbortReconfiguration { gmap } => self.abort_reconfiguration(*gmap, effects),
             Command::PauseReconfiguration { gmap, paused } => self.pause_reconfiguration(*gmap, *paused),
             Command::SetCopies { vdisk, scheme } => self.set_copies(*vdisk, *scheme, effects),
+            Command::StayedAway { server, incarnation } => self.stayed_away(*server, *incarnation),
         }
     }
 
@@ -956,6 +959,7 @@ impl ServerState {
             suspect: None,
             weight: 0,
             drained: false,
+            away: false,
         }
     }
 }
