@@ -54,16 +54,10 @@ pub struct ServerConfig {
     /// A disk that answers nothing for so many milliseconds hangs, and the server goes out of the way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_patience_ms: Option<u64>,
-    /// While this server leads the ring: who has been down for so many seconds has its data copied to the others. 0: never.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub replace_after_s: Option<u64>,
     /// It only votes in the ring, and gets no data.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub witness: bool,
 }
-
-/// Longer than a machine takes to restart, and short enough that a second failure is unlikely meanwhile.
-const REPLACE_AFTER_DEFAULT_S: u64 = 600;
 
 /// Whose disks they should be; what is not said is not compared.
 #[derive(Clone, Copy, Debug, Default)]
@@ -103,12 +97,6 @@ impl ServerConfig {
     /// How long a disk may answer nothing: at least half a lease.
     pub fn disk_patience(&self) -> Duration {
         self.disk_patience_ms.map_or(HALF_LEASE, |ms| Duration::from_millis(ms.min(3_600_000)).max(HALF_LEASE))
-    }
-
-    /// How long a server may be down before its data is copied to others.
-    pub fn replace_after(&self) -> Option<Duration> {
-        let seconds = self.replace_after_s.unwrap_or(REPLACE_AFTER_DEFAULT_S).min(1 << 32);
-        (seconds > 0).then(|| Duration::from_secs(seconds))
     }
 
     /// What others are told.

@@ -10,7 +10,7 @@
 //! 1/20 of what is to move is fenced at one time, scattered over the slots, so that no part of a disk is all at once
 //! written to more servers than before.
 //!
-//! It waits for servers that are away. One that does not come back for as long as the config of who leads says is drained until it
+//! It waits for servers that are away. One that does not come back for as long as the state says is drained until it
 //! does (`StayedAway`); a third of the servers at most, so that a room without power is not copied into the others. [`waits_for`] tells people
 //! what it waits for, by the same questions.
 
@@ -34,8 +34,6 @@ const MOVES_PER_PLAN: usize = 4096;
 #[derive(Debug, Default)]
 pub(crate) struct Mover {
     look_at: Option<Instant>,
-    /// A server that is down is replaced after so long.
-    patience: Option<Duration>,
     /// Since when this leader sees servers down, each in its last life.
     absent: BTreeMap<ServerId, (Incarnation, Instant)>,
     /// What is under way.
@@ -52,11 +50,6 @@ pub(crate) enum Subject {
 }
 
 impl Mover {
-    /// `patience`: how long a server may be down before its data is copied to others; for ever if none.
-    pub fn new(patience: Option<Duration>) -> Mover {
-        Mover { patience, ..Mover::default() }
-    }
-
     /// What is to be proposed now, one command for each subject. [`Mover::on_proposed`] tells as what.
     pub fn look(&mut self, now: Instant, state: &State) -> Vec<(Subject, Command)> {
         if self.look_at.is_some_and(|at| at > now) {
@@ -72,7 +65,6 @@ impl Mover {
 
     /// Keeps in mind who is down. The one that has been for longest, if that is too long, and few enough are away already.
     fn stayed_away(&mut self, now: Instant, state: &State) -> Option<Command> {
-        let patience = self.patience?;
         let is_absent = |s: &&ServerState| s.down && s.weight > 0 && !s.drained;
         let absent = state.servers.iter().filter(|(_, s)| is_absent(s)).map(|(id, s)| (*id, s.incarnation));
         let known = std::mem::take(&mut self.absent);
@@ -82,7 +74,8 @@ impl Mover {
         let (server, (incarnation, at)) = self.absent.iter().min_by_key(|(_, (_, at))| *at)?;
         let away = state.servers.values().filter(|s| s.away).count();
         let is_few = (away + 1) * 3 <= state.candidates().iter().filter(|c| c.weight > 0).count() + away;
-        let is_due = now.since(*at) >= patience && holds(server) && is_few;
+        let patience = Duration::from_secs(u64::from(state.replace_after));
+        let is_due = state.replace_after > 0 && now.since(*at) >= patience && holds(server) && is_few;
         is_due.then_some(Command::StayedAway { server: *server, incarnation: *incarnation })
     }
 

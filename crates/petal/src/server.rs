@@ -142,8 +142,6 @@ pub struct ServerConfig {
     /// How long a disk may answer nothing until the server goes out of the way: [`crate::limits::HALF_LEASE`] where disks are
     /// its own, more where other servers have the same one.
     pub disk_patience: Duration,
-    /// How long a server may be down before its data is copied to others, while this one leads the ring; for ever if none.
-    pub replace_after: Option<Duration>,
     /// How it looks for bad blocks.
     pub scrub: ScrubConfig,
     /// A rule left out, to test the checkers. Always `Sabotage::None` in a real server.
@@ -266,7 +264,7 @@ impl Server {
             data: DataAccess::new(me, incarnation, Scrub::new(now, config.scrub), config.sabotage),
             admin: Desk::default(),
             policies: Policies::default(),
-            mover: Mover::new(config.replace_after),
+            mover: Mover::default(),
             persists: FastMap::new(),
             persist_waits: BTreeMap::new(),
             unstaged: VecDeque::new(),

@@ -89,7 +89,6 @@ pub fn server_config(options: &Options, host: usize, now: Instant) -> ServerConf
         // No disk is copied here: the number of a life is enough.
         witness: false,
         disk_patience: HALF_LEASE,
-        replace_after: options.replace_after,
         salt: 0,
     }
 }

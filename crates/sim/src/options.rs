@@ -80,8 +80,8 @@ pub struct Options {
     pub reads_max: usize,
     /// What is done with snapshots and clones, if anything.
     pub snapshots: Option<SnapshotMix>,
-    /// Who is down for so long is replaced, by the ring's leader.
-    pub replace_after: Option<Duration>,
+    /// Who is down for so many seconds is replaced, once the operator has said so.
+    pub replace_after: Option<u32>,
     /// One failure at a time: the next one is not before everything has been whole for a while.
     pub alone: bool,
     /// Nobody does anything by himself: a scenario asks for everything.
@@ -382,7 +382,7 @@ impl Options {
         // whether there is another good copy takes them for one.
         self.faults.spoil = 0;
         let mut apart = Prng::new(prng.clone().next_u64() ^ 0xa3a7);
-        self.replace_after = *apart.pick(&[None, Some(Duration::from_millis(700)), Some(Duration::from_secs(2))]);
+        self.replace_after = *apart.pick(&[None, Some(1), Some(2)]);
         self.copies.retain(|copies| *copies > 1);
         if self.copies.is_empty() {
             self.copies = vec![2];

@@ -75,6 +75,7 @@ const SCENARIOS: &[Scenario] = &[
     ("two_neighbours_killed_hold_up_their_common_slots_only", failures::two_neighbours_killed),
     ("a_server_is_drained_and_filled_under_writes", placement::drained_and_filled),
     ("a_disk_gets_other_copies_while_it_is_written", placement::copies_changed),
+    ("a_server_that_stays_away_is_replaced_and_gets_its_share_when_it_is_back", placement::stays_away),
     ("a_server_is_added_and_its_filling_is_paused_and_turned_back", placement::added_paused_and_turned_back),
     ("moves_end_though_a_source_a_joiner_or_the_ring_leader_is_killed", placement::killed_while_moving),
     ("a_server_that_is_slow_gets_few_reads", slow::gets_few_reads),

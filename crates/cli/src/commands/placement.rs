@@ -36,6 +36,32 @@ pub enum Placement {
     Fill(Change),
     /// One more server for a cluster that `petal up` made: starts it, and fills it
     Add(super::add::Arguments),
+    /// How long a server may be down before the others make its copies anew: 90s, 10m (as in a new cluster), 2h or never
+    ReplaceAfter {
+        /// The time
+        #[arg(value_parser = parse_time)]
+        time: Seconds,
+    },
+}
+
+/// 0: never.
+#[derive(Clone, Copy)]
+pub struct Seconds(u32);
+
+fn parse_time(text: &str) -> Result<Seconds, String> {
+    let wrong = || format!("'{text}' is no time; times are like 90s, 10m, 2h or never");
+    if text == "never" {
+        return Ok(Seconds(0));
+    }
+    let (number, unit) = text.split_at(text.len() - text.chars().last().map_or(0, char::len_utf8));
+    let unit = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        _ => return Err(wrong()),
+    };
+    let seconds = number.parse::<u32>().ok().and_then(|n| n.checked_mul(unit)).ok_or_else(wrong)?;
+    if seconds == 0 { Err(wrong()) } else { Ok(Seconds(seconds)) }
 }
 
 /// A change of the placement.
@@ -65,6 +91,11 @@ pub fn run(place: &Place, command: Placement) -> Result<()> {
             Placement::Drain(change) => apply(&connection, change, true).await,
             Placement::Fill(change) => apply(&connection, change, false).await,
             Placement::Add(_) => unreachable!("done above"),
+            Placement::ReplaceAfter { time: Seconds(seconds) } => {
+                connection.execute(Command::ReplaceAfter { seconds }).await?;
+                println!("{}", replaced_after(seconds));
+                Ok(())
+            }
         }
     })
 }
@@ -120,6 +151,13 @@ fn word(server: &ServerState) -> &'static str {
     }
 }
 
+fn replaced_after(seconds: u32) -> String {
+    match seconds {
+        0 => "A server that stays away is not replaced.".into(),
+        _ => format!("A server that is down for {} is replaced by the others.", output::duration(u64::from(seconds))),
+    }
+}
+
 async fn list(connection: &Connection, json: bool) -> Result<()> {
     let state = connection.state().await?;
     let held = held(connection, &state).await?;
@@ -132,7 +170,7 @@ async fn list(connection: &Connection, json: bool) -> Result<()> {
             })
         };
         let servers: Vec<Value> = state.servers.iter().map(one).collect();
-        return output::print_json(&json!({ "servers": servers, "reconfiguration": reconfigure::json(&state) }));
+        return output::print_json(&json!({ "servers": servers, "replace_after_s": state.replace_after, "reconfiguration": reconfigure::json(&state) }));
     }
     let mut table = output::table(&["server", "state", "slots", "data", "room"]);
     output::right(&mut table, &[2, 3, 4]);
@@ -142,6 +180,7 @@ async fn list(connection: &Connection, json: bool) -> Result<()> {
         table.add_row([id.to_string(), word(server).to_string()].into_iter().chain(row));
     }
     output::print_table(&table);
+    println!("{}", replaced_after(state.replace_after));
     reconfigure::sentences(&state).iter().for_each(|line| println!("{line}"));
     Ok(())
 }

@@ -144,7 +144,6 @@ async fn live(
         },
         witness: config.witness,
         disk_patience: config.disk_patience(),
-        replace_after: config.replace_after(),
         scrub: config.scrub(),
         sabotage: Sabotage::None,
         salt: disk_files::random()? as u64,

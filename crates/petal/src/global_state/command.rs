@@ -359,6 +359,11 @@ pub enum Command {
         /// Its life that ended.
         incarnation: Incarnation,
     },
+    /// Who is down for so long has stayed away.
+    ReplaceAfter {
+        /// Seconds; 0: never.
+        seconds: u32,
+    },
 }
 
 /// A snapshot that is to be made.
@@ -463,6 +468,8 @@ impl std::fmt::Display for Command {
                 let copies = scheme.copies();
                 write!(f, "{vdisk} is to have {copies} {}", if copies == 1 { "copy" } else { "copies" })
             }
+            Command::ReplaceAfter { seconds: 0 } => write!(f, "who stays away is not replaced"),
+            Command::ReplaceAfter { seconds } => write!(f, "who is down for {seconds} s is replaced"),
             Command::StayedAway { server, .. } => {
                 write!(f, "{server} stayed away: what it has is copied to the others")
             }

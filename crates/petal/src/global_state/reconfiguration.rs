@@ -596,12 +596,13 @@ mod tests {
     fn the_leader_replaces_who_has_been_down_for_too_long_and_a_third_at_most() {
         let mut f = Fixture::up(5);
         f.disk("a");
-        let mut mover = Mover::new(Some(Duration::from_secs(600)));
+        let mut mover = Mover::default();
         let at = |seconds: u64| Instant::ZERO + Duration::from_secs(seconds);
         let stayed = |mover: &mut Mover, f: &Fixture, seconds: u64| {
             let all = mover.look(at(seconds), &f.state);
             all.into_iter().find(|(_, c)| matches!(c, Command::StayedAway { .. })).map(|(_, command)| command)
         };
+        let gmap = *f.state.gmaps.keys().next().unwrap();
         goodbye(&mut f, 3);
         assert_eq!(stayed(&mut mover, &f, 10), None);
         goodbye(&mut f, 4);
@@ -614,9 +615,11 @@ mod tests {
         assert!(matches!(command, Command::StayedAway { server, .. } if server == s(4)));
         f.run(command).unwrap();
         assert_eq!(stayed(&mut mover, &f, 2000), None, "a third of five is one");
-        let gmap = *f.state.gmaps.keys().next().unwrap();
-        let mut never = Mover::new(None);
-        assert!(stayed(&mut never, &f, 1).is_none() && stayed(&mut never, &f, 1_000_000).is_none());
+        up_again(&mut f, 4);
+        assert!(stayed(&mut mover, &f, 2100).is_some(), "the other one's turn");
+        f.run(Command::ReplaceAfter { seconds: 0 }).unwrap();
+        assert_eq!(stayed(&mut mover, &f, 1_000_000), None);
+        assert!(f.state.replan.contains(&gmap));
         assert_eq!(next_step(&f.state, gmap), None, "nothing is planned around who may be back in a moment");
     }
 

@@ -67,6 +67,8 @@ pub struct State {
     pub reconfigurations: BTreeMap<GmapId, Reconfiguration>,
     /// GMaps whose placement is to be planned anew when nothing of them is under way.
     pub replan: BTreeSet<GmapId>,
+    /// A server that is down for so many seconds has its data copied to others; 0: never.
+    pub replace_after: u32,
     /// State index of the last command that changed the tuples of a GMap, where one did.
     pub layouts: BTreeMap<GmapId, StateIndex>,
     /// State index of the last command that changed which servers hold data.
@@ -330,6 +332,7 @@ impl State {
             slots: BTreeMap::new(),
             reconfigurations: BTreeMap::new(),
             replan: BTreeSet::new(),
+            replace_after: REPLACE_AFTER_DEFAULT,
             layouts: BTreeMap::new(),
             splits: BTreeMap::new(),
             placed: 0,
@@ -718,6 +721,10 @@ impl State {
             Command::AbortReconfiguration { gmap } => self.abort_reconfiguration(*gmap, effects),
             Command::PauseReconfiguration { gmap, paused } => self.pause_reconfiguration(*gmap, *paused),
             Command::SetCopies { vdisk, scheme } => self.set_copies(*vdisk, *scheme, effects),
+            Command::ReplaceAfter { seconds } => {
+                self.replace_after = *seconds;
+                Ok(Outcome::Done)
+            }
             Command::StayedAway { server, incarnation } => self.stayed_away(*server, *incarnation),
         }
     }
