@@ -131,7 +131,35 @@ pub fn stays_away(cluster: &Cluster) -> Result<()> {
     ensure!(of_server(&after, "s4", "copies")?.abs_diff(share) <= 2, "s4 had {share} slots: {after}");
     read(fio(cluster, &verify)?.args(["--verify_state_save=0"]))?;
     read(cluster.petal().arg("verify"))?;
+    removed(cluster)?;
+    read(fio(cluster, &verify)?.args(["--verify_state_save=0"]))?;
     cluster.down()
+}
+
+/// s4 is drained, stopped and removed, and refused when it comes back.
+fn removed(cluster: &Cluster) -> Result<()> {
+    let refused = |why: &str| -> Result<()> {
+        let (code, said) = read_failure(cluster.petal().args(["server", "remove", "s4"]))?;
+        ensure!(code == 1 && said.contains(why), "{code}: {said}");
+        Ok(())
+    };
+    refused("not down")?;
+    read(cluster.petal().args(["server", "drain", "s4"]))?;
+    wait_until_moved(cluster)?;
+    let config = cluster.data().join("s4/server.toml");
+    read(cluster.petal().args(["down", "s4"]))?;
+    declared_down(cluster, "s4")?;
+    read(cluster.petal().args(["server", "remove", "s4"]))?;
+    refused("no server s4")?;
+    ensure!(of_server(&list(cluster)?, "s4", "copies").is_err(), "the list still has it");
+    let (code, said) = read_failure(cluster.petal().args(["server", "--config"]).arg(&config))?;
+    ensure!(code == 3 && said.contains("removed from the cluster"), "{code}: {said}");
+    cluster.up(&[])?;
+    full_again(cluster)?;
+    let plan: Value =
+        serde_json::from_str(&read(cluster.petal().args(["server", "add", "--local", "--dry-run", "--json"]))?)?;
+    ensure!(plan["server"] == "s5", "a number is given again: {plan}");
+    Ok(())
 }
 
 /// A server is added to a running cluster; the move is paused, its target killed, and started again; then turned back.

@@ -582,6 +582,28 @@ mod tests {
     }
 
     #[test]
+    fn who_is_removed_held_nothing_and_its_number_is_not_given_again() {
+        let mut f = Fixture::up(4);
+        f.disk("a");
+        let gmap = *f.state.gmaps.keys().next().unwrap();
+        let remove = Command::RemoveServer { server: s(4) };
+        assert_eq!(f.run(remove.clone()), Err(CommandError::NotDown(s(4))));
+        let incarnation = goodbye(&mut f, 4);
+        assert!(matches!(f.run(remove.clone()), Err(CommandError::HoldsData { slots, .. }) if slots > 100));
+        f.run(Command::Drain { server: s(4), drained: true }).unwrap();
+        until(&mut f, gmap, is_at_rest);
+        f.run(remove.clone()).unwrap();
+        assert_eq!(f.run(remove), Err(CommandError::NoSuchServer(s(4))));
+        let addresses = vec!["other:1".to_string()];
+        let up = Command::ServerUp { server: s(4), incarnation: Incarnation(incarnation.0 + 1), addresses: addresses.clone(), disks: vec![] };
+        assert_eq!(f.run(up), Err(CommandError::NoSuchServer(s(4))));
+        assert_eq!(f.run(Command::AddServer { addresses, token: 77 }), Ok(Outcome::Server(s(5))));
+        assert_eq!(State::decode(&f.state.encode()).unwrap(), f.state);
+        goodbye(&mut f, 1);
+        assert_eq!(f.run(Command::RemoveServer { server: s(1) }), Err(CommandError::InRing(s(1))));
+    }
+
+    #[test]
     fn what_an_operator_drained_is_not_filled_when_it_comes_up() {
         let mut f = Fixture::up(4);
         f.disk("a");

@@ -67,6 +67,8 @@ pub struct State {
     pub reconfigurations: BTreeMap<GmapId, Reconfiguration>,
     /// GMaps whose placement is to be planned anew when nothing of them is under way.
     pub replan: BTreeSet<GmapId>,
+    /// The highest number that a server ever had.
+    pub last_server: u16,
     /// A server that is down for so many seconds has its data copied to others; 0: never.
     pub replace_after: u32,
     /// State index of the last command that changed the tuples of a GMap, where one did.
@@ -332,6 +334,7 @@ impl State {
             slots: BTreeMap::new(),
             reconfigurations: BTreeMap::new(),
             replan: BTreeSet::new(),
+            last_server: genesis.ring.iter().map(|s| s.server.0).max().unwrap_or(0),
             replace_after: REPLACE_AFTER_DEFAULT,
             layouts: BTreeMap::new(),
             splits: BTreeMap::new(),
@@ -721,6 +724,7 @@ impl State {
             Command::AbortReconfiguration { gmap } => self.abort_reconfiguration(*gmap, effects),
             Command::PauseReconfiguration { gmap, paused } => self.pause_reconfiguration(*gmap, *paused),
             Command::SetCopies { vdisk, scheme } => self.set_copies(*vdisk, *scheme, effects),
+            Command::RemoveServer { server } => self.remove_server(*server, effects),
             Command::ReplaceAfter { seconds } => {
                 self.replace_after = *seconds;
                 Ok(Outcome::Done)
