@@ -65,7 +65,7 @@ pub struct Arguments {
     #[arg(long)]
     seconds: Option<u64>,
     /// More arguments for petal-sim
-    #[arg(last = true)]
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     more: Vec<String>,
 }
 

@@ -279,7 +279,9 @@ where
                 Output::Disk { disk, op, command } => self.engine.submit(disk, op, command),
                 Output::Dial { server, addresses } => {
                     self.open_doors();
-                    if server < self.own_id {
+                    if addresses.is_empty() {
+                        self.transport.stop_dialling(server);
+                    } else if server < self.own_id {
                         self.transport.dial(server, &addresses, true);
                     }
                     self.addresses.insert(server, addresses);

@@ -224,7 +224,7 @@ fn requests_disks_and_ticks_reach_the_machine_and_answers_come_back() {
     in_runtime(|at| async move {
         let server = start(1, 1, &at[1], vec![Output::Ready], Some(Duration::from_millis(30))).await;
         let (mut client, to) = TestClient::connect(&at[1]).await;
-        let settle = Body::Settle(Settle { index: 9 });
+        let settle = Body::Settle(Settle { index: 9, asker: ServerId(1), settler: ServerId(2) });
         assert_eq!(client.ask(to, settle.clone()).await, message(settle));
         let learn = Body::Learn(Learn { from: 3 });
         assert_eq!(client.ask(to, learn.clone()).await, message(learn), "by way of the disk");

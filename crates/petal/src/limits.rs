@@ -104,6 +104,9 @@ pub const RETRY_MIN: Duration = Duration::from_millis(20);
 pub const RETRY_MAX: Duration = Duration::from_secs(1);
 /// How long a management call waits to settle before it says for whom it waits.
 pub const SETTLE_DEADLINE: Duration = Duration::from_secs(10);
+/// Seconds for which a server may be down before its data is copied to others: longer than a machine takes to restart, and
+/// short enough that a second failure is unlikely meanwhile.
+pub const REPLACE_AFTER_DEFAULT: u32 = 600;
 /// Bytes of an encoded command at most: with what is around it, it fits into a frame of a client, which has 64 KiB.
 /// Names, holders and addresses are bounded one by one when the command is applied; this keeps monsters out of the log.
 pub const COMMAND_MAX: usize = (64 << 10) - 256;

@@ -10,8 +10,9 @@
 //! 1/20 of what is to move is fenced at one time, scattered over the slots, so that no part of a disk is all at once
 //! written to more servers than before.
 //!
-//! It waits for servers that are away, by itself for ever: one that does not come back can be drained, and then holds
-//! nothing that anybody waits for. [`waits_for`] tells people what it waits for, by the same questions.
+//! It waits for servers that are away. One that does not come back for as long as the state says is drained until it
+//! does (`StayedAway`); a third of the servers at most, so that a room without power is not copied into the others. [`waits_for`] tells people
+//! what it waits for, by the same questions.
 
 use crate::global_state::{Command, Move, Reconfiguration, ServerState, State};
 use crate::ids::*;
@@ -33,25 +34,54 @@ const MOVES_PER_PLAN: usize = 4096;
 #[derive(Debug, Default)]
 pub(crate) struct Mover {
     look_at: Option<Instant>,
-    /// What is under way, of each GMap.
-    proposed: BTreeMap<GmapId, CommandId>,
+    /// Since when this leader sees servers down, each in its last life.
+    absent: BTreeMap<ServerId, (Incarnation, Instant)>,
+    /// What is under way.
+    proposed: BTreeMap<Subject, CommandId>,
+}
+
+/// What a step is about: there is one at a time of each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Subject {
+    /// The reconfiguration of a GMap.
+    Gmap(GmapId),
+    /// Servers that stay away.
+    Absence,
 }
 
 impl Mover {
-    /// What is to be proposed now, one command for each GMap. [`Mover::on_proposed`] tells as what.
-    pub fn look(&mut self, now: Instant, state: &State) -> Vec<(GmapId, Command)> {
+    /// What is to be proposed now, one command for each subject. [`Mover::on_proposed`] tells as what.
+    pub fn look(&mut self, now: Instant, state: &State) -> Vec<(Subject, Command)> {
         if self.look_at.is_some_and(|at| at > now) {
             return Vec::new();
         }
         self.look_at = Some(now + LOOK_EVERY);
         self.proposed.retain(|_, id| !state.is_executed(id));
-        let due = state.gmaps.keys().filter(|gmap| !self.proposed.contains_key(gmap));
-        due.filter_map(|gmap| next_step(state, *gmap).map(|command| (*gmap, command))).collect()
+        let of_gmaps = state.gmaps.keys().map(|gmap| (Subject::Gmap(*gmap), next_step(state, *gmap)));
+        let all = of_gmaps.chain([(Subject::Absence, self.stayed_away(now, state))]);
+        let due = all.filter(|(subject, _)| !self.proposed.contains_key(subject));
+        due.filter_map(|(subject, command)| Some((subject, command?))).collect()
+    }
+
+    /// Keeps in mind who is down. The one that has been for longest, if that is too long, and few enough are away already.
+    fn stayed_away(&mut self, now: Instant, state: &State) -> Option<Command> {
+        let is_absent = |s: &&ServerState| s.down && s.weight > 0 && !s.drained;
+        let absent = state.servers.iter().filter(|(_, s)| is_absent(s)).map(|(id, s)| (*id, s.incarnation));
+        let known = std::mem::take(&mut self.absent);
+        let since = |id: ServerId, life: Incarnation| known.get(&id).filter(|(of, _)| *of == life).map_or(now, |k| k.1);
+        self.absent = absent.map(|(id, life)| (id, (life, since(id, life)))).collect();
+        let holds = |id: &ServerId| state.all_slots().any(|(_, slot)| slot.member(*id).is_some());
+        let (server, (incarnation, at)) = self.absent.iter().min_by_key(|(_, (_, at))| *at)?;
+        let away = state.servers.values().filter(|s| s.away).count();
+        let is_few = (away + 1) * 3 <= state.candidates().iter().filter(|c| c.weight > 0).count() + away;
+        let patience = Duration::from_secs(u64::from(state.replace_after));
+        let is_due = state.replace_after > 0 && now.since(*at) >= patience && holds(server) && is_few;
+        is_due.then_some(Command::StayedAway { server: *server, incarnation: *incarnation })
     }
 
     /// A command that `look` wanted is under way.
-    pub fn on_proposed(&mut self, gmap: GmapId, id: CommandId) {
-        self.proposed.insert(gmap, id);
+    pub fn on_proposed(&mut self, subject: Subject, id: CommandId) {
+        self.proposed.insert(subject, id);
     }
 
     /// A command was applied.
@@ -61,6 +91,7 @@ impl Mover {
 
     /// This server does not lead: nothing of it is wanted any more.
     pub fn step_down(&mut self) -> Vec<CommandId> {
+        self.absent.clear();
         std::mem::take(&mut self.proposed).into_values().collect()
     }
 }

@@ -116,7 +116,7 @@ pub enum Output {
     Dial {
         /// The server.
         server: ServerId,
-        /// Its addresses, the best first.
+        /// Its addresses, the best first. None: it was removed, and is dialled no more.
         addresses: Vec<String>,
     },
     /// The server has begun to serve: its `ServerUp` is applied.
@@ -840,6 +840,9 @@ impl Server {
                 self.refused = Some(error.to_string());
                 self.stores.take_life_back(&found);
             }
+            Some(Err(CommandError::NoSuchServer(me))) => self.out.push_back(Output::Fatal(format!(
+                "{me} was removed from the cluster; to use its disks again make them anew, as a new server (`petal join --help`)"
+            ))),
             Some(Err(error)) => self.out.push_back(Output::Fatal(error.to_string())),
             _ => {
                 self.stage = Stage::Running;

@@ -82,6 +82,8 @@ kinds! {
     Estrange => "a client was cut off from a server that others reached",
     /// An operator changed the placement.
     Shift => "a server was drained or filled, or that was turned back",
+    /// A server was found being replaced.
+    StayedAway => "a server had stayed away, and was being replaced",
     /// Slots moved to other servers.
     Moved => "a slot moved to other servers",
     /// A server passed a client's message on to a server which that could not reach.

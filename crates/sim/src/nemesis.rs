@@ -668,6 +668,13 @@ impl World {
         if servers.is_empty() || self.workload.to_create > 0 {
             return;
         }
+        if let Some(seconds) = self.options.replace_after.filter(|seconds| *seconds != state.replace_after) {
+            return self.execute_anywhere(Command::ReplaceAfter { seconds });
+        }
+        if state.servers.values().any(|s| s.away) {
+            self.counters.count(Kind::StayedAway);
+        }
+        let Some(state) = self.newest_state() else { return };
         let other = other_copies(state, which);
         let command = match self.chaos.below(9) {
             8 if !under_way.is_empty() => Command::AbortReconfiguration { gmap: *self.chaos.pick(&under_way) },

@@ -80,6 +80,8 @@ pub struct Options {
     pub reads_max: usize,
     /// What is done with snapshots and clones, if anything.
     pub snapshots: Option<SnapshotMix>,
+    /// Who is down for so many seconds is replaced, once the operator has said so.
+    pub replace_after: Option<u32>,
     /// One failure at a time: the next one is not before everything has been whole for a while.
     pub alone: bool,
     /// Nobody does anything by himself: a scenario asks for everything.
@@ -302,6 +304,7 @@ impl Options {
             reads_max: 48,
             power_loss_at_end: prng.chance(1, 2),
             snapshots: None,
+            replace_after: None,
             alone: overrides.alone,
             scripted: overrides.scripted,
             sabotage: overrides.sabotage,
@@ -378,6 +381,8 @@ impl Options {
         // Where a copy was before, its blocks are free, and hold the same for a while: what looks at disks to see
         // whether there is another good copy takes them for one.
         self.faults.spoil = 0;
+        let mut apart = Prng::new(prng.clone().next_u64() ^ 0xa3a7);
+        self.replace_after = *apart.pick(&[None, Some(1), Some(2)]);
         self.copies.retain(|copies| *copies > 1);
         if self.copies.is_empty() {
             self.copies = vec![2];
@@ -414,6 +419,7 @@ impl Options {
     fn fail_alone(&mut self) {
         self.be_swift();
         self.alone = true;
+        self.replace_after = None;
         self.servers = self.servers.max(3);
         self.ring = 3;
         self.late_learners = false;

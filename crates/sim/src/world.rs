@@ -536,6 +536,9 @@ impl World {
 
     /// Where to dial for a server with these addresses, for a node that wants a connection kept.
     fn on_want(&mut self, node: Node, server: ServerId, addresses: &[String]) {
+        if addresses.is_empty() {
+            return; // It was removed.
+        }
         let Some(host) = addresses.iter().find_map(|a| host_at(a)) else {
             return self.complain(format!("{node:?} is to dial {server} at {addresses:?}, which is nowhere"));
         };

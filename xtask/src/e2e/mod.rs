@@ -7,6 +7,7 @@ mod bad_input;
 mod chaos;
 mod disk_faults;
 mod failures;
+mod full;
 mod nbd;
 mod old_disks;
 mod partitions;
@@ -72,9 +73,11 @@ const SCENARIOS: &[Scenario] = &[
     ("a_planned_stop_hands_over", failures::planned_stop),
     ("a_server_frozen_past_its_lease_begins_a_new_life", failures::frozen_past_its_lease),
     ("servers_that_lost_their_disks_are_made_anew_under_load", failures::lost_disks_made_anew),
+    ("full_disks_refuse_what_needs_room_and_all_else_goes_on", full::refuses_and_goes_on),
     ("two_neighbours_killed_hold_up_their_common_slots_only", failures::two_neighbours_killed),
     ("a_server_is_drained_and_filled_under_writes", placement::drained_and_filled),
     ("a_disk_gets_other_copies_while_it_is_written", placement::copies_changed),
+    ("a_server_that_stays_away_is_replaced_and_gets_its_share_when_it_is_back", placement::stays_away),
     ("a_server_is_added_and_its_filling_is_paused_and_turned_back", placement::added_paused_and_turned_back),
     ("moves_end_though_a_source_a_joiner_or_the_ring_leader_is_killed", placement::killed_while_moving),
     ("a_server_that_is_slow_gets_few_reads", slow::gets_few_reads),

@@ -98,6 +98,70 @@ pub fn drained_and_filled(cluster: &Cluster) -> Result<()> {
     cluster.down()
 }
 
+/// A server that stays away is replaced, and everything is on two servers again; when it is back it gets its share.
+pub fn stays_away(cluster: &Cluster) -> Result<()> {
+    cluster.up(&[])?;
+    ensure!(list(cluster)?["replace_after_s"] == 600, "ten minutes, if nobody says anything");
+    read(cluster.petal().args(["server", "replace-after", "3s"]))?;
+    let (_, said) = read_failure(cluster.petal().args(["server", "replace-after", "soon"]))?;
+    ensure!(said.contains("10m"), "{said}");
+    let load = ["--rw=randwrite", "--bs=64k", "--iodepth=8", "--verify=crc32c", "--do_verify=0", "--randseed=7"];
+    read(fio(cluster, &load)?.args(["--verify_state_save=0"]))?;
+    let share = of_server(&list(cluster)?, "s4", "copies")?;
+    ensure!(share > 0, "s4 holds nothing to begin with");
+    kill9(pid_of(cluster, "s4")?)?;
+    declared_down(cluster, "s4")?;
+    ensure!(of_server(&list(cluster)?, "s4", "copies")? == share, "s4 is replaced at once");
+    wait_until_moving(cluster)?;
+    let text = read(cluster.petal().args(["server", "list"]))?;
+    ensure!(text.contains("away, being replaced"), "{text}");
+    wait_until_moved(cluster)?;
+    full_again(cluster)?;
+    ensure!(of_server(&list(cluster)?, "s4", "copies")? == 0, "s4 still holds something");
+    let log = read(cluster.petal().arg("log"))?;
+    ensure!(log.contains("s4 stayed away"), "{log}");
+    // What it had is on two others: one of these may go. (Of three that are left one may not be replaced in three seconds.)
+    read(cluster.petal().args(["down", "s3"]))?;
+    let verify = ["--rw=randwrite", "--bs=64k", "--iodepth=8", "--verify=crc32c", "--verify_only", "--randseed=7"];
+    read(fio(cluster, &verify)?.args(["--verify_state_save=0"]))?;
+    cluster.up(&[])?;
+    wait_until_moved(cluster)?;
+    full_again(cluster)?;
+    let after = list(cluster)?;
+    ensure!(of_server(&after, "s4", "copies")?.abs_diff(share) <= 2, "s4 had {share} slots: {after}");
+    read(fio(cluster, &verify)?.args(["--verify_state_save=0"]))?;
+    read(cluster.petal().arg("verify"))?;
+    removed(cluster)?;
+    read(fio(cluster, &verify)?.args(["--verify_state_save=0"]))?;
+    cluster.down()
+}
+
+/// s4 is drained, stopped and removed, and refused when it comes back.
+fn removed(cluster: &Cluster) -> Result<()> {
+    let refused = |why: &str| -> Result<()> {
+        let (code, said) = read_failure(cluster.petal().args(["server", "remove", "s4"]))?;
+        ensure!(code == 1 && said.contains(why), "{code}: {said}");
+        Ok(())
+    };
+    refused("not down")?;
+    read(cluster.petal().args(["server", "drain", "s4"]))?;
+    wait_until_moved(cluster)?;
+    let config = cluster.data().join("s4/server.toml");
+    read(cluster.petal().args(["down", "s4"]))?;
+    declared_down(cluster, "s4")?;
+    read(cluster.petal().args(["server", "remove", "s4"]))?;
+    refused("no server s4")?;
+    ensure!(of_server(&list(cluster)?, "s4", "copies").is_err(), "the list still has it");
+    let (code, said) = read_failure(cluster.petal().args(["server", "--config"]).arg(&config))?;
+    ensure!(code == 3 && said.contains("removed from the cluster"), "{code}: {said}");
+    cluster.up(&[])?;
+    full_again(cluster)?;
+    let plan: Value =
+        serde_json::from_str(&read(cluster.petal().args(["server", "add", "--local", "--dry-run", "--json"]))?)?;
+    ensure!(plan["server"] == "s5", "a number is given again: {plan}");
+    Ok(())
+}
+
 /// A server is added to a running cluster; the move is paused, its target killed, and started again; then turned back.
 pub fn added_paused_and_turned_back(cluster: &Cluster) -> Result<()> {
     cluster.up(&[])?;

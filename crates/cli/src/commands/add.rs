@@ -64,8 +64,7 @@ async fn add(folder: &ClusterFolder, connection: &Connection, arguments: &Argume
     let entry = match unfinished(&file, &state) {
         Some(entry) => entry,
         None => {
-            let last = state.servers.last_key_value().map_or(0, |(s, _)| s.0);
-            let id = last.checked_add(1).context("there are as many servers as numbers")?;
+            let id = state.last_server.checked_add(1).context("there are as many servers as numbers")?;
             ServerEntry { id, ring: false, port: up::free_ports(1)?[0], formatted: false }
         }
     };

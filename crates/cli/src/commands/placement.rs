@@ -1,4 +1,4 @@
-//! `petal server list | drain | fill`: which servers hold data, and how it gets from one to the other.
+//! `petal server list | drain | fill | remove`: which servers hold data, and how it gets from one to the other.
 //!
 //! These commands only say what is wanted; the ring's leader plans and moves (`petal::replan`, 2.8). So they may be ended at
 //! any time, and `petal reconfigure status` (`reconfigure.rs`) shows how far it is.
@@ -10,6 +10,7 @@ use crate::place::Place;
 use anyhow::{Context, Result, bail, ensure};
 use petal::global_state::{Command, ServerState, State};
 use petal::ids::ServerId;
+use petal::message::DiskStatus;
 use petal::replan::{copies_to_move, replan};
 use petal::translator::gmap::Gmap;
 use serde_json::{Value, json};
@@ -36,6 +37,38 @@ pub enum Placement {
     Fill(Change),
     /// One more server for a cluster that `petal up` made: starts it, and fills it
     Add(super::add::Arguments),
+    /// Forget a server that is down and holds nothing: one that was drained and stopped, or was replaced. Its number is not given again
+    Remove {
+        /// The server
+        #[arg(value_parser = output::parse_server)]
+        server: ServerId,
+    },
+    /// How long a server may be down before the others make its copies anew: 90s, 10m (as in a new cluster), 2h or never
+    ReplaceAfter {
+        /// The time
+        #[arg(value_parser = parse_time)]
+        time: Seconds,
+    },
+}
+
+/// 0: never.
+#[derive(Clone, Copy)]
+pub struct Seconds(u32);
+
+fn parse_time(text: &str) -> Result<Seconds, String> {
+    let wrong = || format!("'{text}' is no time; times are like 90s, 10m, 2h or never");
+    if text == "never" {
+        return Ok(Seconds(0));
+    }
+    let (number, unit) = text.split_at(text.len() - text.chars().last().map_or(0, char::len_utf8));
+    let unit = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        _ => return Err(wrong()),
+    };
+    let seconds = number.parse::<u32>().ok().and_then(|n| n.checked_mul(unit)).ok_or_else(wrong)?;
+    if seconds == 0 { Err(wrong()) } else { Ok(Seconds(seconds)) }
 }
 
 /// A change of the placement.
@@ -65,6 +98,12 @@ pub fn run(place: &Place, command: Placement) -> Result<()> {
             Placement::Drain(change) => apply(&connection, change, true).await,
             Placement::Fill(change) => apply(&connection, change, false).await,
             Placement::Add(_) => unreachable!("done above"),
+            Placement::Remove { server } => remove(&place, &connection, server).await,
+            Placement::ReplaceAfter { time: Seconds(seconds) } => {
+                connection.execute(Command::ReplaceAfter { seconds }).await?;
+                println!("{}", replaced_after(seconds));
+                Ok(())
+            }
         }
     })
 }
@@ -93,6 +132,11 @@ fn kept_free(capacity: u64) -> u64 {
     2 * (capacity / 256).clamp(256 << 10, 64 << 20)
 }
 
+/// Writes that need room there are refused, or wait.
+pub(super) fn is_full(disk: &DiskStatus) -> bool {
+    disk.capacity > 0 && disk.capacity - disk.used.min(disk.capacity) <= kept_free(disk.capacity)
+}
+
 pub(super) async fn held(connection: &Connection, state: &State) -> Result<BTreeMap<ServerId, Held>> {
     let connection = connection.to_all(state).await?;
     let mut all = BTreeMap::new();
@@ -102,7 +146,7 @@ pub(super) async fn held(connection: &Connection, state: &State) -> Result<BTree
         if let Ok(status) = connection.server_status(*server, ANSWER_LIMIT).await {
             held.bytes = status.disks.iter().map(|d| d.used).sum();
             held.capacity = status.disks.iter().map(|d| d.capacity).sum();
-            held.is_full = status.disks.iter().any(|d| d.capacity - d.used.min(d.capacity) <= kept_free(d.capacity));
+            held.is_full = status.disks.iter().any(is_full);
         }
         all.insert(*server, held);
     }
@@ -112,10 +156,32 @@ pub(super) async fn held(connection: &Connection, state: &State) -> Result<BTree
 fn word(server: &ServerState) -> &'static str {
     match server {
         _ if server.incarnation.0 == 0 => "never up",
+        _ if server.down && server.away => "away, being replaced",
         _ if server.down => "down",
         _ if server.weight == 0 => "witness",
         _ if server.drained => "drained",
         _ => "holds data",
+    }
+}
+
+async fn remove(place: &Place, connection: &Connection, server: ServerId) -> Result<()> {
+    connection.execute(Command::RemoveServer { server }).await?;
+    println!("{server} is removed; its disks are of no use to the cluster any more.");
+    // A cluster of `petal up` would start it again.
+    if let Ok(folder) = place.folder()
+        && let Some(mut file) = folder.read_if_there()?
+    {
+        file.servers.retain(|entry| entry.server() != server);
+        folder.write(&file)?;
+        println!("What is in {} can be deleted.", folder.server(server).display());
+    }
+    Ok(())
+}
+
+fn replaced_after(seconds: u32) -> String {
+    match seconds {
+        0 => "A server that stays away is not replaced.".into(),
+        _ => format!("A server that is down for {} is replaced by the others.", output::duration(u64::from(seconds))),
     }
 }
 
@@ -131,7 +197,7 @@ async fn list(connection: &Connection, json: bool) -> Result<()> {
             })
         };
         let servers: Vec<Value> = state.servers.iter().map(one).collect();
-        return output::print_json(&json!({ "servers": servers, "reconfiguration": reconfigure::json(&state) }));
+        return output::print_json(&json!({ "servers": servers, "replace_after_s": state.replace_after, "reconfiguration": reconfigure::json(&state) }));
     }
     let mut table = output::table(&["server", "state", "slots", "data", "room"]);
     output::right(&mut table, &[2, 3, 4]);
@@ -141,6 +207,7 @@ async fn list(connection: &Connection, json: bool) -> Result<()> {
         table.add_row([id.to_string(), word(server).to_string()].into_iter().chain(row));
     }
     output::print_table(&table);
+    println!("{}", replaced_after(state.replace_after));
     reconfigure::sentences(&state).iter().for_each(|line| println!("{line}"));
     Ok(())
 }

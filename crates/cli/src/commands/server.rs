@@ -5,7 +5,7 @@ use crate::place::Place;
 use crate::processes::ProcessFile;
 use crate::server_config::{CACHE_ELEMENTS_DEFAULT, ServerConfig};
 use crate::{connect, disk_files};
-use anyhow::{Result, bail};
+use anyhow::Result;
 use petal::ids::ServerId;
 use petal::sabotage::Sabotage;
 use petal::server::{Server, ServerConfig as CoreConfig};

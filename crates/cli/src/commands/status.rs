@@ -1,5 +1,6 @@
 //! `petal status`: the whole cluster on one screen.
 
+use super::placement::is_full;
 use super::{disk, reconfigure, scrub};
 use crate::cluster_folder::ClusterFolder;
 use crate::connect::{self, Connection};
@@ -11,7 +12,7 @@ use crate::supervisor;
 use anyhow::Result;
 use petal::global_state::State;
 use petal::ids::{ServerId, StateIndex};
-use petal::message::{LogLine, ScrubOrder, ScrubStatus, ServerStatus};
+use petal::message::{DiskStatus, LogLine, ScrubOrder, ScrubStatus, ServerStatus};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -246,6 +247,11 @@ impl Report {
         members().filter(|s| s.status.is_some()).count() > members().count() / 2
     }
 
+    fn full_disks(&self) -> impl Iterator<Item = (ServerId, &DiskStatus)> {
+        let all = self.servers.iter().flat_map(|s| s.status.iter().flat_map(move |st| st.disks.iter().map(|d| (s.id, d))));
+        all.filter(|(_, disk)| is_full(disk))
+    }
+
     /// Why the copies of a server are missing.
     fn why(&self, server: ServerId, missing: &Missing) -> String {
         let server = self.servers.iter().find(|s| s.id == server);
@@ -277,6 +283,15 @@ impl Report {
             );
         }
         slow_servers(&self.servers).iter().for_each(|slow| println!("  {}", slow.sentence()));
+        for (server, disk) in self.full_disks() {
+            println!(
+                "  {server} is full ({}, {} of {}): what needs room there is refused; discard or delete something, or \
+                 add a server.",
+                disk.path,
+                output::size(disk.used),
+                output::size(disk.capacity)
+            );
+        }
         self.redundancy.sentences(|server, missing| self.why(server, missing)).iter().for_each(|l| println!("{l}"));
         reconfigure::sentences(&self.state).iter().for_each(|l| println!("{l}"));
         let scrubs = self.servers.iter().filter_map(|s| Some((s.id, s.scrub.as_ref()?)));
@@ -355,7 +370,7 @@ impl ServerReport {
         let disk = |d: &petal::message::DiskStatus| {
             json!({
                 "id": d.disk.to_string(), "path": d.path, "capacity": d.capacity, "used": d.used,
-                "elements": d.elements, "error": d.error,
+                "elements": d.elements, "full": is_full(d), "error": d.error,
             })
         };
         let counters = |s: &ServerStatus| -> serde_json::Map<String, Value> {

@@ -351,6 +351,24 @@ pub enum Command {
         /// The scheme.
         scheme: Scheme,
     },
+    /// A server that is down has stayed away for so long that its data is copied to others, as if it were drained. When it
+    /// comes up that is turned back.
+    StayedAway {
+        /// The server.
+        server: ServerId,
+        /// Its life that ended.
+        incarnation: Incarnation,
+    },
+    /// A server that is down, holds nothing and has no vote is forgotten. Its number is not given again.
+    RemoveServer {
+        /// The server.
+        server: ServerId,
+    },
+    /// Who is down for so long has stayed away.
+    ReplaceAfter {
+        /// Seconds; 0: never.
+        seconds: u32,
+    },
 }
 
 /// A snapshot that is to be made.
@@ -454,6 +472,12 @@ impl std::fmt::Display for Command {
             Command::SetCopies { vdisk, scheme } => {
                 let copies = scheme.copies();
                 write!(f, "{vdisk} is to have {copies} {}", if copies == 1 { "copy" } else { "copies" })
+            }
+            Command::RemoveServer { server } => write!(f, "{server} is removed"),
+            Command::ReplaceAfter { seconds: 0 } => write!(f, "who stays away is not replaced"),
+            Command::ReplaceAfter { seconds } => write!(f, "who is down for {seconds} s is replaced"),
+            Command::StayedAway { server, .. } => {
+                write!(f, "{server} stayed away: what it has is copied to the others")
             }
         }
     }
@@ -580,6 +604,19 @@ pub enum CommandError {
     /// A server that must be down for this is not.
     #[error("{0} is not down; stop it first (`petal down {0}`), or wait until the others have declared it down")]
     NotDown(ServerId),
+    /// A server that is to be forgotten holds data.
+    #[error(
+        "{server} is a member of {slots} slots; let its data move to the others first: `petal server drain {server}`, and wait until `petal server list` shows 0 slots"
+    )]
+    HoldsData {
+        /// The server.
+        server: ServerId,
+        /// Slots of which it is a member, or is to be.
+        slots: usize,
+    },
+    /// A server that is to be forgotten has a vote.
+    #[error("{0} is a member of the ring, which decides for the cluster; members cannot be exchanged yet, so it must stay")]
+    InRing(ServerId),
     /// A server's copies are the last ones.
     #[error(
         "{server} has the only complete copy of {slots} of {all} slots: without its disks the last writes there are lost, or all of them where it has the only copy. Bring its disks back; or, as the last resort, accept the loss with --accept-data-loss"

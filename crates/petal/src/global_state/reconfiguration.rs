@@ -70,10 +70,37 @@ impl State {
                 return Err(CommandError::TooFewServers { copies, servers: left });
             }
         }
-        self.servers.get_mut(&id).expect("just seen").drained = drained;
+        let server = self.servers.get_mut(&id).expect("just seen");
+        (server.drained, server.away) = (drained, false);
         self.placed = index;
         self.replan = self.gmaps.keys().copied().collect();
         Ok(Outcome::Done)
+    }
+
+    /// A server that is down is drained until it comes up, if the others are enough.
+    pub(super) fn stayed_away(&mut self, id: ServerId, incarnation: Incarnation) -> Applied {
+        let server = self.servers.get(&id).ok_or(CommandError::NoSuchServer(id))?;
+        if server.incarnation != incarnation || !server.down || server.drained {
+            return Err(CommandError::Overtaken);
+        }
+        self.drain(id, true)?;
+        self.servers.get_mut(&id).expect("just seen").away = true;
+        Ok(Outcome::Done)
+    }
+
+    /// A server that stayed away is there again: it is to hold its share. What has not moved yet stays with it, which is
+    /// less to copy than all of its share once more.
+    pub(super) fn came_back(&mut self, id: ServerId) {
+        self.placed = self.index;
+        self.replan = self.gmaps.keys().copied().collect();
+        let maps = &self.gmaps;
+        let leaves = |gmap: &GmapId, (slot, target): (&u32, &Vec<ServerId>)| {
+            maps[gmap].slots[*slot as usize].contains(&id) && !target.contains(&id)
+        };
+        for (gmap, under_way) in &mut self.reconfigurations {
+            under_way.turns_back |= under_way.moves.iter().any(|one| leaves(gmap, one));
+        }
+        self.reconfigurations.retain(|_, r| !(r.turns_back && r.fenced.is_empty()));
     }
 
     /// A family gets other copies: its GMap, or one of its own, has another scheme, and is planned anew.
@@ -404,7 +431,8 @@ impl super::SlotState {
 mod tests {
     use super::*;
     use crate::global_state::{Command, Fixture};
-    use crate::mover::{Wait, next_step, waits_for};
+    use crate::mover::{Mover, Wait, next_step, waits_for};
+    use stdx::{Duration, Instant};
 
     fn s(n: u16) -> ServerId {
         ServerId(n)
@@ -481,6 +509,140 @@ mod tests {
         }
         // New disks are placed by it, too.
         assert_eq!(State::decode(&f.state.encode()).unwrap(), f.state);
+    }
+
+    fn goodbye(f: &mut Fixture, server: u16) -> Incarnation {
+        let incarnation = f.state.servers[&s(server)].incarnation;
+        f.run(Command::Goodbye { server: s(server), incarnation }).unwrap();
+        incarnation
+    }
+
+    fn up_again(f: &mut Fixture, server: u16) {
+        let known = &f.state.servers[&s(server)];
+        let disks = known.disks.iter().map(|(d, of)| (*d, of.incarnation, of.capacity)).collect();
+        let (incarnation, addresses) = (Incarnation(known.incarnation.0 + 1), known.addresses.clone());
+        f.run(Command::ServerUp { server: s(server), incarnation, addresses, disks }).unwrap();
+    }
+
+    /// Takes steps until this holds, while recovery does its part.
+    fn until(f: &mut Fixture, gmap: GmapId, is_so: impl Fn(&Fixture) -> bool) {
+        for _ in 0..4000 {
+            if is_so(f) {
+                return;
+            }
+            if step(f, gmap).is_none() {
+                bring_in_sync(f);
+            }
+        }
+        panic!("it never is so: {:?}", f.state.reconfigurations);
+    }
+
+    fn is_at_rest(f: &Fixture) -> bool {
+        f.state.reconfigurations.is_empty() && f.state.replan.is_empty()
+    }
+
+    #[test]
+    fn who_stayed_away_is_replaced_and_gets_its_share_when_it_is_back() {
+        let mut f = Fixture::up(4);
+        f.disk("a");
+        let gmap = *f.state.gmaps.keys().next().unwrap();
+        let share = held(&f, 3);
+        let incarnation = f.state.servers[&s(3)].incarnation;
+        let refused = f.run(Command::StayedAway { server: s(3), incarnation });
+        assert_eq!(refused, Err(CommandError::Overtaken), "it is there");
+        goodbye(&mut f, 3);
+        f.run(Command::StayedAway { server: s(3), incarnation }).unwrap();
+        until(&mut f, gmap, is_at_rest);
+        assert_eq!(held(&f, 3), 0);
+        assert!(f.state.all_slots().all(|(_, slot)| slot.in_sync().count() == 2), "all on two others");
+        up_again(&mut f, 3);
+        assert!(!f.state.servers[&s(3)].drained);
+        assert_eq!(finish(&mut f, gmap).min(2), 2, "it is filled again, in steps");
+        assert!(held(&f, 3).abs_diff(share) <= 2);
+    }
+
+    #[test]
+    fn who_is_back_before_its_replacement_has_ended_keeps_what_has_not_moved() {
+        let mut f = Fixture::up(4);
+        f.disk("a");
+        let gmap = *f.state.gmaps.keys().next().unwrap();
+        let before = f.state.gmaps[&gmap].slots.clone();
+        let share = held(&f, 3);
+        let incarnation = goodbye(&mut f, 3);
+        f.run(Command::StayedAway { server: s(3), incarnation }).unwrap();
+        until(&mut f, gmap, |f| f.state.slots_of_server(s(3)).count() < share / 2);
+        let kept: Vec<u32> = f.state.slots_of_server(s(3)).map(|(id, _)| id.slot).collect();
+        up_again(&mut f, 3);
+        until(&mut f, gmap, is_at_rest);
+        assert!(held(&f, 3).abs_diff(share) <= 2, "{} of {share}", held(&f, 3));
+        let stays = |slot: &&u32| f.state.gmaps[&gmap].slots[**slot as usize] == before[**slot as usize];
+        let as_before = kept.iter().filter(stays).count();
+        assert!(as_before * 4 >= kept.len() * 3, "{as_before} of {} are as they were", kept.len());
+        assert_eq!(State::decode(&f.state.encode()).unwrap(), f.state);
+    }
+
+    #[test]
+    fn who_is_removed_held_nothing_and_its_number_is_not_given_again() {
+        let mut f = Fixture::up(4);
+        f.disk("a");
+        let gmap = *f.state.gmaps.keys().next().unwrap();
+        let remove = Command::RemoveServer { server: s(4) };
+        assert_eq!(f.run(remove.clone()), Err(CommandError::NotDown(s(4))));
+        let incarnation = goodbye(&mut f, 4);
+        assert!(matches!(f.run(remove.clone()), Err(CommandError::HoldsData { slots, .. }) if slots > 100));
+        f.run(Command::Drain { server: s(4), drained: true }).unwrap();
+        until(&mut f, gmap, is_at_rest);
+        f.run(remove.clone()).unwrap();
+        assert_eq!(f.run(remove), Err(CommandError::NoSuchServer(s(4))));
+        let addresses = vec!["other:1".to_string()];
+        let up = Command::ServerUp { server: s(4), incarnation: Incarnation(incarnation.0 + 1), addresses: addresses.clone(), disks: vec![] };
+        assert_eq!(f.run(up), Err(CommandError::NoSuchServer(s(4))));
+        assert_eq!(f.run(Command::AddServer { addresses, token: 77 }), Ok(Outcome::Server(s(5))));
+        assert_eq!(State::decode(&f.state.encode()).unwrap(), f.state);
+        goodbye(&mut f, 1);
+        assert_eq!(f.run(Command::RemoveServer { server: s(1) }), Err(CommandError::InRing(s(1))));
+    }
+
+    #[test]
+    fn what_an_operator_drained_is_not_filled_when_it_comes_up() {
+        let mut f = Fixture::up(4);
+        f.disk("a");
+        let incarnation = goodbye(&mut f, 3);
+        f.run(Command::StayedAway { server: s(3), incarnation }).unwrap();
+        f.run(Command::Drain { server: s(3), drained: true }).unwrap();
+        up_again(&mut f, 3);
+        assert!(f.state.servers[&s(3)].drained);
+    }
+
+    #[test]
+    fn the_leader_replaces_who_has_been_down_for_too_long_and_a_third_at_most() {
+        let mut f = Fixture::up(5);
+        f.disk("a");
+        let mut mover = Mover::default();
+        let at = |seconds: u64| Instant::ZERO + Duration::from_secs(seconds);
+        let stayed = |mover: &mut Mover, f: &Fixture, seconds: u64| {
+            let all = mover.look(at(seconds), &f.state);
+            all.into_iter().find(|(_, c)| matches!(c, Command::StayedAway { .. })).map(|(_, command)| command)
+        };
+        let gmap = *f.state.gmaps.keys().next().unwrap();
+        goodbye(&mut f, 3);
+        assert_eq!(stayed(&mut mover, &f, 10), None);
+        goodbye(&mut f, 4);
+        assert_eq!(stayed(&mut mover, &f, 500), None);
+        up_again(&mut f, 3);
+        assert_eq!(stayed(&mut mover, &f, 600), None);
+        goodbye(&mut f, 3);
+        assert_eq!(stayed(&mut mover, &f, 700), None, "another absence");
+        let command = stayed(&mut mover, &f, 1100).expect("the other one is down since 500");
+        assert!(matches!(command, Command::StayedAway { server, .. } if server == s(4)));
+        f.run(command).unwrap();
+        assert_eq!(stayed(&mut mover, &f, 2000), None, "a third of five is one");
+        up_again(&mut f, 4);
+        assert!(stayed(&mut mover, &f, 2100).is_some(), "the other one's turn");
+        f.run(Command::ReplaceAfter { seconds: 0 }).unwrap();
+        assert_eq!(stayed(&mut mover, &f, 1_000_000), None);
+        assert!(f.state.replan.contains(&gmap));
+        assert_eq!(next_step(&f.state, gmap), None, "nothing is planned around who may be back in a moment");
     }
 
     #[test]

@@ -688,6 +688,11 @@ impl GlobalState {
 
     /// Asks for connections to servers that are new or have moved.
     fn dial(&mut self) {
+        let is_gone = |server: &&ServerId| !self.state.servers.contains_key(server);
+        for server in self.dialled.keys().filter(is_gone).copied().collect::<Vec<_>>() {
+            self.dialled.remove(&server);
+            self.outputs.push_back(GlobalOutput::Dial { server, addresses: Vec::new() });
+        }
         for (server, known) in self.state.servers.iter().filter(|(server, _)| **server != self.me) {
             if self.dialled.get(server) != Some(&known.addresses) {
                 self.dialled.insert(*server, known.addresses.clone());

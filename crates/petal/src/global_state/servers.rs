@@ -39,14 +39,41 @@ impl State {
         if let Some((server, _)) = self.servers.iter().find(|(_, s)| token != 0 && s.token == token) {
             return Ok(Outcome::Server(*server));
         }
-        let last = self.servers.last_key_value().map_or(0, |(s, _)| s.0);
-        if self.servers.len() >= SERVERS_MAX || last == u16::MAX {
+        if self.servers.len() >= SERVERS_MAX || self.last_server == u16::MAX {
             return Err(CommandError::TooMany { limit: SERVERS_MAX, what: "servers".into() });
         }
-        let server = ServerId(last + 1);
+        self.last_server += 1;
+        let server = ServerId(self.last_server);
         self.servers.insert(server, ServerState::new(addresses.to_vec(), token));
         effects.servers.push(server);
         Ok(Outcome::Server(server))
+    }
+
+    /// Nothing of it is needed by anybody, and it cannot come back: its next `ServerUp` is refused.
+    pub(super) fn remove_server(&mut self, id: ServerId, effects: &mut Effects) -> Applied {
+        let server = self.servers.get(&id).ok_or(CommandError::NoSuchServer(id))?;
+        if server.incarnation.0 > 0 && !server.down {
+            return Err(CommandError::NotDown(id));
+        }
+        if self.ring.node_of(id).is_some() {
+            return Err(CommandError::InRing(id));
+        }
+        let is_member = self.all_slots().filter(|(_, slot)| slot.member(id).is_some()).count();
+        let targets = self.reconfigurations.values().flat_map(|r| r.moves.values().chain(r.fenced.values()));
+        let slots = is_member + targets.filter(|tuple| tuple.contains(&id)).count();
+        if slots > 0 {
+            return Err(CommandError::HoldsData { server: id, slots });
+        }
+        let held = !server.drained && server.weight > 0;
+        self.servers.remove(&id);
+        for slot in self.slots.values_mut().flatten() {
+            slot.left.retain(|d| d.server != id);
+        }
+        if held {
+            self.placed = self.index; // It was to be filled.
+        }
+        effects.servers.push(id);
+        Ok(Outcome::Done)
     }
 
     /// A restart by itself takes the server out of nothing. But it ends what the old life had begun, so
@@ -83,8 +110,12 @@ impl State {
             up: self.index,
             suspect: None,
             weight: found.values().fold(0, |sum: u64, (_, capacity)| sum.saturating_add(*capacity)),
-            drained: server.drained,
+            drained: server.drained && !server.away,
+            away: false,
         };
+        if server.away {
+            self.came_back(id);
+        }
         self.servers.insert(id, up);
         effects.servers.push(id);
         effects.names.insert(id);

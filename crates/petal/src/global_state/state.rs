@@ -38,7 +38,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Version of the encoding of a [`State`]: its first byte.
-const STATE_VERSION: u8 = 7;
+const STATE_VERSION: u8 = 8;
 
 /// The first lineage of a family, and the first epoch of a lineage.
 const FIRST_LINEAGE: LineageId = LineageId(1);
@@ -67,6 +67,10 @@ pub struct State {
     pub reconfigurations: BTreeMap<GmapId, Reconfiguration>,
     /// GMaps whose placement is to be planned anew when nothing of them is under way.
     pub replan: BTreeSet<GmapId>,
+    /// The highest number that a server ever had.
+    pub last_server: u16,
+    /// A server that is down for so many seconds has its data copied to others; 0: never.
+    pub replace_after: u32,
     /// State index of the last command that changed the tuples of a GMap, where one did.
     pub layouts: BTreeMap<GmapId, StateIndex>,
     /// State index of the last command that changed which servers hold data.
@@ -154,6 +158,8 @@ pub struct ServerState {
     pub weight: u64,
     /// It is to hold no data.
     pub drained: bool,
+    /// That is so because it stayed away, and until it comes up.
+    pub away: bool,
 }
 
 /// A disk of a server.
@@ -328,6 +334,8 @@ impl State {
             slots: BTreeMap::new(),
             reconfigurations: BTreeMap::new(),
             replan: BTreeSet::new(),
+            last_server: genesis.ring.iter().map(|s| s.server.0).max().unwrap_or(0),
+            replace_after: REPLACE_AFTER_DEFAULT,
             layouts: BTreeMap::new(),
             splits: BTreeMap::new(),
             placed: 0,
@@ -716,6 +724,12 @@ impl State {
             Command::AbortReconfiguration { gmap } => self.abort_reconfiguration(*gmap, effects),
             Command::PauseReconfiguration { gmap, paused } => self.pause_reconfiguration(*gmap, *paused),
             Command::SetCopies { vdisk, scheme } => self.set_copies(*vdisk, *scheme, effects),
+            Command::RemoveServer { server } => self.remove_server(*server, effects),
+            Command::ReplaceAfter { seconds } => {
+                self.replace_after = *seconds;
+                Ok(Outcome::Done)
+            }
+            Command::StayedAway { server, incarnation } => self.stayed_away(*server, *incarnation),
         }
     }
 
@@ -956,6 +970,7 @@ impl ServerState {
             suspect: None,
             weight: 0,
             drained: false,
+            away: false,
         }
     }
 }

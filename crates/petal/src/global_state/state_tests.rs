@@ -470,6 +470,9 @@ fn random_command(prng: &mut Prng, state: &State) -> Command {
             let scheme = *prng.pick(&[Scheme::Striped, Scheme::Chained, Scheme::Chained3]);
             Command::SetCopies { vdisk: vdisk.unwrap_or(VdiskId(1)), scheme }
         }
+        26 if prng.chance(1, 8) => Command::RemoveServer { server: server_id },
+        26 if prng.chance(1, 8) => Command::ReplaceAfter { seconds: prng.below(3) as u32 },
+        26 if prng.chance(1, 3) => Command::StayedAway { server: server_id, incarnation },
         26 => Command::Drain { server: server_id, drained: prng.chance(1, 2) },
         27 => Command::Reconfigure {
             gmap,

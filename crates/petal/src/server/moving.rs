@@ -12,9 +12,9 @@ impl Server {
             self.mover.step_down().iter().for_each(|id| global.forget_proposal(id));
             return;
         }
-        for (gmap, command) in self.mover.look(now, global.state()) {
+        for (subject, command) in self.mover.look(now, global.state()) {
             let id = global.propose_own(now, command);
-            self.mover.on_proposed(gmap, id);
+            self.mover.on_proposed(subject, id);
         }
     }
 

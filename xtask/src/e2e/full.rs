@@ -1,0 +1,67 @@
+//! Servers whose disks are full, under load: what needs room is refused and says so, all else goes on, nothing acknowledged is
+//! lost, and room that is given back is used again.
+
+use super::failures::{full_again, pid_of};
+use crate::cluster::{Cluster, kill9};
+use crate::run::{nbdsh, read};
+use anyhow::{Context, Result, ensure};
+use std::time::Duration;
+
+/// Writes MiB after MiB, each with its number in all bytes, until there is no room; prints how many.
+const FILL: &str = "
+good = 0
+for n in range(int(first), 1024):
+    try:
+        h.pwrite(bytes([n % 251 + 1]) * 1048576, n << 20)
+    except nbd.Error as error:
+        assert error.errno == 'ENOSPC', error
+        break
+    good += 1
+print(good)
+";
+
+fn run(cluster: &Cluster, code: &str) -> Result<String> {
+    read(nbdsh().args(["-u", &cluster.nbd_uri("vol0")?, "-c", code]))
+}
+
+fn fill(cluster: &Cluster, first: u64) -> Result<u64> {
+    let said = run(cluster, &format!("first = {first}{FILL}"))?;
+    said.trim().parse().with_context(|| format!("not a number: {said}"))
+}
+
+/// MiB of these numbers hold what was written.
+fn holds(cluster: &Cluster, from: u64, to: u64) -> Result<()> {
+    let right = "h.pread(1048576, n << 20) == bytes([n % 251 + 1]) * 1048576";
+    run(cluster, &format!("assert all({right} for n in range({from}, {to})), 'other data'")).map(|_| ())
+}
+
+pub fn refuses_and_goes_on(cluster: &Cluster) -> Result<()> {
+    cluster.up(&["--servers", "3", "--disk-size", "256MiB", "--size", "1GiB"])?;
+    let written = fill(cluster, 0)?;
+    println!("{written} MiB of 1,024 were written before there was no room");
+    ensure!((150..450).contains(&written), "three disks of 256 MiB take {written} MiB in two copies");
+    let text = read(cluster.petal().arg("status"))?;
+    ensure!(text.contains(" is full ("), "the status does not say that a disk is full: {text}");
+    holds(cluster, 0, written)?;
+    // While nothing can be written two servers die, one after the other, and are brought back.
+    for server in ["s2", "s3"] {
+        kill9(pid_of(cluster, server)?)?;
+        holds(cluster, 0, written)?;
+        cluster.up(&[])?;
+        full_again(cluster)?;
+    }
+    holds(cluster, 0, written)?;
+    // What is given back is room for others.
+    run(cluster, "h.trim(64 << 20, 0)")?;
+    let mut more = 0;
+    Cluster::wait_for("there is room again", Duration::from_secs(30), || {
+        more += fill(cluster, written + more).unwrap_or(0);
+        more >= 32
+    })?;
+    println!("{more} MiB more were written after 64 MiB had been discarded");
+    ensure!(more <= 66, "{more} MiB are more than were discarded");
+    holds(cluster, 64, written + more)?;
+    run(cluster, "assert h.pread(1 << 20, 0) == bytes(1 << 20), 'what was discarded is not zeros'")?;
+    read(cluster.petal().arg("verify"))?;
+    cluster.down()
+}
