@@ -197,7 +197,9 @@ async fn list(connection: &Connection, json: bool) -> Result<()> {
             })
         };
         let servers: Vec<Value> = state.servers.iter().map(one).collect();
-        return output::print_json(&json!({ "servers": servers, "replace_after_s": state.replace_after, "reconfiguration": reconfigure::json(&state) }));
+        return output::print_json(
+            &json!({ "servers": servers, "replace_after_s": state.replace_after, "reconfiguration": reconfigure::json(&state) }),
+        );
     }
     let mut table = output::table(&["server", "state", "slots", "data", "room"]);
     output::right(&mut table, &[2, 3, 4]);

@@ -248,7 +248,8 @@ impl Report {
     }
 
     fn full_disks(&self) -> impl Iterator<Item = (ServerId, &DiskStatus)> {
-        let all = self.servers.iter().flat_map(|s| s.status.iter().flat_map(move |st| st.disks.iter().map(|d| (s.id, d))));
+        let all =
+            self.servers.iter().flat_map(|s| s.status.iter().flat_map(move |st| st.disks.iter().map(|d| (s.id, d))));
         all.filter(|(_, disk)| is_full(disk))
     }
 

@@ -615,7 +615,9 @@ pub enum CommandError {
         slots: usize,
     },
     /// A server that is to be forgotten has a vote.
-    #[error("{0} is a member of the ring, which decides for the cluster; members cannot be exchanged yet, so it must stay")]
+    #[error(
+        "{0} is a member of the ring, which decides for the cluster; members cannot be exchanged yet, so it must stay"
+    )]
     InRing(ServerId),
     /// A server's copies are the last ones.
     #[error(

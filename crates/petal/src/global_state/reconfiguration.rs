@@ -583,7 +583,11 @@ mod tests {
 
     #[test]
     fn who_is_removed_held_nothing_and_its_number_is_not_given_again() {
-        let mut f = Fixture::up(4);
+        let mut f = Fixture::up(3);
+        let addresses = vec!["fourth:1".to_string()];
+        f.run(Command::AddServer { addresses: addresses.clone(), token: 76 }).unwrap();
+        let disks = vec![(DiskId(4), Incarnation(0), f.state.servers[&s(3)].weight)];
+        f.run(Command::ServerUp { server: s(4), incarnation: Incarnation(1), addresses, disks }).unwrap();
         f.disk("a");
         let gmap = *f.state.gmaps.keys().next().unwrap();
         let remove = Command::RemoveServer { server: s(4) };
@@ -595,7 +599,12 @@ mod tests {
         f.run(remove.clone()).unwrap();
         assert_eq!(f.run(remove), Err(CommandError::NoSuchServer(s(4))));
         let addresses = vec!["other:1".to_string()];
-        let up = Command::ServerUp { server: s(4), incarnation: Incarnation(incarnation.0 + 1), addresses: addresses.clone(), disks: vec![] };
+        let up = Command::ServerUp {
+            server: s(4),
+            incarnation: Incarnation(incarnation.0 + 1),
+            addresses: addresses.clone(),
+            disks: vec![],
+        };
         assert_eq!(f.run(up), Err(CommandError::NoSuchServer(s(4))));
         assert_eq!(f.run(Command::AddServer { addresses, token: 77 }), Ok(Outcome::Server(s(5))));
         assert_eq!(State::decode(&f.state.encode()).unwrap(), f.state);

@@ -345,7 +345,7 @@ fn hints_name_the_acting_primary_first() {
 fn the_bytes_of_a_small_state_never_change() {
     let mut f = Fixture::new(1);
     f.run(server_up(1, 1, &[(10, 0)])).unwrap();
-    expect!["07 01 c1 01 04 74 65 73 74 01 00 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 01 00 01 0a 01 80 80 80 80 04 00 01 00 80 80 80 80 04 00 00 00 00 00 00 00 00 00 00 00 00 01 07 01 01 01 01 01 00 00"]
+    expect!["08 01 c1 01 04 74 65 73 74 01 00 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 01 00 01 0a 01 80 80 80 80 04 00 01 00 80 80 80 80 04 00 00 00 00 00 00 00 01 d8 04 00 00 00 00 00 00 01 07 01 01 01 01 01 00 00"]
         .assert_eq(&hex(&f.state.encode()));
     let entry = Entry { id: CommandId { proposer: 300, number: 2, finished_below: 1 }, command: create("vol0") };
     expect![[r#"ac 02 02 01 03 04 76 6f 6c 30 80 80 80 80 04 01 80 80 40"#]]

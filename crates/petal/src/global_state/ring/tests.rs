@@ -188,7 +188,7 @@ fn the_bytes_of_a_durable_record_never_change() {
     m.settle();
     m.persist_all();
     let records: Vec<_> = m.disk.content().iter().map(|(k, v)| format!("{k:?} {}", hex(v))).collect();
-    expect![[r#"b"ring/log/0000000000000002" 01 01 01 00 fa c3 f5 82 0c 00 00 00 00 00 00 00 00 00 01 00 32 07 00 c1 01 04 74 65 73 74 01 00 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 01 01 01 01 00"#]].assert_eq(&records.join("\n"));
+    expect![[r#"b"ring/log/0000000000000002" 01 01 01 00 b1 a7 f2 e3 09 00 00 00 00 00 00 00 00 00 01 00 36 08 00 c1 01 04 74 65 73 74 01 00 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 00 00 00 00 00 00 00 00 00 00 00 00 00 00 01 d8 04 00 00 00 00 00 00 00 01 01 01 01 00"#]].assert_eq(&records.join("\n"));
 }
 
 #[test]
