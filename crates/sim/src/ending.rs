@@ -19,7 +19,7 @@ use crate::net::Node;
 use crate::workload::{Asked, Held, Role};
 use crate::world::World;
 use petal::client::Request;
-use petal::global_state::{Attachment, State};
+use petal::global_state::{Attachment, Command, State};
 use petal::ids::VdiskId;
 use petal::message::{Admin, AdminRequest, Body, Message, ScrubOrder};
 use petal::mover::next_step;
@@ -105,6 +105,11 @@ impl World {
                     self.calm_down();
                 }
             }
+            // Who is away for good would be replaced at some later time, when everything is at rest.
+            Phase::Draining if self.replaces() => {
+                self.execute_anywhere(Command::ReplaceAfter { seconds: 0 });
+                self.lose_patience(waited, "who stays away is still replaced");
+            }
             Phase::Draining => match self.unfinished() {
                 None if self.options.power_loss_at_end => {
                     self.crash_some(usize::MAX, Kind::CrashAll);
@@ -128,6 +133,11 @@ impl World {
             }
             Phase::Quiet => {}
         }
+    }
+
+    fn replaces(&self) -> bool {
+        let after = self.newest_state().map_or(0, |s| s.replace_after);
+        self.options.replace_after.is_some_and(|wanted| wanted == after)
     }
 
     fn enter(&mut self, phase: Phase) {

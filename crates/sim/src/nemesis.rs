@@ -505,7 +505,7 @@ impl World {
     }
 
     /// Has a command decided, as an operator could.
-    fn execute_anywhere(&mut self, command: Command) {
+    pub(crate) fn execute_anywhere(&mut self, command: Command) {
         let running = self.running();
         let number = self.chaos.below(1 << 40) + 1;
         let id = CommandId { proposer: self.chaos.next_u64(), number, finished_below: 0 };

@@ -80,7 +80,7 @@ impl State {
     /// A server that is down is drained until it comes up, if the others are enough.
     pub(super) fn stayed_away(&mut self, id: ServerId, incarnation: Incarnation) -> Applied {
         let server = self.servers.get(&id).ok_or(CommandError::NoSuchServer(id))?;
-        if server.incarnation != incarnation || !server.down || server.drained {
+        if server.incarnation != incarnation || !server.down || server.drained || self.replace_after == 0 {
             return Err(CommandError::Overtaken);
         }
         self.drain(id, true)?;
