@@ -118,7 +118,7 @@ pub fn stays_away(cluster: &Cluster) -> Result<()> {
     wait_until_moved(cluster)?;
     full_again(cluster)?;
     ensure!(of_server(&list(cluster)?, "s4", "copies")? == 0, "s4 still holds something");
-    let log = read(cluster.petal().arg("log"))?;
+    let log = read(cluster.petal().args(["log", "--lines", "1000"]))?;
     ensure!(log.contains("s4 stayed away"), "{log}");
     // What it had is on two others: one of these may go. (Of three that are left one may not be replaced in three seconds.)
     read(cluster.petal().args(["down", "s3"]))?;
