@@ -75,7 +75,8 @@ impl Mover {
         let away = state.servers.values().filter(|s| s.away).count();
         let is_few = (away + 1) * 3 <= state.candidates().iter().filter(|c| c.weight > 0).count() + away;
         let patience = Duration::from_secs(u64::from(state.replace_after));
-        let is_due = state.replace_after > 0 && now.since(*at) >= patience && holds(server) && is_few;
+        let is_late = state.replace_after > 0 && now.since(*at) >= patience;
+        let is_due = is_late && is_few && holds(server) && state.check_enough_without(*server).is_ok();
         is_due.then_some(Command::StayedAway { server: *server, incarnation: *incarnation })
     }
 

@@ -4,11 +4,11 @@
 //! any time, and `petal reconfigure status` (`reconfigure.rs`) shows how far it is.
 
 use super::reconfigure;
-use crate::connect::{self, Connection};
+use crate::connect::{self, Connection, refusal};
 use crate::output;
 use crate::place::Place;
 use anyhow::{Context, Result, bail, ensure};
-use petal::global_state::{Command, ServerState, State};
+use petal::global_state::{Command, CommandError, ServerState, State};
 use petal::ids::ServerId;
 use petal::message::DiskStatus;
 use petal::replan::{copies_to_move, replan};
@@ -47,18 +47,15 @@ pub enum Placement {
     ReplaceAfter {
         /// The time
         #[arg(value_parser = parse_time)]
-        time: Seconds,
+        time: u32,
     },
 }
 
-/// 0: never.
-#[derive(Clone, Copy)]
-pub struct Seconds(u32);
-
-fn parse_time(text: &str) -> Result<Seconds, String> {
+/// Seconds; 0 for never.
+fn parse_time(text: &str) -> Result<u32, String> {
     let wrong = || format!("'{text}' is no time; times are like 90s, 10m, 2h or never");
     if text == "never" {
-        return Ok(Seconds(0));
+        return Ok(0);
     }
     let (number, unit) = text.split_at(text.len() - text.chars().last().map_or(0, char::len_utf8));
     let unit = match unit {
@@ -68,7 +65,7 @@ fn parse_time(text: &str) -> Result<Seconds, String> {
         _ => return Err(wrong()),
     };
     let seconds = number.parse::<u32>().ok().and_then(|n| n.checked_mul(unit)).ok_or_else(wrong)?;
-    if seconds == 0 { Err(wrong()) } else { Ok(Seconds(seconds)) }
+    if seconds == 0 { Err(wrong()) } else { Ok(seconds) }
 }
 
 /// A change of the placement.
@@ -99,7 +96,7 @@ pub fn run(place: &Place, command: Placement) -> Result<()> {
             Placement::Fill(change) => apply(&connection, change, false).await,
             Placement::Add(_) => unreachable!("done above"),
             Placement::Remove { server } => remove(&place, &connection, server).await,
-            Placement::ReplaceAfter { time: Seconds(seconds) } => {
+            Placement::ReplaceAfter { time: seconds } => {
                 connection.execute(Command::ReplaceAfter { seconds }).await?;
                 println!("{}", replaced_after(seconds));
                 Ok(())
@@ -165,12 +162,17 @@ fn word(server: &ServerState) -> &'static str {
 }
 
 async fn remove(place: &Place, connection: &Connection, server: ServerId) -> Result<()> {
-    connection.execute(Command::RemoveServer { server }).await?;
+    let removed = connection.execute(Command::RemoveServer { server }).await;
+    // Of one that was removed before the folder may still tell, if that command was ended in the middle.
+    let is_gone = removed.as_ref().is_err_and(|e| refusal(e) == Some(&CommandError::NoSuchServer(server)));
+    let entry = place.folder().ok().and_then(|folder| Some((folder.read_if_there().ok()??, folder)));
+    let entry = entry.filter(|(file, _)| file.servers.iter().any(|entry| entry.server() == server));
+    if !is_gone || entry.is_none() {
+        removed?;
+    }
     println!("{server} is removed; its disks are of no use to the cluster any more.");
     // A cluster of `petal up` would start it again.
-    if let Ok(folder) = place.folder()
-        && let Some(mut file) = folder.read_if_there()?
-    {
+    if let Some((mut file, folder)) = entry {
         file.servers.retain(|entry| entry.server() != server);
         folder.write(&file)?;
         println!("What is in {} can be deleted.", folder.server(server).display());

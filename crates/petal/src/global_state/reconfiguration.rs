@@ -62,19 +62,22 @@ impl State {
         let index = self.index;
         let server = self.servers.get(&id).ok_or(CommandError::NoSuchServer(id))?;
         if drained && !server.drained {
-            let left = self.candidates().iter().filter(|c| c.server != id && c.weight > 0).count();
-            let is_used = |id: &GmapId| !self.splits.contains_key(id) || self.families.values().any(|f| f.gmap == *id);
-            let used = self.gmaps.values().filter(|g| is_used(&g.id));
-            let copies = used.map(|g| g.scheme.copies()).max().unwrap_or(1);
-            if left < copies {
-                return Err(CommandError::TooFewServers { copies, servers: left });
-            }
+            self.check_enough_without(id)?;
         }
         let server = self.servers.get_mut(&id).expect("just seen");
         (server.drained, server.away) = (drained, false);
         self.placed = index;
         self.replan = self.gmaps.keys().copied().collect();
         Ok(Outcome::Done)
+    }
+
+    /// Servers that hold data are enough for every scheme that is used, if this one holds none.
+    pub(crate) fn check_enough_without(&self, id: ServerId) -> Result<(), CommandError> {
+        let servers = self.candidates().iter().filter(|c| c.server != id && c.weight > 0).count();
+        let is_used = |id: &GmapId| !self.splits.contains_key(id) || self.families.values().any(|f| f.gmap == *id);
+        let used = self.gmaps.values().filter(|g| is_used(&g.id));
+        let copies = used.map(|g| g.scheme.copies()).max().unwrap_or(1);
+        if servers < copies { Err(CommandError::TooFewServers { copies, servers }) } else { Ok(()) }
     }
 
     /// A server that is down is drained until it comes up, if the others are enough.
@@ -652,6 +655,20 @@ mod tests {
         assert_eq!(stayed(&mut mover, &f, 1_000_000), None);
         assert!(f.state.replan.contains(&gmap));
         assert_eq!(next_step(&f.state, gmap), None, "nothing is planned around who may be back in a moment");
+    }
+
+    #[test]
+    fn the_leader_does_not_ask_for_what_would_be_refused_for_lack_of_servers() {
+        for (scheme, asks) in [(Scheme::Chained, true), (Scheme::Chained3, false)] {
+            let mut f = Fixture::up(3);
+            let stripe_unit = STRIPE_UNIT_DEFAULT;
+            f.run(Command::CreateDisk { name: "a".into(), size: 1 << 30, scheme, stripe_unit }).unwrap();
+            goodbye(&mut f, 3);
+            let mut mover = Mover::default();
+            mover.look(Instant::ZERO, &f.state);
+            let late = mover.look(Instant::ZERO + Duration::from_secs(700), &f.state);
+            assert_eq!(!late.is_empty(), asks, "{scheme:?} on the two that are left");
+        }
     }
 
     #[test]
