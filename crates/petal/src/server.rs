@@ -226,6 +226,8 @@ pub struct Server {
     now: Instant,
     /// When the stores try again to grow a disk file that the file system below had no room for.
     growth_retry: Option<Instant>,
+    /// When it is noted next how far the journals are durable.
+    next_mark: Instant,
     disk_times: DiskTimes,
     out: VecDeque<Output>,
     flushed: bool,
@@ -279,6 +281,7 @@ impl Server {
             early: VecDeque::new(),
             now,
             growth_retry: None,
+            next_mark: now + MARK_INTERVAL,
             disk_times: DiskTimes::default(),
             out: VecDeque::new(),
             flushed: false,
@@ -908,6 +911,10 @@ impl Machine for Server {
                     self.growth_retry = None;
                     self.stores.retry_growth();
                 }
+                if self.next_mark <= now {
+                    self.next_mark = now + MARK_INTERVAL;
+                    self.stores.mark_journals();
+                }
                 self.watch_disks();
                 self.ask_again_to_settle();
                 self.refuse_deferred();
@@ -963,6 +970,7 @@ impl Machine for Server {
 }
 
 /// How often a disk file that could not grow tries again.
+const MARK_INTERVAL: Duration = Duration::from_secs(1);
 const GROWTH_RETRY: Duration = Duration::from_secs(2);
 /// How long a stop waits for requests in progress, or for its goodbye to be decided.
 const STOP_DEADLINE: Duration = Duration::from_secs(2);

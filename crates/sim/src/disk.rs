@@ -11,7 +11,7 @@
 
 use crate::counters::{Counters, Kind};
 use bytes::Bytes;
-use petal::store::superblock::SUPERBLOCK_SIZE;
+use petal::store::superblock::{SUPERBLOCK_SIZE, Superblock};
 use petal::store::{DiskCommand, DiskError, DiskResult, OpId, Table};
 use std::collections::{BTreeMap, VecDeque};
 use stdx::{Duration, FastMap, Instant, Prng};
@@ -294,13 +294,15 @@ impl SimDisk {
         self.slow = (1, Instant::ZERO);
     }
 
-    /// Notes what a command replaces. Identities are kept: a disk of an earlier life is refused, which is another case.
+    /// Notes what a command replaces. Lives are kept: a disk of an earlier one is refused, which is another case.
     fn remember(&mut self, command: &DiskCommand) {
         if !self.lies || self.failing {
             return;
         }
         let before = match command {
-            DiskCommand::Write { offset, .. } if *offset < SUPERBLOCKS => return self.losable.clear(),
+            DiskCommand::Write { offset, pieces } if *offset < SUPERBLOCKS && self.begins_a_life(pieces) => {
+                return self.losable.clear();
+            }
             DiskCommand::Write { offset, pieces } => {
                 let pages = pieces.iter().map(Bytes::len).sum::<usize>() as u64 / PAGE as u64;
                 let first = offset / PAGE as u64;
@@ -322,6 +324,12 @@ impl SimDisk {
         if self.losable.len() > LOSABLE_MAX {
             self.losable.pop_front();
         }
+    }
+
+    fn begins_a_life(&self, label: &[Bytes]) -> bool {
+        let life = |copy: Result<Superblock, _>| copy.ok().map(|s| s.incarnation);
+        let page = |n| self.pages.get(&n).map_or(&[][..], |page| &page[..]);
+        life(Superblock::choose(page(0), page(1))) != life(Superblock::decode(&label.concat()))
     }
 
     /// The power goes, and with it what the disk had answered and only had in its cache: the newest commands, all

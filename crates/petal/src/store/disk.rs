@@ -17,6 +17,7 @@
 
 mod cached;
 mod growing;
+mod label;
 mod scan;
 mod split;
 
@@ -89,7 +90,7 @@ enum Pending {
     Scan(ReadId),
     Commit,
     Extend { to: u64, hurry: bool, free_before: u64 },
-    Identity,
+    Label { offset: u64, piece: Bytes, again: bool },
 }
 
 #[derive(Debug)]
@@ -131,6 +132,7 @@ struct Checkpoint {
 pub(super) struct Disk {
     pub path: String,
     pub superblock: Superblock,
+    label: label::Label,
     pub sabotage: Sabotage,
     pub allocator: Allocator,
     pub cache: FastMap<ElementKey, Cached>,
@@ -205,6 +207,7 @@ impl Disk {
         Disk {
             path: open.path,
             superblock: open.superblock,
+            label: label::Label::default(),
             sabotage: config.sabotage,
             allocator,
             cache: FastMap::new(),
@@ -277,15 +280,6 @@ impl Disk {
     fn issue(&mut self, pending: Pending, command: DiskCommand) {
         let op = self.command(command);
         self.pending.insert(op, pending);
-    }
-
-    /// Writes the superblock with another incarnation; `Identified` follows, whether that worked or not.
-    pub fn write_incarnation(&mut self, incarnation: Incarnation) {
-        self.superblock.incarnation = incarnation;
-        self.superblock.generation += 1;
-        let offset = Superblock::copy_offset(self.superblock.generation);
-        let pieces = vec![self.superblock.encode()];
-        self.issue(Pending::Identity, DiskCommand::Write { offset, pieces });
     }
 
     // --------------------------------------------------------------------------------------------
@@ -1001,6 +995,7 @@ impl Disk {
     pub(super) fn opened(&mut self) {
         self.recovery = None;
         self.events.push_back(DiskEvent::Opened);
+        self.mark_journal();
         // Before anything is staged: a disk that was stopped while a checkpoint was on its way has little
         // room in its journal, and what is staged first would have to fit into it.
         self.begin_checkpoint_if_due();
@@ -1236,7 +1231,9 @@ impl Disk {
             (Pending::Extend { to, hurry, free_before }, DiskResult::Extended(result)) => {
                 self.on_extended(to, hurry, free_before, result)
             }
-            (Pending::Identity, DiskResult::Written(_)) => self.events.push_back(DiskEvent::Identified),
+            (Pending::Label { offset, piece, again }, DiskResult::Written(result)) => {
+                self.on_labelled(offset, piece, again, result);
+            }
             (
                 Pending::Head(_) | Pending::Rows(_),
                 DiskResult::PmapValue(Err(error)) | DiskResult::PmapRange(Err(error)),

@@ -443,6 +443,12 @@ impl Stores {
         self.disks.iter_mut().zip(found).for_each(|(disk, incarnation)| disk.write_incarnation(*incarnation));
     }
 
+    /// Notes on every disk, outside of its journal, how far that is durable: one that ends before is damaged. True if
+    /// that is noted everywhere.
+    pub fn mark_journals(&mut self) -> bool {
+        self.disks.iter_mut().fold(true, |all, disk| disk.mark_journal() & all)
+    }
+
     /// A disk command is done.
     pub fn on_disk(&mut self, disk: usize, op: OpId, result: DiskResult) {
         self.disks[disk].on_result(op, result);

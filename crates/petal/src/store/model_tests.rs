@@ -339,6 +339,8 @@ struct Walk {
     failed: Option<String>,
     errors_told: u64,
     /// The batch before the record of the last start.
+    /// A family that got slots of its own.
+    gone: Option<FamilyId>,
     opened_at: u64,
     coverage: Coverage,
 }
@@ -374,6 +376,7 @@ impl Walk {
                     disks: ids.clone(),
                     layout,
                     votes_from: 0,
+                    journal_mark: 0,
                 };
                 disk.write(Superblock::copy_offset(generation), &superblock.encode(), || true);
             }
@@ -400,6 +403,7 @@ impl Walk {
             failed: None,
             errors_told: 0,
             opened_at: 0,
+            gone: None,
             coverage: Coverage::default(),
         }
     }
@@ -728,7 +732,9 @@ impl Walk {
             };
             let all = self.logs.iter().flat_map(|log| log.now.elements.iter());
             let expected: BTreeSet<ElementKey> =
-                all.filter(|(_, e)| e.slot == slot && e.version > above).map(|(key, _)| *key).collect();
+                all.filter(|(key, e)| e.slot == slot && e.version > above && self.gone != Some(key.family))
+                    .map(|(key, _)| *key)
+                    .collect();
             let got: BTreeSet<ElementKey> = got.into_iter().collect();
             ensure!(expected == got, "newer than {above:?} in {slot:?}: {got:?} instead of {expected:?}");
         }
@@ -1089,6 +1095,7 @@ impl Walk {
             0..6 => self.change_something()?,
             6..8 => self.read_something()?,
             8 => self.scan_something()?,
+            9 if self.prng.chance(1, 4) => drop(self.stores.mark_journals()),
             9 => self.check_index()?,
             n if n < 10 + flushes => self.flush()?,
             _ => drop(self.answer_any()?),
@@ -1185,7 +1192,9 @@ impl Walk {
         let batches = (0..ring.len()).step_by(PAGE).filter_map(|at| journal::decode_batch(DiskId(1), &ring[at..]));
         let reached = self.disks[0].tables[Table::Meta as usize].get(&keys::reached());
         let reached = reached.map_or(0, |r| postcard::from_bytes::<recovery::Reached>(r).unwrap().position.number);
-        batches.map(|(header, _, _)| header.durable_through).max().unwrap_or(0).max(reached)
+        let [a, b] = [0, 1].map(|g| self.disks[0].read(Superblock::copy_offset(g), PAGE as u64));
+        let marked = Superblock::choose(&a, &b).expect("the superblock is whole").journal_mark;
+        batches.map(|(header, _, _)| header.durable_through).max().unwrap_or(0).max(reached).max(marked)
     }
 
     fn rot_journal(&mut self) {
@@ -1202,6 +1211,17 @@ impl Walk {
                 let page = disk.pages.get_mut(self.prng.pick(&pages)).expect("just seen");
                 page[bit / 8] ^= 1 << (bit % 8);
             }
+        }
+    }
+
+    /// Somebody writes over the journal, from some page on or all of it.
+    fn overwrite_journal(&mut self) {
+        let journal = self.stores.disks[0].superblock.layout.journal;
+        let blocks = journal.length / PAGE as u64;
+        let from = if self.prng.chance(1, 2) { 0 } else { self.prng.below(blocks) };
+        for block in from..blocks {
+            let junk = [self.prng.next_u64() as u8; PAGE];
+            self.disks[0].write(journal.offset + block * PAGE as u64, &junk, || true);
         }
     }
 
@@ -1228,13 +1248,14 @@ impl Walk {
         }
         self.die();
         self.options.crash = 0;
-        let kind = self.prng.below(4);
+        let kind = self.prng.below(6);
         match kind {
             0 => self.rot_pmap(Table::Heads),
             1 => self.rot_pmap(Table::Rows),
+            2..4 => self.overwrite_journal(),
             _ => self.rot_journal(),
         }
-        // Damage of the last record of a start and of what it alone vouches for cannot be told from a tail.
+        // Damage behind what was noted last cannot be told from a tail.
         let vouched = self.vouched();
         let may_go_back = vouched < self.opened_at;
         let log = &mut self.logs[0];

@@ -227,6 +227,7 @@ impl Disk {
         self.recovery().ring = ring;
         let data_start = self.superblock.layout.data.offset;
         let mut checks = Vec::new();
+        let known_durable = known_durable.max(self.superblock.journal_mark);
         for (b, (header, records, _)) in batches.iter().enumerate() {
             if header.number <= known_durable && !all {
                 continue; // It was vouched for: damage there is found when it is read, and repaired.
@@ -263,7 +264,8 @@ impl Disk {
         let end = recovery.found.last().map_or(recovery.reached.position, |(_, _, position)| *position);
         let ring = std::mem::take(&mut recovery.ring);
         let tail = recovery.reached.position;
-        if !drops && self.sabotage != Sabotage::NoChain && journal::is_damaged(disk, &ring, end.number) {
+        let is_short = end.number < self.superblock.journal_mark || journal::is_damaged(disk, &ring, end.number);
+        if !drops && self.sabotage != Sabotage::NoChain && is_short {
             return self.fail(format!(
                 "journal batch {} was durable once and cannot be read; this disk is lost: make it anew with `petal \
                  rejoin --lost`, its data is copied back from the other servers",

@@ -120,6 +120,33 @@ fn a_disk_that_is_started_again_and_again_can_always_be_opened() {
     }
 }
 
+/// All that is left says that the journal ends at the last checkpoint; only the superblock knows better.
+#[test]
+fn a_journal_that_was_written_over_is_refused_once_it_was_noted_how_far_it_went() {
+    for noted in [false, true] {
+        let mut walk = calm(MIB, 1000);
+        walk.quiet().unwrap();
+        for _ in 0..5 {
+            let key = walk.any_key();
+            walk.ready(key).unwrap();
+            walk.write(key).unwrap();
+            walk.quiet().unwrap();
+        }
+        if noted {
+            assert!(!walk.stores.mark_journals(), "it is being written");
+            walk.quiet().unwrap();
+            assert!(walk.stores.mark_journals(), "nothing more to note");
+        }
+        walk.die();
+        let journal = walk.stores.disks[0].superblock.layout.journal;
+        // Behind the open record, which is noted when it is durable.
+        let junk = vec![0xa5; journal.length as usize - PAGE];
+        walk.disks[0].write(journal.offset + PAGE as u64, &junk, || true);
+        let why = walk.start().unwrap_err();
+        assert_eq!(why.contains("was durable once"), noted, "{why}");
+    }
+}
+
 #[test]
 fn a_group_larger_than_a_batch_is_split_and_stays_in_order() {
     let mut walk = calm(MIB, 4000);
@@ -230,6 +257,7 @@ fn a_family_that_gets_slots_of_its_own_takes_along_what_is_newer_than_the_waterm
         );
         let ticket = walk.stores.split(family, from, to).expect("it is new");
         walk.watermark_tickets.insert(ticket, (SlotId { gmap: to, ..*slots.first().unwrap() }, Version::ZERO));
+        walk.gone = Some(family);
         if die {
             // Its record is durable like any other.
             walk.flush().unwrap();

@@ -18,12 +18,10 @@ use serde::{Deserialize, Serialize};
 pub const SUPERBLOCK_SIZE: usize = 4096;
 /// The first bytes of a disk of Petal.
 pub const MAGIC: [u8; 8] = *b"PETALDSK";
-/// The format of the disks of a server that was made once. Magic, format and checksum stay in their places in every
-/// format.
-pub const FORMAT: u32 = 3;
-/// The format of the disks of a server that was made anew after it lost what it had voted in the ring (2.4): the same
-/// bytes and one number more, so that a program that does not know better never votes with an empty memory.
-pub const FORMAT_ANEW: u32 = 4;
+/// The format that is written. Magic, format and checksum stay in their places in every format.
+pub const FORMAT: u32 = 5;
+/// The oldest that is read: without `votes_from` and `journal_mark`. Format 4 is without `journal_mark`.
+const FORMAT_OLDEST: u32 = 3;
 
 const FORMAT_AT: usize = 8;
 const LENGTH_AT: usize = 12;
@@ -51,8 +49,9 @@ pub struct Superblock {
     pub layout: Layout,
     /// The first configuration of the ring in which the server may vote: what it voted in earlier ones is lost. Zero:
     /// nothing was lost.
-    #[serde(skip)]
     pub votes_from: u32,
+    /// A batch of the journal that was durable, with all before it: a journal that ends before it is damaged.
+    pub journal_mark: u64,
 }
 
 /// Why bytes are not a superblock.
@@ -70,11 +69,11 @@ pub enum SuperblockError {
         known: u32,
     },
     /// Written by a program that is too old.
-    #[error("the disk has format {found}, this program knows format {known} only; use an older program")]
+    #[error("the disk has format {found}, the oldest that this program knows is {known}; use an older program")]
     OlderFormat {
         /// The disk's.
         found: u32,
-        /// The one known here.
+        /// The oldest known here.
         known: u32,
     },
     /// Torn or rotten.
@@ -140,7 +139,9 @@ impl Superblock {
     pub fn new(params: FormatParams) -> Result<Superblock, FormatError> {
         let FormatParams { genesis, server, disk, disks, size, incarnation, votes_from } = params;
         let layout = Layout::for_size(size)?;
-        let superblock = Superblock { generation: 0, genesis, server, incarnation, disk, disks, layout, votes_from };
+        let (generation, journal_mark) = (0, 0);
+        let superblock =
+            Superblock { generation, genesis, server, incarnation, disk, disks, layout, votes_from, journal_mark };
         superblock.check_fits()?;
         match superblock.knows_itself() {
             true => Ok(superblock),
@@ -148,13 +149,14 @@ impl Superblock {
         }
     }
 
-    /// Whether it fits into its place, whatever generation and incarnation become. To be asked before
+    /// Whether it fits into its place, whatever its numbers become. To be asked before
     /// anything else in it is changed.
     pub fn check_fits(&self) -> Result<(), FormatError> {
         let largest = Superblock {
             generation: u64::MAX,
             incarnation: Incarnation(u64::MAX),
             votes_from: u32::MAX,
+            journal_mark: u64::MAX,
             ..self.clone()
         };
         match largest.body().len() {
@@ -179,8 +181,7 @@ impl Superblock {
         assert!(body.len() <= BODY_MAX, "a superblock of {} bytes was not checked when it was changed", body.len());
         let mut bytes = vec![0; SUPERBLOCK_SIZE];
         bytes[..FORMAT_AT].copy_from_slice(&MAGIC);
-        let format = if self.votes_from > 0 { FORMAT_ANEW } else { FORMAT };
-        bytes[FORMAT_AT..LENGTH_AT].copy_from_slice(&format.to_le_bytes());
+        bytes[FORMAT_AT..LENGTH_AT].copy_from_slice(&FORMAT.to_le_bytes());
         bytes[LENGTH_AT..CHECKSUM_AT].copy_from_slice(&(body.len() as u32).to_le_bytes());
         bytes[BODY_AT..BODY_AT + body.len()].copy_from_slice(&body);
         let crc = checksum(&bytes);
@@ -198,24 +199,17 @@ impl Superblock {
         if word(bytes, CHECKSUM_AT) != checksum(bytes) {
             return Err(SuperblockError::BadChecksum);
         }
-        let is_anew = match word(bytes, FORMAT_AT) {
-            FORMAT => false,
-            FORMAT_ANEW => true,
-            found if found > FORMAT_ANEW => return Err(SuperblockError::NewerFormat { found, known: FORMAT_ANEW }),
-            found => return Err(SuperblockError::OlderFormat { found, known: FORMAT }),
+        let missing = match word(bytes, FORMAT_AT) {
+            found @ FORMAT_OLDEST..=FORMAT => (FORMAT - found) as usize,
+            found if found > FORMAT => return Err(SuperblockError::NewerFormat { found, known: FORMAT }),
+            found => return Err(SuperblockError::OlderFormat { found, known: FORMAT_OLDEST }),
         };
         let garbage = |what: &str| SuperblockError::Garbage(what.into());
         let length = word(bytes, LENGTH_AT) as usize;
         let body = bytes[BODY_AT..].get(..length).ok_or_else(|| garbage("its length"))?;
-        let (superblock, rest) = postcard::take_from_bytes::<Superblock>(body).map_err(|e| garbage(&e.to_string()))?;
-        let (votes_from, rest) = match is_anew {
-            false => (0, rest),
-            true => postcard::take_from_bytes::<u32>(rest).map_err(|e| garbage(&e.to_string()))?,
-        };
-        if is_anew && votes_from == 0 {
-            return Err(garbage("it may vote from no configuration on"));
-        }
-        let superblock = Superblock { votes_from, ..superblock };
+        // Each format has one number more at its end, zero where there is none.
+        let body = [body, &[0; (FORMAT - FORMAT_OLDEST) as usize][..missing]].concat();
+        let (superblock, rest) = postcard::take_from_bytes::<Superblock>(&body).map_err(|e| garbage(&e.to_string()))?;
         if !rest.is_empty() {
             return Err(garbage("something follows the body"));
         }
@@ -279,11 +273,7 @@ impl Superblock {
     }
 
     fn body(&self) -> Vec<u8> {
-        let body = postcard::to_stdvec(self).expect("plain data is always serialised into memory");
-        match self.votes_from {
-            0 => body,
-            from => postcard::to_extend(&from, body).expect("plain data is always serialised into memory"),
-        }
+        postcard::to_stdvec(self).expect("plain data is always serialised into memory")
     }
 }
 
@@ -321,14 +311,9 @@ mod tests {
     use stdx::units::GIB;
 
     #[test]
-    fn a_server_made_anew_has_another_format_with_the_first_configuration_that_it_may_vote_in_and_keeps_it() {
+    fn a_server_made_anew_keeps_the_first_configuration_that_it_may_vote_in() {
         let anew = Superblock { votes_from: 3, ..sample() };
-        let bytes = anew.encode();
-        assert_eq!(Superblock::decode(&bytes), Ok(anew.clone()));
-        let body = sample().body();
-        assert_eq!(word(&bytes, FORMAT_AT), FORMAT_ANEW);
-        assert_eq!(bytes[BODY_AT..BODY_AT + body.len() + 1], [&body[..], &[3]].concat()[..]);
-        assert_eq!(word(&bytes, LENGTH_AT) as usize, body.len() + 1);
+        assert_eq!(Superblock::decode(&anew.encode()), Ok(anew.clone()));
         let disks = vec![anew.disk, DiskId(99)];
         let (regrouped, (at, bytes)) = anew.regroup(disks.clone(), 2).unwrap();
         assert_eq!((regrouped.disks.clone(), regrouped.votes_from, regrouped.generation), (disks, 3, 42));
@@ -367,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bytes_of_format_3_never_change() {
+    fn the_bytes_of_format_5_never_change() {
         let bytes = sample().encode();
         let used = bytes.iter().rposition(|b| *b != 0).unwrap() + 1;
         let lines: Vec<String> = bytes[..used]
@@ -375,8 +360,8 @@ mod tests {
             .map(|line| line.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" "))
             .collect();
         expect![[r#"
-            50 45 54 41 4c 44 53 4b 03 00 00 00 82 00 00 00
-            0d d7 a4 5a 00 00 00 00 29 80 80 80 80 80 80 80
+            50 45 54 41 4c 44 53 4b 05 00 00 00 84 00 00 00
+            5c f6 d2 69 00 00 00 00 29 80 80 80 80 80 80 80
             80 80 80 80 80 80 80 80 80 80 82 03 04 74 65 73
             74 03 01 01 0a 68 6f 73 74 31 3a 34 30 30 30 02
             01 0a 68 6f 73 74 32 3a 34 30 30 30 03 01 0a 68
@@ -386,6 +371,22 @@ mod tests {
             80 80 40 80 80 80 20 80 80 c0 20 80 80 80 80 04
             80 80 c0 a0 04 80 80 c0 df 3b"#]]
         .assert_eq(&lines.join("\n"));
+    }
+
+    #[test]
+    fn disks_of_older_formats_are_read() {
+        let old = Superblock { votes_from: 3, ..sample() };
+        let body = old.body();
+        for (format, length, expected) in [(4, body.len() - 1, old), (3, body.len() - 2, sample())] {
+            let mut bytes = sample().encode().to_vec();
+            bytes[FORMAT_AT..LENGTH_AT].copy_from_slice(&u32::to_le_bytes(format));
+            bytes[LENGTH_AT..CHECKSUM_AT].copy_from_slice(&(length as u32).to_le_bytes());
+            bytes[BODY_AT..].fill(0);
+            bytes[BODY_AT..BODY_AT + length].copy_from_slice(&body[..length]);
+            let crc = checksum(&bytes);
+            bytes[CHECKSUM_AT..CHECKSUM_AT + 4].copy_from_slice(&crc.to_le_bytes());
+            assert_eq!(Superblock::decode(&bytes), Ok(expected));
+        }
     }
 
     #[test]
@@ -415,11 +416,11 @@ mod tests {
     #[test]
     fn another_format_is_refused_by_number_even_beside_a_valid_copy_if_it_is_newer() {
         let newer = forged(FORMAT_AT, &9u32.to_le_bytes());
-        let error = SuperblockError::NewerFormat { found: 9, known: FORMAT_ANEW };
+        let error = SuperblockError::NewerFormat { found: 9, known: FORMAT };
         assert_eq!(Superblock::decode(&newer), Err(error.clone()));
         assert_eq!(Superblock::choose(&sample().encode(), &newer), Err(error));
         let older = forged(FORMAT_AT, &0u32.to_le_bytes());
-        assert_eq!(Superblock::decode(&older), Err(SuperblockError::OlderFormat { found: 0, known: FORMAT }));
+        assert_eq!(Superblock::decode(&older), Err(SuperblockError::OlderFormat { found: 0, known: FORMAT_OLDEST }));
         assert_eq!(Superblock::choose(&sample().encode(), &older), Ok(sample()));
     }
 
