@@ -31,7 +31,7 @@ use crate::transport::{
 use petal::ids::{ClusterId, Incarnation, ServerId};
 use petal::server::{Input, Output, Peer};
 use petal::store::{DiskResult, OpId};
-use petal_wire::{Hello, Role};
+use petal_wire::{Hello, RejectCode, Role};
 use std::collections::{BTreeMap, VecDeque};
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
@@ -236,6 +236,11 @@ where
                 if !self.servers.contains_key(&server) {
                     self.machine.handle(now, Input::Refused { server });
                 }
+            }
+            Event::DialFailed { error: DialError::Rejected(r), .. } if r.code == RejectCode::StaleIncarnation => {
+                self.ended = Some(Ended::Fatal(format!(
+                    "another process runs with the disks of this server, or with a copy of them: {r}. This one ends"
+                )));
             }
             Event::DialFailed { server, address, error, failures } => {
                 tell_of_failure(server, &address, &error, failures)

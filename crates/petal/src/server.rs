@@ -2,6 +2,7 @@
 
 mod executing;
 mod leaving;
+mod lives;
 mod moving;
 mod policies;
 mod relays;
@@ -12,9 +13,7 @@ use crate::data_access::{Context, DataAccess};
 use crate::desk::Desk;
 use crate::disk_times::DiskTimes;
 use crate::disk_watch::DiskWatch;
-use crate::global_state::{
-    Command, CommandError, Effects, Genesis, GlobalOutput, GlobalState, Own, RecentEntry, State,
-};
+use crate::global_state::{Command, Effects, Genesis, GlobalOutput, GlobalState, Own, RecentEntry, State};
 use crate::ids::*;
 use crate::limits::{HALF_LEASE, LEASE};
 use crate::liveness::{Liveness, LivenessOutput};
@@ -403,12 +402,7 @@ impl Server {
             let stopping = matches!(self.stage, Stage::Stopping { .. });
             let global = self.global();
             if global.has_forgotten(message.state_index) {
-                let (told, known) = (message.state_index, global.accepted_end());
-                return self.out.push_back(Output::Fatal(format!(
-                    "{server} knows decision {told} of this cluster, and this server, which decides alone, only {known}: its disk \
-                     was put back to an earlier moment (a restored copy), or has lost what it acknowledged. Nothing is \
-                     changed; put the right disk in its place and start it again"
-                )));
+                return self.end_as_forgetful(server, message.state_index);
             }
             // Who stops wants to know that the others have its goodbye.
             if stopping || message.state_index > global.state().index {
@@ -794,41 +788,9 @@ impl Server {
         self.retry_deferred();
     }
 
-    /// From here on this server acts: it knows that its last life is over everywhere.
-    fn on_own_server_up(&mut self, id: CommandId) {
-        if self.refused.is_some() {
-            return;
-        }
-        let result = self.global().state().result(&id).map(|(_, result)| result.clone());
-        match result {
-            // A copy of an old disk. Its life must not stand on it, or at the next try it would pass for one that the
-            // cluster has not heard of yet.
-            Some(Err(error @ (CommandError::OldIncarnation { .. } | CommandError::DiskFromThePast { .. }))) => {
-                let found: Vec<Incarnation> = self.disks_found.iter().map(|(_, incarnation, _)| *incarnation).collect();
-                self.refused = Some(error.to_string());
-                self.stores.take_life_back(&found);
-            }
-            Some(Err(CommandError::NoSuchServer(me))) => self.out.push_back(Output::Fatal(format!(
-                "{me} was removed from the cluster; to use its disks again make them anew, as a new server (`petal join --help`)"
-            ))),
-            Some(Err(error)) => self.out.push_back(Output::Fatal(error.to_string())),
-            _ => {
-                self.stage = Stage::Running;
-                self.follow_state(None);
-                self.data.want_sweep();
-                let state = self.global.as_ref().expect("it has decided").state();
-                self.data.want_reclaim_of_all(state);
-                self.data.begin_to_leave(state);
-                self.settle_leaving();
-                self.close_gate_of_all();
-                self.with_data(|data, ctx| data.run_scrub(ctx, true));
-                self.out.push_back(Output::Ready);
-            }
-        }
-    }
-
     fn follow_state(&mut self, changed: Option<&[SlotId]>) {
         if matches!(self.stage, Stage::Running | Stage::Stopping { .. }) {
+            self.end_if_another_life_began();
             self.with_data(|data, ctx| data.on_state(ctx, changed));
         } else if changed.is_none()
             && let Stage::Joining { server_up } = self.stage

@@ -567,7 +567,8 @@ pub enum CommandError {
     NoSuchServer(ServerId),
     /// An older life of a server.
     #[error(
-        "{server} has been started since (the cluster knows incarnation {known}, this is {given}): its disk is from an earlier life, a restored image or a copy; it cannot be used as it is"
+        "{server} has begun its life {} already, and would begin life {} with these disks: they are from an earlier life, a restored image or a copy, and cannot be used as they are; stop what else runs as {server}, or name them as lost with `petal rejoin {server} --lost PATH`",
+        .known.0, .given.0
     )]
     OldIncarnation {
         /// The server.
@@ -579,7 +580,7 @@ pub enum CommandError {
     },
     /// Disks are not those that the cluster knows.
     #[error(
-        "{server} came without disk {disk}, which holds data of the cluster; bring the disk back and start the server again, or, if it is lost, make it anew with `petal rejoin {server}`"
+        "{server} came without disk {disk}, which holds data of the cluster; bring the disk back and start the server again, or, if it is lost, make it anew with `petal rejoin {server} --lost PATH`"
     )]
     DiskMissing {
         /// The server.

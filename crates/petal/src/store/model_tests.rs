@@ -59,6 +59,8 @@ struct SimDisk {
     frontier: u64,
     pending: BTreeMap<OpId, DiskCommand>,
     commits: u64,
+    /// Pages that cannot be read until they are written.
+    unreadable: BTreeSet<u64>,
 }
 
 /// What becomes of unanswered writes.
@@ -83,6 +85,7 @@ impl SimDisk {
                 let at = offset as usize + i * SECTOR;
                 let page = self.pages.get_or_insert_with((at / PAGE) as u64, || Box::new([0; PAGE]));
                 page[at % PAGE..at % PAGE + SECTOR].copy_from_slice(sector);
+                self.unreadable.remove(&((at / PAGE) as u64));
             }
         }
     }
@@ -99,6 +102,11 @@ impl SimDisk {
 
     fn carry_out(&mut self, command: DiskCommand) -> DiskResult {
         match command {
+            DiskCommand::Read { offset, length }
+                if self.unreadable.range(offset / PAGE as u64..(offset + length) / PAGE as u64).next().is_some() =>
+            {
+                DiskResult::Read(Err(DiskError::Io("unreadable".into())))
+            }
             DiskCommand::Read { offset, length } => DiskResult::Read(Ok(self.read(offset, length).into())),
             DiskCommand::Write { offset, pieces } => {
                 self.write(offset, &pieces.concat(), || true);
@@ -731,10 +739,10 @@ impl Walk {
                 continue;
             };
             let all = self.logs.iter().flat_map(|log| log.now.elements.iter());
-            let expected: BTreeSet<ElementKey> =
-                all.filter(|(key, e)| e.slot == slot && e.version > above && self.gone != Some(key.family))
-                    .map(|(key, _)| *key)
-                    .collect();
+            let expected: BTreeSet<ElementKey> = all
+                .filter(|(key, e)| e.slot == slot && e.version > above && self.gone != Some(key.family))
+                .map(|(key, _)| *key)
+                .collect();
             let got: BTreeSet<ElementKey> = got.into_iter().collect();
             ensure!(expected == got, "newer than {above:?} in {slot:?}: {got:?} instead of {expected:?}");
         }

@@ -19,6 +19,9 @@ use stdx::checksum::crc32c;
 
 /// Bytes of the ring read at a time.
 const RING_READ: u64 = 1 << 20;
+/// Bytes that a batch takes at most, as a part of the ring: records end it when they have a sixteenth, and one has at
+/// most an eighth.
+const BATCH_PART: u64 = 4;
 
 /// What the last checkpoint reached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,7 +48,7 @@ impl Reached {
 enum Asked {
     Identity,
     Table(Table),
-    Ring(u64),
+    Ring { at: u64, length: u64 },
     Block { batch: usize, record: usize, crc: u32 },
 }
 
@@ -54,7 +57,7 @@ impl Asked {
         match self {
             Asked::Identity => "the superblock cannot be written",
             Asked::Table(_) => "the PMap store cannot be read",
-            Asked::Ring(_) => "the journal cannot be read",
+            Asked::Ring { .. } => "the journal cannot be read",
             Asked::Block { .. } => "data of the last writes cannot be read",
         }
     }
@@ -72,6 +75,8 @@ struct Question {
 pub(super) struct Recovery {
     asked: BTreeMap<OpId, Question>,
     ring: Vec<u8>,
+    /// Blocks of the ring, as bytes from its start, that cannot be read.
+    unreadable: BTreeSet<u64>,
     reached: Reached,
     found: Vec<(journal::Header, Vec<Record>, Position)>,
     known_durable: u64,
@@ -114,17 +119,24 @@ impl Disk {
             (Asked::Identity, DiskResult::Written(Ok(()))) => self.read_pmap(),
             (Asked::Table(table), DiskResult::PmapRange(Ok(rows))) => {
                 if let Err(what) = self.take_table(table, rows) {
-                    return self.fail(format!(
-                        "the PMap store is damaged: {what}; this disk is lost: make it anew with `petal rejoin --lost`, \
-                         its data is copied back from the other servers"
-                    ));
+                    return self.fail_as_lost(&format!("the PMap store is damaged: {what}"));
                 }
                 if self.recovery().asked.is_empty() {
                     self.read_ring();
                 }
             }
-            (Asked::Ring(at), DiskResult::Read(Ok(bytes))) => {
+            (Asked::Ring { at, .. }, DiskResult::Read(Ok(bytes))) => {
                 self.recovery().ring[at as usize..at as usize + bytes.len()].copy_from_slice(&bytes);
+                if self.recovery().asked.is_empty() {
+                    self.follow_journal();
+                }
+            }
+            // One bad sector may lie where nothing is any more.
+            (Asked::Ring { at, length }, DiskResult::Read(Err(_))) if length > BLOCK_SIZE => {
+                (at..at + length).step_by(BLOCK_SIZE as usize).for_each(|at| self.read_of_ring(at, BLOCK_SIZE));
+            }
+            (Asked::Ring { at, .. }, DiskResult::Read(Err(_))) => {
+                self.recovery().unreadable.insert(at);
                 if self.recovery().asked.is_empty() {
                     self.follow_journal();
                 }
@@ -144,13 +156,17 @@ impl Disk {
                 | DiskResult::Read(Err(e))
                 | DiskResult::PmapRange(Err(e))
                 | DiskResult::PmapValue(Err(e)),
-            ) => self.fail(format!(
-                "cannot be opened ({}): {e}; if it is lost, make it anew with `petal rejoin --lost`, and its data is \
-                 copied back from the other servers",
-                asked.what()
-            )),
+            ) => self.fail_as_lost(&format!("cannot be opened ({}): {e}", asked.what())),
             (asked, result) => unreachable!("{result:?} does not answer {asked:?}"),
         }
+    }
+
+    fn fail_as_lost(&mut self, why: &str) {
+        let (server, path) = (self.superblock.server, &self.path);
+        self.fail(format!(
+            "{why}; if the disk is lost, make it anew with `petal rejoin {server} --lost {path}`: its data is copied back \
+             from the other servers"
+        ));
     }
 
     fn read_pmap(&mut self) {
@@ -210,9 +226,21 @@ impl Disk {
         let ring = self.superblock.layout.journal;
         self.recovery().ring = vec![0; ring.length as usize];
         for at in (0..ring.length).step_by(RING_READ as usize) {
-            let length = RING_READ.min(ring.length - at);
-            self.ask(Asked::Ring(at), DiskCommand::Read { offset: ring.offset + at, length });
+            self.read_of_ring(at, RING_READ.min(ring.length - at));
         }
+    }
+
+    fn read_of_ring(&mut self, at: u64, length: u64) {
+        let offset = self.superblock.layout.journal.offset + at;
+        self.ask(Asked::Ring { at, length }, DiskCommand::Read { offset, length });
+    }
+
+    /// Whether the batch after the last one found may be in blocks that cannot be read: behind it, or at the start of
+    /// the ring.
+    fn may_go_on_unreadably(&mut self, end: u64) -> bool {
+        let part = self.superblock.layout.journal.length / BATCH_PART;
+        let unreadable = &self.recovery().unreadable;
+        [end, 0].iter().any(|at| unreadable.range(at..&(at + part)).next().is_some())
     }
 
     fn follow_journal(&mut self) {
@@ -262,15 +290,16 @@ impl Disk {
             recovery.found.truncate(first);
         }
         let end = recovery.found.last().map_or(recovery.reached.position, |(_, _, position)| *position);
+        if self.may_go_on_unreadably(end.next) {
+            return self.fail_as_lost("cannot be opened (the journal cannot be read where it ends)");
+        }
+        let recovery = self.recovery();
         let ring = std::mem::take(&mut recovery.ring);
         let tail = recovery.reached.position;
         let is_short = end.number < self.superblock.journal_mark || journal::is_damaged(disk, &ring, end.number);
         if !drops && self.sabotage != Sabotage::NoChain && is_short {
-            return self.fail(format!(
-                "journal batch {} was durable once and cannot be read; this disk is lost: make it anew with `petal \
-                 rejoin --lost`, its data is copied back from the other servers",
-                end.number + 1
-            ));
+            let what = format!("journal batch {} was durable once and cannot be read", end.number + 1);
+            return self.fail_as_lost(&what);
         }
         self.last_issued = end;
         self.durable_through = end.number;

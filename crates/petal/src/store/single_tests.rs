@@ -147,6 +147,32 @@ fn a_journal_that_was_written_over_is_refused_once_it_was_noted_how_far_it_went(
     }
 }
 
+/// One bad sector costs the disk only where the journal may go on in it.
+#[test]
+fn a_block_of_the_journal_that_cannot_be_read_matters_only_where_the_journal_is() {
+    let mut walk = calm(MIB, 1000);
+    for _ in 0..5 {
+        let key = walk.any_key();
+        walk.ready(key).unwrap();
+        walk.write(key).unwrap();
+        walk.quiet().unwrap();
+    }
+    walk.die();
+    let journal = walk.stores.disks[0].superblock.layout.journal;
+    let pages = journal.offset / PAGE as u64..journal.end() / PAGE as u64;
+    let opens: Vec<bool> = pages
+        .map(|page| {
+            walk.disks[0].unreadable = BTreeSet::from([page]);
+            let opened = walk.start().is_ok();
+            assert_eq!(opened, walk.failed.is_none());
+            walk.die();
+            opened
+        })
+        .collect();
+    assert!(!opens[..8].contains(&true), "there it is");
+    assert!(opens[200..].iter().all(|opened| *opened), "there it never was");
+}
+
 #[test]
 fn a_group_larger_than_a_batch_is_split_and_stays_in_order() {
     let mut walk = calm(MIB, 4000);
