@@ -193,7 +193,12 @@ impl Offline {
         let event = self.event(|e| matches!(e, Event::Read { read: r, .. } if *r == read)).await?;
         found.blocks += blocks.len() as u64;
         if let Event::Read { result: Err(error), .. } = event {
-            found.complaints.push(format!("{element:?}: {error:?}"));
+            let ElementKey { family, element: number } = element;
+            let disk = self.stores.home(element).map_or("", |disk| self.stores.path(disk));
+            found.complaints.push(format!(
+                "element {number} of {family} on {disk}: {error}; when the server runs, `petal scrub` puts it right from \
+                 another copy"
+            ));
         }
         Ok(())
     }

@@ -151,7 +151,13 @@ impl Redundancy {
         }
         if self.recovering.0 > 0 {
             let (in_slots, left) = self.recovering;
-            lines.push(format!("  Catching up in {}: {left} elements of 64 KiB left to copy.", slots(in_slots)));
+            // A few slots at a time; how much the others lack is known when their turn comes.
+            let others = (self.short.len() as u64).saturating_sub(in_slots);
+            let then = if others > 0 { format!(", then come {others} more") } else { String::new() };
+            lines.push(format!(
+                "  Catching up in {}: {left} elements of 64 KiB left to copy there{then}.",
+                slots(in_slots)
+            ));
         }
         lines.push(match self.unavailable() {
             0 => "Nothing is unavailable.".into(),

@@ -68,6 +68,9 @@ pub enum Sabotage {
     /// forbids nothing (counterexample F2).
     GrantByAppliedLog,
 
+    /// A server that was started without one of its disks says that it has them all: what was there reads as zeros.
+    MissingDisk,
+
     // ---- recovery
     /// `InSync` has its effect whatever the term and the incarnation that it was proposed for (without I4): the
     /// leader appends it with those of the present moment.
@@ -121,7 +124,7 @@ pub enum Sabotage {
 
 impl Sabotage {
     /// Every rule that can be left out.
-    pub const ALL: [Sabotage; 36] = [
+    pub const ALL: [Sabotage; 37] = [
         Sabotage::AckBeforeSecondary,
         Sabotage::NoSettlement,
         Sabotage::SettleByVersion,
@@ -138,6 +141,7 @@ impl Sabotage {
         Sabotage::LeaseByEarlierClock,
         Sabotage::FirstNotSuspectedActs,
         Sabotage::ServeAfterGoodbye,
+        Sabotage::MissingDisk,
         Sabotage::InSyncUnconditional,
         Sabotage::NewcomerNotCounted,
         Sabotage::InSyncWithSendsOutstanding,
@@ -180,6 +184,7 @@ impl Sabotage {
             Sabotage::LeaseByEarlierClock => "lease-by-earlier-clock",
             Sabotage::FirstNotSuspectedActs => "first-not-suspected-acts",
             Sabotage::ServeAfterGoodbye => "serve-after-goodbye",
+            Sabotage::MissingDisk => "missing-disk",
             Sabotage::InSyncUnconditional => "in-sync-unconditional",
             Sabotage::NewcomerNotCounted => "newcomer-not-counted",
             Sabotage::InSyncWithSendsOutstanding => "in-sync-with-sends-outstanding",

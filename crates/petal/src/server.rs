@@ -672,7 +672,7 @@ impl Server {
             server: self.me,
             incarnation: self.incarnation,
             addresses: self.addresses.clone(),
-            disks: self.disks_found.clone(),
+            disks: self.disks_to_tell(&global),
         };
         global.leave_out(self.sabotage);
         let server_up = global.propose_own(self.now, command);

@@ -138,6 +138,8 @@ pub struct ServerHost {
     pub lives: u64,
     /// A start is planned.
     pub start_planned: bool,
+    /// Its last disk is not there at the next start.
+    pub lacks_a_disk: bool,
     /// It stays down until its disks are replaced.
     pub losing: bool,
     /// Its thread is slow until then.

@@ -333,6 +333,16 @@ impl Scenario {
         self.world.plan_start(Node::Server(host), now);
     }
 
+    /// A server starts without its last disk. True if that life becomes ready.
+    pub fn start_without_a_disk(&mut self, host: usize) -> bool {
+        self.world.servers[host].lacks_a_disk = true;
+        self.start(host);
+        self.until("it begins", |w| w.servers[host].life.is_some());
+        self.until("it is ready or gone", |w| w.servers[host].life.as_ref().is_none_or(|l| l.ready));
+        self.world.servers[host].lacks_a_disk = false;
+        self.world.servers[host].life.is_some()
+    }
+
     /// A server dies and loses its disks; it starts with new ones.
     pub fn lose_disks(&mut self, host: usize) {
         self.world.lose_disks_of(host);

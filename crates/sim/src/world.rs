@@ -249,8 +249,9 @@ impl World {
             // The old process cannot end before its disk answers, and a new one cannot read from it.
             return self.plan_start(Node::Server(host), self.now + HUNG_LOOK);
         }
-        let opened: Result<Vec<_>, String> =
-            (0..machine.disks.len()).map(|disk| formatting::open(machine, disk)).collect();
+        let opened: Result<Vec<_>, String> = (0..machine.disks.len() - usize::from(machine.lacks_a_disk))
+            .map(|disk| formatting::open(machine, disk))
+            .collect();
         let disks = match opened {
             Ok(disks) => disks,
             Err(_) if machine.disks.iter().any(|d| d.failing) => {
@@ -763,6 +764,10 @@ impl World {
                 self.crash_server(host);
                 self.servers[host].lost = true;
             }
+            server::Output::Fatal(why) if self.servers[host].lacks_a_disk => {
+                self.trace.words(self.now, || format!("host {host} gives up: {why}"));
+                self.crash_server(host);
+            }
             server::Output::Fatal(why) => {
                 self.complain(format!("the server on host {host} gives up: {why}"));
                 self.crash_server(host);
@@ -953,6 +958,7 @@ fn draw_server(prng: &mut Prng, options: &Options, genesis: &Genesis, _host: usi
         life: None,
         lives: 0,
         start_planned: false,
+        lacks_a_disk: false,
         losing: false,
         slow_until: Instant::ZERO,
         frozen_until: Instant::ZERO,

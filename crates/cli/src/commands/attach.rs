@@ -12,7 +12,7 @@
 //! folder for run-time files when the cluster was named by addresses. A disk may be renamed meanwhile, and another one
 //! get its name: the process file says which disk it is, and the name of the folder nothing.
 
-use crate::connect::{self, Connection, Disk};
+use crate::connect::{self, Connection, Disk, refusal};
 use crate::holder;
 use crate::output;
 use crate::place::Place;
@@ -20,8 +20,8 @@ use crate::processes::{self, Log, ProcessFile};
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use petal::client::RequestError;
-use petal::global_state::{Attachment, split_name};
-use petal::ids::VdiskId;
+use petal::global_state::{Attachment, Command, CommandError, split_name};
+use petal::ids::{SessionId, VdiskId};
 use petal::message::Refusal;
 use petal_fuse::{AttachError, AttachOptions, BlockError, BlockFile, KernelDisk};
 use serde_json::json;
@@ -86,6 +86,7 @@ pub fn run(place: &Place, mut arguments: Arguments) -> Result<()> {
         );
     }
     let process_file = folder.join("pid");
+    end_session_of_dead(place, &folder);
     remove_remains(&folder)?;
     std::fs::create_dir_all(folder.join("fuse")).with_context(|| format!("cannot make {}", folder.display()))?;
     let log_path = folder.join("log");
@@ -161,6 +162,25 @@ pub fn remove_remains(folder: &Path) -> Result<()> {
     std::fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))
 }
 
+/// Ends the session of a process that died: nobody can do anything with it any more, and the disk would count as
+/// attached.
+pub fn end_session_of_dead(place: &Place, folder: &Path) {
+    let Some(process) = ProcessFile::at(&folder.join("pid")).filter(|process| !process.lives()) else { return };
+    let Some(session) = process.text("session").and_then(|text| text.parse().ok()).map(SessionId) else { return };
+    let place = place.clone();
+    let ended = connect::block_on(async move {
+        let connection = Connection::open(&place).await?;
+        connection.execute_settled(Command::Detach { session }).await
+    });
+    match ended {
+        Err(error) if !matches!(refusal(&error), Some(CommandError::NoSuchSession(_))) => tracing::warn!(
+            "the process of the disk has died (pid {}), and its session {session} cannot be ended: {error:#}",
+            process.pid
+        ),
+        _ => {}
+    }
+}
+
 /// The command line of the process in the background.
 fn words(place: &Place, folder: &Path, arguments: &Arguments) -> Result<Vec<String>> {
     let place = match place {
@@ -185,6 +205,7 @@ async fn serve(place: &Place, folder: &Path, arguments: &Arguments) -> Result<()
     let disk = connection.attach(&arguments.disk, mode, &holder, arguments.take_over).await?;
     process.details.insert("disk".into(), arguments.disk.clone().into());
     process.details.insert("vdisk".into(), disk.id().to_string().into());
+    process.details.insert("session".into(), disk.session().0.to_string().into());
     process.write(&folder.join("pid"))?;
     let (mount, requests) = petal_fuse::mount(&folder.join("fuse"), disk.size(), arguments.read_only)
         .with_context(|| format!("cannot mount FUSE on {}", folder.join("fuse").display()))?;

@@ -42,7 +42,7 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
         println!("Session {session} is over.");
     }
     if let Some(disk) = arguments.disk {
-        detach_folder(&attach::folder_of(place, &disk)?, &disk)?;
+        detach_folder(place, &attach::folder_of(place, &disk)?, &disk)?;
         println!("Detached {disk}.");
     }
     Ok(())
@@ -55,11 +55,11 @@ fn parse_session(text: &str) -> Result<SessionId, String> {
 }
 
 /// Detaches a disk of a cluster folder.
-pub fn detach(folder: &ClusterFolder, disk: &str) -> Result<()> {
-    detach_folder(&folder.attached(disk), disk)
+pub fn detach(place: &Place, folder: &ClusterFolder, disk: &str) -> Result<()> {
+    detach_folder(place, &folder.attached(disk), disk)
 }
 
-fn detach_folder(folder: &Path, disk: &str) -> Result<()> {
+fn detach_folder(place: &Place, folder: &Path, disk: &str) -> Result<()> {
     if !folder.exists() {
         bail!("{disk} is not attached here");
     }
@@ -74,6 +74,8 @@ fn detach_folder(folder: &Path, disk: &str) -> Result<()> {
             let log = folder.join("log");
             bail!("{disk} is not detached after {} s; see {}", END_LIMIT.as_secs(), log.display());
         }
+    } else {
+        attach::end_session_of_dead(place, folder);
     }
     attach::remove_remains(folder)
 }

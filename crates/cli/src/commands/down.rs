@@ -1,11 +1,12 @@
 //! `petal down`: stops everything that `petal up` started, and what was attached; or single servers, which hand
 //! over to the others first.
 
+use super::what_if::Loss;
 use crate::cluster_folder::{ClusterFile, ClusterFolder};
 use crate::place::{self, Place};
 use crate::processes::ProcessFile;
 use crate::{output, supervisor};
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use petal::ids::ServerId;
 
 /// `petal down`
@@ -16,11 +17,15 @@ Examples:
   petal --cluster /srv/p down
   petal down s2                    stop one server as planned: the others take over at once
 
-What was acknowledged is on the disks; `petal up` continues.")]
+Single servers are not stopped where a part of the data could not be served without them (`petal what-if` says more), but
+with --force. What was acknowledged is on the disks; `petal up` continues.")]
 pub struct Arguments {
     /// Only these servers
     #[arg(value_name = "SERVER", value_parser = output::parse_server)]
     servers: Vec<ServerId>,
+    /// Stop single servers although a part of the data is unavailable without them
+    #[arg(long, requires = "servers")]
+    force: bool,
 }
 
 /// Stops the cluster.
@@ -28,11 +33,11 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
     let folder = place.folder()?;
     let file = folder.read()?;
     if !arguments.servers.is_empty() {
-        return stop_some(&folder, &file, &arguments.servers);
+        return stop_some(place, &folder, &file, &arguments);
     }
     // First what lives on the disks: a mounted file system must not lose its device.
     for disk in folder.all_attached() {
-        super::detach::detach(&folder, &disk)?;
+        super::detach::detach(place, &folder, &disk)?;
         println!("Detached {disk}.");
     }
     let supervised = supervisor::stop(ProcessFile::alive_at(&folder.supervisor()), "the supervisor");
@@ -45,10 +50,26 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
 }
 
 /// One after the other: each hands over to those that are left.
-fn stop_some(folder: &ClusterFolder, file: &ClusterFile, servers: &[ServerId]) -> Result<()> {
+fn stop_some(place: &Place, folder: &ClusterFolder, file: &ClusterFile, arguments: &Arguments) -> Result<()> {
+    let Arguments { servers, force } = arguments;
     for server in servers {
         let known = file.servers.iter().any(|s| s.server() == *server);
         ensure!(known, "there is no server {server} in {}; `petal status` shows the servers", folder.path().display());
+    }
+    let runs = servers.iter().any(|server| supervisor::process(folder, *server).is_some());
+    if runs && !force {
+        // A cluster that does not answer serves nothing that could be lost.
+        match Loss::ask(place, servers) {
+            Ok(loss) if loss.is_worse_than_now() => {
+                bail!(
+                    "{}; nothing was stopped. --force stops them anyway, `{} up` goes on",
+                    loss.complaint(),
+                    place::petal(folder)
+                )
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!("the cluster does not say whether it can do without: {error:#}"),
+        }
     }
     for server in servers {
         let ran = supervisor::stop_one(folder, *server);

@@ -3,7 +3,7 @@
 use crate::connect::{self, Connection};
 use crate::output;
 use crate::place::Place;
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use petal::ids::ServerId;
 use petal::message::LogLine;
 use serde_json::{Value, json};
@@ -37,7 +37,12 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
     let mut lines = connect::block_on(async move {
         let connection = Connection::open(&place).await?;
         let connection = match server {
-            Some(_) => connection.to_all(&connection.state().await?).await?,
+            Some(asked) => {
+                let state = connection.state().await?;
+                let known = state.servers.contains_key(&asked);
+                ensure!(known, "there is no server {asked}; `petal status` shows the servers");
+                connection.to_all(&state).await?
+            }
             None => connection,
         };
         connection.log(server).await

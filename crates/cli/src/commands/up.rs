@@ -26,6 +26,8 @@ use std::time::{Duration, Instant};
 
 /// How long everything may take until it is ready.
 const READY_LIMIT: Duration = Duration::from_secs(90);
+/// How long a server that runs may take to answer.
+const SILENCE_LIMIT: Duration = Duration::from_secs(2);
 const SERVERS_DEFAULT: u16 = 4;
 const DISK_SIZE_DEFAULT: u64 = 32 << 30;
 const SIZE_DEFAULT: u64 = 10 << 30;
@@ -137,16 +139,43 @@ fn start_beside(folder: &ClusterFolder) -> Result<()> {
     let started = supervisor::start_all(folder, &file, &file.servers);
     let names: Vec<String> = started.ready.iter().map(|(s, _)| s.to_string()).collect();
     let pid = supervisor.pid;
+    let silent = silent(folder, &file, &started);
     match names.as_slice() {
         [] if !started.failed.is_empty() => {}
+        [] if !silent.is_empty() => {}
         [] => println!("Everything runs already (pid {pid} supervises)."),
         names => println!("Started {} (pid {pid} supervises).", names.join(", ")),
     }
-    if let Some(complaint) = started.complaint() {
-        bail!(complaint);
-    }
+    let complaints: Vec<String> = started.complaint().into_iter().chain(silent).collect();
+    ensure!(complaints.is_empty(), "{}", complaints.join("; "));
     print_usage(folder, &supervisor);
     Ok(())
+}
+
+/// Servers whose process is there and does not answer: one sentence each.
+fn silent(folder: &ClusterFolder, file: &ClusterFile, started: &Started) -> Vec<String> {
+    let place = Place::Folder(folder.path().to_path_buf());
+    let away = connect::block_on(async move {
+        let connection = Connection::open(&place).await?;
+        let state = connection.state().await?;
+        Ok(connection.to_all(&state).await?.away(&state, SILENCE_LIMIT).await)
+    });
+    // Who cannot be asked for the others is not answered by anybody: `petal status` says more.
+    let away = away.unwrap_or_default();
+    let is_new = |server: ServerId| started.ready.iter().any(|(ready, _)| *ready == server);
+    let hangs = file.servers.iter().map(ServerEntry::server).filter(|s| away.contains(s) && !is_new(*s));
+    hangs
+        .filter_map(|server| {
+            let pid = supervisor::process(folder, server)?.pid;
+            let log = folder.server(server).join("log");
+            Some(format!(
+                "{server} runs (pid {pid}) and does not answer: see {}, and if it hangs end it (`kill -9 {pid}`) and start \
+                 it with `{} up`",
+                log.display(),
+                place::petal(folder)
+            ))
+        })
+        .collect()
 }
 
 /// Starts a supervisor in the background and waits until it is ready.

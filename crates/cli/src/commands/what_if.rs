@@ -31,19 +31,7 @@ pub struct Arguments {
 
 /// Answers it.
 pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
-    let place = place.clone();
-    let (state, away) = connect::block_on(async move {
-        let connection = Connection::open(&place).await?;
-        let state = connection.state().await?;
-        let away = connection.to_all(&state).await?.away(&state, Duration::from_millis(1500)).await;
-        Ok((state, away))
-    })?;
-    let down: BTreeSet<ServerId> = arguments.down.iter().copied().collect();
-    for server in &down {
-        ensure!(state.servers.contains_key(server), "there is no server {server}; `petal status` shows the servers");
-    }
-    // Who does not answer is down already, declared or not.
-    let loss = Loss::of(&state, &down, &away);
+    let loss = Loss::ask(place, &arguments.down)?;
     if arguments.json {
         output::print_json(&loss.json())?
     } else {
@@ -55,7 +43,8 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
     Ok(())
 }
 
-struct Loss {
+/// What would be when some servers went down.
+pub struct Loss {
     down: Vec<String>,
     now: Redundancy,
     then: Redundancy,
@@ -65,6 +54,26 @@ struct Loss {
 }
 
 impl Loss {
+    /// Asks the cluster; blocks.
+    pub fn ask(place: &Place, down: &[ServerId]) -> Result<Loss> {
+        let place = place.clone();
+        let (state, away) = connect::block_on(async move {
+            let connection = Connection::open(&place).await?;
+            let state = connection.state().await?;
+            let away = connection.to_all(&state).await?.away(&state, Duration::from_millis(1500)).await;
+            Ok((state, away))
+        })?;
+        let down: BTreeSet<ServerId> = down.iter().copied().collect();
+        for server in &down {
+            ensure!(
+                state.servers.contains_key(server),
+                "there is no server {server}; `petal status` shows the servers"
+            );
+        }
+        // Who does not answer is down already, declared or not.
+        Ok(Loss::of(&state, &down, &away))
+    }
+
     fn of(state: &State, down: &BTreeSet<ServerId>, away: &BTreeSet<ServerId>) -> Loss {
         let all = down | away;
         let then = Redundancy::of(state, &all);
@@ -89,11 +98,17 @@ impl Loss {
         self.ring.0 > self.ring.1 / 2
     }
 
+    /// It makes something unavailable that is served now, or takes the ring its majority.
+    pub fn is_worse_than_now(&self) -> bool {
+        self.then.unavailable() > self.now.unavailable() || !self.ring_decides()
+    }
+
     fn is_harmless(&self) -> bool {
         self.then.unavailable() == 0 && self.ring_decides()
     }
 
-    fn complaint(&self) -> String {
+    /// What would be lost meanwhile, as a sentence.
+    pub fn complaint(&self) -> String {
         let down = self.down.join(", ");
         match (self.then.unavailable(), self.ring_decides()) {
             (0, _) => format!("without {down} the ring could decide nothing, and leases would end"),

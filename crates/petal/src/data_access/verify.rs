@@ -118,7 +118,11 @@ impl DataAccess {
         let Some(job) = self.verifications.iter_mut().find(|v| v.reads.contains_key(&read)) else { return false };
         let key = job.reads.remove(&read).expect("just found");
         if let Err(error) = result {
-            job.part.complaints.push(format!("element {key:?} cannot be read: {error:?}"));
+            let ElementKey { family, element } = key;
+            let disk = ctx.stores.home(key).map_or("", |disk| ctx.stores.path(disk));
+            job.part.complaints.push(format!(
+                "element {element} of {family} on {disk}: {error}; `petal scrub` puts it right from another copy"
+            ));
         }
         self.answer_verified(ctx);
         true

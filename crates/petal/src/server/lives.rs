@@ -2,11 +2,24 @@
 //! (2.5): disks that were put back to an earlier moment, or copied.
 
 use super::{Output, Server, Stage};
-use crate::global_state::CommandError;
-use crate::ids::{Incarnation, ServerId, StateIndex};
+use crate::global_state::{CommandError, GlobalState};
+use crate::ids::{DiskId, Incarnation, ServerId, StateIndex};
 use crate::message::CommandId;
+use crate::sabotage::Sabotage;
 
 impl Server {
+    /// The disks that this life stands on: without one that it had, the cluster refuses it.
+    pub(super) fn disks_to_tell(&self, global: &GlobalState) -> Vec<(DiskId, Incarnation, u64)> {
+        let mut disks = self.disks_found.clone();
+        if self.sabotage == Sabotage::MissingDisk {
+            let known = global.state().servers.get(&self.me).into_iter().flat_map(|s| &s.disks);
+            let missing = known.filter(|(id, _)| disks.iter().all(|(found, ..)| found != *id));
+            let missing: Vec<_> = missing.map(|(id, disk)| (*id, disk.incarnation, disk.capacity)).collect();
+            disks.extend(missing);
+        }
+        disks
+    }
+
     /// From here on this server acts: it knows that its last life is over everywhere.
     pub(super) fn on_own_server_up(&mut self, id: CommandId) {
         if self.refused.is_some() {

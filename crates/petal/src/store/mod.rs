@@ -304,11 +304,13 @@ pub struct ReadBlocks {
 }
 
 /// Why blocks could not be read.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReadError {
     /// The disk answered with an error.
+    #[error(transparent)]
     Disk(DiskError),
     /// The bytes do not match the checksum of this block.
+    #[error("block {0} does not match its checksum")]
     BadBlock(u8),
 }
 
@@ -590,7 +592,8 @@ impl Stores {
         Loaded::Pending
     }
 
-    fn home(&self, element: ElementKey) -> Option<usize> {
+    /// The disk that has an element, if one has it.
+    pub fn home(&self, element: ElementKey) -> Option<usize> {
         self.disks.iter().position(|d| d.entry(element).is_some())
     }
 

@@ -451,18 +451,20 @@ impl Ring {
     }
 }
 
-/// The ballot that the sender of a message follows, if it says so.
+/// The ballot of somebody else that the sender of a message follows, if it says so. One that only its owner knows of is
+/// no leader's: a member that promised itself, and stopped before it could ask anybody, goes on to name it.
 fn followed(message: &Message<Numbered>) -> Option<Ballot> {
-    match message {
+    let ballot = match message {
         Message::BLE(m) => match &m.msg {
-            HeartbeatMsg::Reply(reply) => Some(reply.leader),
-            HeartbeatMsg::Request(_) => None,
+            HeartbeatMsg::Reply(reply) if reply.happy => Some(reply.leader),
+            _ => None,
         },
         Message::SequencePaxos(m) => match &m.msg {
             PaxosMsg::NotAccepted(m) => Some(m.n),
             _ => None,
         },
-    }
+    };
+    ballot.filter(|ballot| ballot.pid != message.get_sender())
 }
 
 /// The write that must be stable before a message may leave.

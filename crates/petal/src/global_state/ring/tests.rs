@@ -487,7 +487,12 @@ impl Walk {
                 self.member(node).start();
             }
         }
-        for _ in 0..400 {
+        self.run_soundly(400);
+    }
+
+    /// So many steps of time in which nothing fails.
+    fn run_soundly(&mut self, steps: usize) {
+        for _ in 0..steps {
             for (a, b) in [(1, 2), (2, 3), (3, 1)] {
                 self.connect(a, b);
             }
@@ -560,6 +565,37 @@ fn must_fail_a_delta_that_is_merged_twice() {
 #[test]
 fn must_fail_a_member_that_never_stands_by_itself() {
     must_fail(Broken::NeverStands, 1000);
+}
+
+/// A member that promised itself and stopped before it asked anybody comes back: its ballot is higher than the leader's, and
+/// nobody follows it.
+#[test]
+fn who_follows_only_itself_does_not_keep_the_leader_from_deciding() {
+    for seed in 0..12 {
+        let mut walk = Walk::new(seed);
+        walk.heal();
+        let leads = |walk: &Walk, node: u64| walk.members[node as usize - 1].ring.as_ref().is_some_and(Ring::leads);
+        let leader = (1..=3).find(|node| leads(&walk, *node)).expect("somebody leads");
+        let lonely = (leader + seed % 2) % 3 + 1;
+        for other in (1..=3).filter(|other| *other != lonely) {
+            walk.disconnect(lonely, other);
+        }
+        let member = walk.member(lonely);
+        let Some(Ring { core: Core::Many(paxos), .. }) = &mut member.ring else { panic!("it runs") };
+        paxos.try_become_leader();
+        member.settle();
+        member.persist_all();
+        walk.crash(lonely);
+        walk.member(lonely).start();
+        for _ in 0..20 {
+            walk.run_soundly(1);
+            let before = walk.proposed;
+            walk.propose(leader);
+            assert_eq!(walk.proposed, before + 1, "seed {seed}: {leader} does not lead");
+        }
+        walk.run_soundly(2);
+        assert_eq!(walk.decided.len() as u64, walk.proposed, "seed {seed}: not all is decided");
+    }
 }
 
 #[test]
