@@ -41,7 +41,7 @@ fn frames() -> Vec<Vec<u8>> {
 
 /// Servers come, a disk is made, written to by somebody, snapshotted, cloned, rolled back, and everything goes again.
 fn life() -> Vec<u8> {
-    let disk = |n: u16| vec![(DiskId(u128::from(n)), Incarnation(0), 1 << 30)];
+    let disk = |n: u16| vec![(DiskId(u128::from(n)), Incarnation(0).into(), 1 << 30)];
     let up = |n: u16| Command::ServerUp {
         server: ServerId(n),
         incarnation: Incarnation(1),

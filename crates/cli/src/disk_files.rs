@@ -263,9 +263,14 @@ fn size_of(path: &Path, size: Option<u64>) -> Result<u64> {
 pub fn open(paths: &[PathBuf], expected: Owner) -> Result<(Vec<OpenDisk>, Engine)> {
     let mut found = Vec::new();
     for path in paths {
-        let disk = petal_io::disk::open_disk(path, DirectIo::WherePossible)?;
-        let superblock = choose(path, &disk.superblocks)?;
-        check_length(path, &disk, &superblock)?;
+        let opened = open_one(path);
+        let (disk, superblock) = match expected.server {
+            Some(server) => opened.with_context(|| {
+                let path = path.display();
+                format!("{server} cannot use a disk (if it is lost: `petal rejoin {server} --lost {path}`)")
+            })?,
+            None => opened?,
+        };
         if let Some(expected) = expected.cluster.filter(|c| *c != superblock.genesis.cluster) {
             bail!(
                 "the disk {} is of the cluster {}, and this server of the cluster {expected}; put the right disk there",
@@ -293,6 +298,13 @@ pub fn open(paths: &[PathBuf], expected: Owner) -> Result<(Vec<OpenDisk>, Engine
         frontier: disk.length,
     };
     Ok((ordered.into_iter().map(open).collect(), engine))
+}
+
+fn open_one(path: &Path) -> Result<(FoundDisk, Superblock)> {
+    let disk = petal_io::disk::open_disk(path, DirectIo::WherePossible)?;
+    let superblock = choose(path, &disk.superblocks)?;
+    check_length(path, &disk, &superblock)?;
+    Ok((disk, superblock))
 }
 
 /// A file never ends before its data region begins; only somebody else can have cut it there.

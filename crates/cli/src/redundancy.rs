@@ -84,7 +84,9 @@ impl Redundancy {
         for member in slot.tuple.iter().filter(|m| !m.in_sync || is_away(m.server)) {
             let missing = self.missing.entry(member.server).or_default();
             missing.slots += 1;
-            missing.since = missing.since.max(member.out);
+            if !member.in_sync {
+                missing.since = missing.since.max(member.out);
+            }
             missing.away = is_away(member.server);
         }
         if good == 0 {
@@ -222,7 +224,7 @@ mod tests {
                     server: ServerId(s),
                     incarnation: Incarnation(1),
                     addresses: vec![format!("unix:s{s}.sock")],
-                    disks: vec![(DiskId(u128::from(s)), Incarnation(0), 1 << 30)],
+                    disks: vec![(DiskId(u128::from(s)), Incarnation(0).into(), 1 << 30)],
                 },
             );
         }

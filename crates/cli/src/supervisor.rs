@@ -31,9 +31,14 @@ impl Starting {
     /// Waits until it serves.
     pub fn wait(mut self) -> Result<Child> {
         processes::wait_until_ready(&mut self.child, &self.process_file, &self.log, READY_LIMIT)
-            .with_context(|| format!("server {} did not start", self.server))?;
+            .with_context(|| not_started(&self.server.to_string()))?;
         Ok(self.child)
     }
+}
+
+/// How it is said of a server that it did not start.
+pub fn not_started(server: &str) -> String {
+    format!("server {server} did not start")
 }
 
 /// The process file of a server.

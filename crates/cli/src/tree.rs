@@ -236,7 +236,7 @@ mod tests {
                 server: ServerId(1),
                 incarnation: Incarnation(1),
                 addresses: vec!["unix:s1".into()],
-                disks: vec![(DiskId(1), Incarnation(0), 1 << 30)],
+                disks: vec![(DiskId(1), Incarnation(0).into(), 1 << 30)],
             });
             cluster
         }

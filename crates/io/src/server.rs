@@ -38,6 +38,8 @@ use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 use stdx::{Instant, Machine};
 
+/// A server with no connection that is told for so long that a later life of it is there ends.
+const DISPLACED_MAX: std::time::Duration = std::time::Duration::from_secs(10);
 /// How often a round looks again for inputs before it takes outputs.
 const LOOKS_MAX: usize = 4;
 /// How often the core is told the wall clock, if it ticks.
@@ -103,6 +105,8 @@ pub struct ServerShell<M, E> {
     told: bool,
     /// When the core was told the wall clock last.
     wall_clock_told: Option<Instant>,
+    /// Since when others say that a later life of this server is there, and none is connected.
+    displaced: Option<Instant>,
     // Kept from round to round for their memory.
     events: VecDeque<Event>,
     completions: Vec<(usize, OpId, DiskResult)>,
@@ -135,6 +139,7 @@ where
             ended: None,
             told: false,
             wall_clock_told: None,
+            displaced: None,
             events: VecDeque::new(),
             completions: Vec::new(),
         })
@@ -209,6 +214,7 @@ where
             Event::Connected { connection, peer: info } => {
                 let (peer, incarnation) = match info.hello.role {
                     Role::Server { id, incarnation } => {
+                        self.displaced = None;
                         tracing::info!(server = %id, %incarnation, address = %info.address, "connected");
                         self.servers.insert(id, connection);
                         (Peer::Server(id), incarnation)
@@ -238,9 +244,15 @@ where
                 }
             }
             Event::DialFailed { error: DialError::Rejected(r), .. } if r.code == RejectCode::StaleIncarnation => {
-                self.ended = Some(Ended::Fatal(format!(
-                    "another process runs with the disks of this server, or with a copy of them: {r}. This one ends"
-                )));
+                // Somebody there says that it is this server; perhaps it is, with a copy of the disks. It may be refused yet.
+                let since = self.displaced.filter(|_| self.servers.is_empty()).unwrap_or(now);
+                self.displaced = Some(since);
+                if now.since(since) >= DISPLACED_MAX {
+                    self.ended = Some(Ended::Fatal(format!(
+                        "nobody listens to this process, for another one runs with the disks of this server, or with a copy of \
+                         them: {r}. This one ends"
+                    )));
+                }
             }
             Event::DialFailed { server, address, error, failures } => {
                 tell_of_failure(server, &address, &error, failures)

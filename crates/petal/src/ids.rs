@@ -32,10 +32,78 @@ id!(
     /// A server, for as long as the cluster lives. From 1.
     ServerId(u16), "s"
 );
-id!(
-    /// One life of a server: grows by one each time it starts.
-    Incarnation(u64), "i"
-);
+/// One life of a server: a count, which grows by one each time it starts, and below it a mark, drawn at random (32 bits
+/// each). Whoever starts from a copy of a disk begins another life than the one of that count that others have seen.
+/// Programs before the marks counted in the lower half.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+pub struct Incarnation(pub u64);
+
+impl Incarnation {
+    fn count(self) -> u64 {
+        self.0 >> 32
+    }
+    fn mark(self) -> u32 {
+        self.0 as u32
+    }
+}
+
+impl fmt::Display for Incarnation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.count(), self.mark()) {
+            (0, old) => write!(f, "i{old}"),
+            (count, 0) => write!(f, "i{count}"),
+            (count, mark) => write!(f, "i{count}.{mark:08x}"),
+        }
+    }
+}
+
+impl fmt::Debug for Incarnation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// What a disk knows of its server's lives.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub struct Lives {
+    /// The last that began with it; the cluster may never have heard of it.
+    pub last: Incarnation,
+    /// The first that began with it of those that have its mark.
+    pub first: Incarnation,
+    /// The last of which it is known that the cluster took it.
+    pub taken: Incarnation,
+}
+
+impl Lives {
+    /// The life that begins now. Those since the last that was taken have one mark: which of them the cluster took, if
+    /// any, is not known here.
+    pub fn next(self, mark: u32) -> Incarnation {
+        let is_open = self.last != self.taken && self.last.count() > 0;
+        let mark = if is_open { self.last.mark() } else { mark };
+        Incarnation((self.last.count() + 1) << 32 | u64::from(mark))
+    }
+
+    /// What it knows when a life has begun, whose server knows that another one was taken.
+    pub fn then(self, life: Incarnation, taken: Incarnation) -> Lives {
+        let first = if self.last.mark() == life.mark() { self.first } else { life };
+        Lives { last: life, first, taken: if self.saw(taken) { taken } else { self.taken } }
+    }
+
+    /// True if that life began with this disk. It did not if the disk is an image from before, however often it was started
+    /// since.
+    pub fn saw(self, life: Incarnation) -> bool {
+        match life.count() {
+            0 => life <= self.last,
+            _ => life == self.taken || self.first <= life && life <= self.last && life.mark() == self.last.mark(),
+        }
+    }
+}
+
+impl From<Incarnation> for Lives {
+    fn from(life: Incarnation) -> Lives {
+        Lives { last: life, first: life, taken: life }
+    }
+}
 /// A virtual disk or a snapshot: the state index of the command that made it, and, where one command made
 /// several, which of them it is.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]

@@ -155,7 +155,7 @@ impl Cluster {
         let own = Own { server, disks: BTreeSet::new(), votes_from: 0 };
         let mut room = GlobalState::open(own, &genesis, proposer, durable).expect("a crash damages nothing");
         let mut liveness = Liveness::new(now, server, incarnation, sabotage);
-        let disks = vec![(DiskId(u128::from(server.0)), Incarnation(incarnation.0 - 1), 1 << 30)];
+        let disks = vec![(DiskId(u128::from(server.0)), Incarnation(incarnation.0 - 1).into(), 1 << 30)];
         room.propose_own(now, Command::ServerUp { server, incarnation, addresses: vec![], disks });
         liveness.on_state(now, &mut room, false);
         host.life = Some(Life { room, liveness });

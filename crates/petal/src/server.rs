@@ -186,8 +186,8 @@ pub struct Server {
     /// See [`crate::store::superblock::Superblock::votes_from`].
     votes_from: u32,
     addresses: Vec<String>,
-    /// As the disks were found: id, last incarnation, capacity.
-    disks_found: Vec<(DiskId, Incarnation, u64)>,
+    /// As the disks were found: id, lives, capacity.
+    disks_found: Vec<(DiskId, Lives, u64)>,
     salt: u64,
     /// Why the cluster does not take this life.
     refused: Option<String>,
@@ -227,6 +227,8 @@ pub struct Server {
     growth_retry: Option<Instant>,
     /// When it is noted next how far the journals are durable.
     next_mark: Instant,
+    /// That was done for the last time.
+    is_marked: bool,
     disk_times: DiskTimes,
     out: VecDeque<Output>,
     flushed: bool,
@@ -236,14 +238,18 @@ impl Server {
     /// Starts a new life on these disks (all of the server's, in the order of their superblocks' list).
     /// Identity, cluster and ring come from the superblocks. Sends nothing before the new incarnation
     /// is durable on every disk.
-    pub fn start(now: Instant, config: ServerConfig, disks: Vec<OpenDisk>) -> Server {
+    pub fn start(now: Instant, config: ServerConfig, mut disks: Vec<OpenDisk>) -> Server {
         let superblock = &disks.first().expect("a server has at least one disk").superblock;
         let (me, genesis, votes_from) = (superblock.server, superblock.genesis.clone(), superblock.votes_from);
-        let last = disks.iter().map(|d| d.superblock.incarnation.0).max().expect("at least one");
-        let incarnation = Incarnation(last + 1);
+        let newest = disks.iter().map(|d| d.superblock.lives()).max().expect("at least one");
+        let incarnation = newest.next((config.salt >> 32) as u32);
         let room = |s: &crate::store::superblock::Superblock| if config.witness { 0 } else { s.data_capacity() };
         let disks_found =
-            disks.iter().map(|d| (d.superblock.disk, d.superblock.incarnation, room(&d.superblock))).collect();
+            disks.iter().map(|d| (d.superblock.disk, d.superblock.lives(), room(&d.superblock))).collect();
+        for superblock in disks.iter_mut().map(|d| &mut d.superblock) {
+            let lives = superblock.lives().then(incarnation, newest.taken);
+            (superblock.first, superblock.taken) = (lives.first, lives.taken);
+        }
         let store = StoreConfig { sabotage: config.sabotage, ..config.store };
         Server {
             me,
@@ -281,6 +287,7 @@ impl Server {
             now,
             growth_retry: None,
             next_mark: now + MARK_INTERVAL,
+            is_marked: false,
             disk_times: DiskTimes::default(),
             out: VecDeque::new(),
             flushed: false,

@@ -80,15 +80,14 @@ pub fn open(machine: &mut ServerHost, disk: usize) -> Result<OpenDisk, String> {
 }
 
 /// What a server is started with.
-pub fn server_config(options: &Options, host: usize, now: Instant) -> ServerConfig {
+pub fn server_config(options: &Options, host: usize, life: u64, now: Instant) -> ServerConfig {
     ServerConfig {
         addresses: vec![address_of(host)],
         store: StoreConfig { cache_elements: options.cache_elements, ..StoreConfig::default() },
         scrub: ScrubConfig { period: options.scrub_period, unix_seconds: now.as_nanos() / 1_000_000_000 },
         sabotage: options.sabotage,
-        // No disk is copied here: the number of a life is enough.
         witness: false,
         disk_patience: HALF_LEASE,
-        salt: 0,
+        salt: (host as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ life.wrapping_mul(0xbf58_476d_1ce4_e5b9),
     }
 }

@@ -38,7 +38,7 @@ impl Scale {
             assert_eq!(added.0, Ok(Outcome::Server(ServerId(s))));
         }
         for s in 1..=servers {
-            let disks = vec![(DiskId(u128::from(s)), Incarnation(0), CAPACITY)];
+            let disks = vec![(DiskId(u128::from(s)), Incarnation(0).into(), CAPACITY)];
             let (server, incarnation, addresses) = (ServerId(s), Incarnation(1), vec![address(s)]);
             scale.run(Command::ServerUp { server, incarnation, addresses, disks }).0.expect("it is a server");
         }

@@ -265,7 +265,7 @@ impl World {
         }
         machine.lives += 1;
         let local = machine.clock.local(self.now);
-        let server = Server::start(local, formatting::server_config(options, host, local), disks);
+        let server = Server::start(local, formatting::server_config(options, host, machine.lives, local), disks);
         let driver = Driver::new(machine.lives);
         machine.life = Some(ServerLife { server, driver, open: false, ready: false, stopped_at: None, next_client: 1 });
         self.run_server(host);

@@ -111,6 +111,11 @@ const SCENARIOS: &[Scenario] = &[
     ("a_disk_that_cannot_be_written_is_named_and_its_server_goes_down", disk_faults::disk_that_cannot_be_written),
     ("damaged_and_foreign_disks_are_refused_by_name", bad_input::damaged_disks),
     ("a_disk_restored_from_a_backup_is_refused_whoever_it_belongs_to", old_disks::restored_from_a_backup),
+    (
+        "a_journal_that_was_written_over_and_a_file_that_was_cut_are_refused_and_made_anew",
+        old_disks::overwritten_and_cut,
+    ),
+    ("a_copy_of_the_disk_of_a_running_server_ends_its_process", old_disks::copied_and_started),
     ("a_disk_set_back_within_its_life_is_given_what_it_lacks", old_disks::copied_in_the_same_life),
     ("a_ring_of_one_whose_disk_was_set_back_ends_when_others_know_more", old_disks::of_who_decides_alone),
     ("a_disk_of_another_cluster_is_refused", old_disks::of_another_cluster),

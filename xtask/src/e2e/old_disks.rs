@@ -6,6 +6,8 @@ use super::failures::{declared_down, full_again, leader, pid_of};
 use crate::cluster::{Cluster, kill9};
 use crate::run::{command, nbdsh, read, read_failure};
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -40,6 +42,8 @@ pub fn restored_from_a_backup(cluster: &Cluster) -> Result<()> {
         std::fs::rename(&disk, &right)?;
         copy(&backup, &disk)?;
         let config = cluster.data().join(&server).join("server.toml");
+        // One start of it ends before anybody could refuse it.
+        aborted_start(cluster, &server, &config)?;
         // Again, as a supervisor would: what it tried before must not make it pass.
         for _ in 0..3 {
             let (code, said) = read_failure(cluster.petal().args(["server", "--config"]).arg(&config))?;
@@ -55,6 +59,121 @@ pub fn restored_from_a_backup(cluster: &Cluster) -> Result<()> {
         write_everywhere(cluster, 'o')?;
     }
     read(cluster.petal().arg("verify"))?;
+    cluster.down()
+}
+
+/// What `petal inspect superblock` tells of a disk.
+fn superblock(cluster: &Cluster, disk: &Path) -> Result<Value> {
+    Ok(serde_json::from_str(&read(cluster.petal().args(["inspect", "superblock", "--json"]).arg(disk))?)?)
+}
+
+/// Starts a server while nobody else answers, until its new life is on its disk, and kills it.
+fn aborted_start(cluster: &Cluster, server: &str, config: &Path) -> Result<()> {
+    let others: Vec<String> =
+        ["s1", "s2", "s3", "s4"].iter().filter(|s| **s != server).map(ToString::to_string).collect();
+    let pids = others.iter().map(|s| pid_of(cluster, s)).collect::<Result<Vec<_>>>()?;
+    let signal = |name: &str| -> Result<()> {
+        pids.iter().try_for_each(|pid| read(command("kill").args([name, &pid.to_string()])).map(drop))
+    };
+    let disk = cluster.data().join(server).join("disk1");
+    let before = superblock(cluster, &disk)?["incarnation"].clone();
+    signal("-STOP")?;
+    let mut started = cluster.petal();
+    let mut process = started.args(["server", "--config"]).arg(config).spawn().context("cannot start the server")?;
+    let begun = Cluster::wait_for("its new life is on the disk", Duration::from_secs(10), || {
+        superblock(cluster, &disk).is_ok_and(|now| now["incarnation"] != before)
+    });
+    let killed = process.kill();
+    let _ = process.wait();
+    signal("-CONT")?;
+    begun?;
+    killed?;
+    Cluster::wait_for("the others go on", Duration::from_secs(20), || everywhere_is(cluster, 'n').is_ok())
+}
+
+/// Somebody writes over a journal, or cuts a disk's file: refused with what to do, which is done.
+pub fn overwritten_and_cut(cluster: &Cluster) -> Result<()> {
+    cluster.up(&["--disk-size", "2GiB"])?;
+    let disk = cluster.data().join("s4/disk1");
+    let regions = superblock(cluster, &disk)?["regions"].clone();
+    let region = |name: &str, what: &str| -> Result<u64> {
+        let found = regions.as_array().into_iter().flatten().find(|r| r["name"] == name);
+        found.and_then(|r| r[what].as_u64()).with_context(|| format!("no {what} of {name} in {regions}"))
+    };
+    let (offset, length) = (region("journal", "offset")?, region("journal", "length")?);
+    let data = region("data", "offset")?;
+    for (letter, killed, said) in
+        [('m', false, "durable once"), ('n', true, "durable once"), ('o', false, "was truncated")]
+    {
+        write_everywhere(cluster, letter)?;
+        if killed {
+            // What is written in the second before may pass for a torn end, which the others put back.
+            std::thread::sleep(Duration::from_millis(2500));
+            kill9(pid_of(cluster, "s4")?)?;
+            declared_down(cluster, "s4")?;
+        } else {
+            read(cluster.petal().args(["down", "s4"]))?;
+        }
+        let file = std::fs::File::options().write(true).open(&disk)?;
+        match said {
+            "was truncated" => file.set_len(data + (1 << 20))?,
+            _ => file.write_all_at(&vec![0xa5; length as usize], offset)?,
+        }
+        file.sync_all()?;
+        let config = cluster.data().join("s4/server.toml");
+        let (code, words) = read_failure(cluster.petal().args(["server", "--config"]).arg(&config))?;
+        ensure!(words.contains(said) && words.contains("petal rejoin s4 --lost"), "exit code {code}: {words}");
+        println!("{}", words.lines().last().unwrap_or_default());
+        everywhere_is(cluster, letter)?;
+        read(cluster.petal().args(["rejoin", "s4", "--lost"]).arg(&disk))?;
+        cluster.up(&[])?;
+        full_again(cluster)?;
+        read(cluster.petal().arg("verify"))?;
+    }
+    // What came back is all there is of it.
+    read(cluster.petal().args(["down", "s3"]))?;
+    everywhere_is(cluster, 'o')?;
+    cluster.down()
+}
+
+/// The disk of a running server is copied, and somebody starts the copy elsewhere.
+pub fn copied_and_started(cluster: &Cluster) -> Result<()> {
+    cluster.up(&["--disk-size", "2GiB"])?;
+    write_everywhere(cluster, 'o')?;
+    let (disk, copied) = (cluster.data().join("s4/disk1"), cluster.folder().join("copied"));
+    let pid = pid_of(cluster, "s4")?;
+    read(command("kill").args(["-STOP", &pid.to_string()]))?;
+    let result = copy(&disk, &copied);
+    read(command("kill").args(["-CONT", &pid.to_string()]))?;
+    result?;
+    full_again(cluster)?;
+    let config = cluster.folder().join("copy.toml");
+    let right = std::fs::read_to_string(cluster.data().join("s4/server.toml"))?;
+    let socket = cluster.folder().join("copy.sock");
+    let changed: Vec<String> = right
+        .lines()
+        .map(|line| match line {
+            line if line.starts_with("listen") => format!("listen = [\"unix:{}\"]", socket.display()),
+            line if line.starts_with("disks") => format!("disks = [{:?}]", copied.display().to_string()),
+            line => line.to_string(),
+        })
+        .collect();
+    std::fs::write(&config, changed.join("\n"))?;
+    let mut copy =
+        cluster.petal().args(["server", "--config"]).arg(&config).spawn().context("cannot start the copy")?;
+    let ended = Cluster::wait_for("the process of the right disk ends", Duration::from_secs(40), || {
+        std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z"))
+    });
+    let _ = copy.kill();
+    let _ = copy.wait();
+    ended?;
+    let log = std::fs::read_to_string(cluster.data().join("s4/log"))?;
+    ensure!(log.contains("copy of"), "it does not say why it ended: {log}");
+    // From here on the right disk is one from the past.
+    everywhere_is(cluster, 'o')?;
+    let (code, words) =
+        read_failure(cluster.petal().args(["server", "--config"]).arg(cluster.data().join("s4/server.toml")))?;
+    ensure!(code == 3 && words.contains("earlier life"), "exit code {code}: {words}");
     cluster.down()
 }
 

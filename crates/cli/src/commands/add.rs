@@ -121,7 +121,7 @@ fn with_server(state: &State, server: ServerId, weight: u64) -> Result<State> {
         let added = run(Command::AddServer { addresses: addresses.clone(), token: 0 })?;
         ensure!(added == Outcome::Server(server), "the new server would get another number than {server}");
     }
-    let disks = vec![(DiskId(u128::MAX), Incarnation(0), weight)];
+    let disks = vec![(DiskId(u128::MAX), Incarnation(0).into(), weight)];
     run(Command::ServerUp { server, incarnation: Incarnation(1), addresses, disks })?;
     Ok(then)
 }

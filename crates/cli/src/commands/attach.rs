@@ -12,7 +12,7 @@
 //! folder for run-time files when the cluster was named by addresses. A disk may be renamed meanwhile, and another one
 //! get its name: the process file says which disk it is, and the name of the folder nothing.
 
-use crate::connect::{self, Connection, Disk, refusal};
+use crate::connect::{self, Connection, Disk};
 use crate::holder;
 use crate::output;
 use crate::place::Place;
@@ -20,11 +20,13 @@ use crate::processes::{self, Log, ProcessFile};
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use petal::client::RequestError;
-use petal::global_state::{Attachment, Command, CommandError, split_name};
+use petal::global_state::{Attachment, Command, split_name};
 use petal::ids::{SessionId, VdiskId};
 use petal::message::Refusal;
 use petal_fuse::{AttachError, AttachOptions, BlockError, BlockFile, KernelDisk};
+use rustix::fs::FlockOperation;
 use serde_json::json;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
@@ -86,8 +88,7 @@ pub fn run(place: &Place, mut arguments: Arguments) -> Result<()> {
         );
     }
     let process_file = folder.join("pid");
-    end_session_of_dead(place, &folder);
-    remove_remains(&folder)?;
+    take_down_dead(place, &folder, &arguments.disk)?;
     std::fs::create_dir_all(folder.join("fuse")).with_context(|| format!("cannot make {}", folder.display()))?;
     let log_path = folder.join("log");
     let log = Log::from_here(&log_path);
@@ -96,7 +97,7 @@ pub fn run(place: &Place, mut arguments: Arguments) -> Result<()> {
     let process = match started {
         Ok(process) => process,
         Err(error) => {
-            let _ = remove_remains(&folder);
+            let _ = take_down_dead(place, &folder, &arguments.disk);
             return Err(error.context(format!("cannot attach {}", arguments.disk)));
         }
     };
@@ -153,31 +154,53 @@ fn folder_named(place: &Place, disk: &str) -> Result<PathBuf> {
     }
 }
 
-/// Takes down what a process left that died, and its folder.
-pub fn remove_remains(folder: &Path) -> Result<()> {
+/// The lock that the process of a disk holds while it lives; `None` if it does. (Its pid says less: another namespace has
+/// other pids.)
+fn hold(folder: &Path) -> Result<Option<File>> {
+    let path = folder.join("lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.with_context(|| format!("cannot write {}", path.display()))?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(file)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(e) => Err(e).with_context(|| format!("cannot lock {}", path.display())),
+    }
+}
+
+/// Takes down what a process left that died: its session, its device and its folder.
+///
+/// # Errors
+/// If it lives, or something of it cannot be removed.
+pub fn take_down_dead(place: &Place, folder: &Path, disk: &str) -> Result<()> {
     if !folder.exists() {
         return Ok(());
     }
+    let held = hold(folder)?;
+    ensure!(held.is_some(), "another process attaches or detaches {disk} at this moment; try again");
+    end_session_of_dead(place, folder);
     petal_fuse::clean_up_remains(&folder.join("fuse"))?;
     std::fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))
 }
 
-/// Ends the session of a process that died: nobody can do anything with it any more, and the disk would count as
-/// attached.
-pub fn end_session_of_dead(place: &Place, folder: &Path) {
-    let Some(process) = ProcessFile::at(&folder.join("pid")).filter(|process| !process.lives()) else { return };
-    let Some(session) = process.text("session").and_then(|text| text.parse().ok()).map(SessionId) else { return };
-    let place = place.clone();
+/// Nobody can do anything with it any more, and the disk would count as attached.
+fn end_session_of_dead(place: &Place, folder: &Path) {
+    let Some(process) = ProcessFile::at(&folder.join("pid")) else { return };
+    let Some(number) = process.text("session").and_then(|text| text.parse().ok()).map(SessionId) else { return };
+    let (place, holder) = (place.clone(), process.text("holder").unwrap_or_default().to_string());
     let ended = connect::block_on(async move {
         let connection = Connection::open(&place).await?;
-        connection.execute_settled(Command::Detach { session }).await
+        // Another cluster, made in the same place since, has given the number to somebody else.
+        let state = connection.state().await?;
+        if state.sessions.get(&number).is_some_and(|session| session.holder == holder) {
+            connection.execute_settled(Command::Detach { session: number }).await?;
+        }
+        Ok(())
     });
-    match ended {
-        Err(error) if !matches!(refusal(&error), Some(CommandError::NoSuchSession(_))) => tracing::warn!(
-            "the process of the disk has died (pid {}), and its session {session} cannot be ended: {error:#}",
+    if let Err(error) = ended {
+        tracing::warn!(
+            "the process of the disk has died (pid {}), and its session {number} cannot be ended: {error:#}",
             process.pid
-        ),
-        _ => {}
+        );
     }
 }
 
@@ -197,6 +220,7 @@ fn words(place: &Place, folder: &Path, arguments: &Arguments) -> Result<Vec<Stri
 
 /// The life of the process that serves.
 async fn serve(place: &Place, folder: &Path, arguments: &Arguments) -> Result<()> {
+    let _held = hold(folder)?.with_context(|| format!("{} is being attached already", arguments.disk))?;
     let mut process = ProcessFile::own();
     process.write(&folder.join("pid"))?;
     let connection = Connection::open(place).await?;
@@ -206,7 +230,16 @@ async fn serve(place: &Place, folder: &Path, arguments: &Arguments) -> Result<()
     process.details.insert("disk".into(), arguments.disk.clone().into());
     process.details.insert("vdisk".into(), disk.id().to_string().into());
     process.details.insert("session".into(), disk.session().0.to_string().into());
+    process.details.insert("holder".into(), holder.into());
     process.write(&folder.join("pid"))?;
+    let served = serve_attached(folder, arguments, process, &disk).await;
+    let detached = disk.detach().await;
+    served?;
+    Ok(detached?)
+}
+
+/// From the mount to its end.
+async fn serve_attached(folder: &Path, arguments: &Arguments, mut process: ProcessFile, disk: &Disk) -> Result<()> {
     let (mount, requests) = petal_fuse::mount(&folder.join("fuse"), disk.size(), arguments.read_only)
         .with_context(|| format!("cannot mount FUSE on {}", folder.join("fuse").display()))?;
     let serving = tokio::task::spawn_local(petal_fuse::serve(requests, Rc::new(ServedDisk(disk.clone()))));
@@ -214,13 +247,7 @@ async fn serve(place: &Place, folder: &Path, arguments: &Arguments) -> Result<()
     let (fuse, options) =
         (folder.join("fuse"), AttachOptions { block_size: arguments.block_size, read_only: arguments.read_only });
     let kernel_disk = tokio::task::spawn_blocking(move || KernelDisk::attach(mount, &fuse, options)).await?;
-    let kernel_disk = match kernel_disk {
-        Ok(kernel_disk) => kernel_disk,
-        Err(error) => {
-            let _ = disk.detach().await;
-            return Err(error.into());
-        }
-    };
+    let kernel_disk = kernel_disk?;
     let device = kernel_disk.device().display().to_string();
     process.details.insert("device".into(), device.clone().into());
     process.ready = true;
@@ -229,7 +256,6 @@ async fn serve(place: &Place, folder: &Path, arguments: &Arguments) -> Result<()
 
     until_detached(kernel_disk).await?;
     serving.await?;
-    disk.detach().await?;
     Ok(())
 }
 

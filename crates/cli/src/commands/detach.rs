@@ -74,10 +74,8 @@ fn detach_folder(place: &Place, folder: &Path, disk: &str) -> Result<()> {
             let log = folder.join("log");
             bail!("{disk} is not detached after {} s; see {}", END_LIMIT.as_secs(), log.display());
         }
-    } else {
-        attach::end_session_of_dead(place, folder);
     }
-    attach::remove_remains(folder)
+    attach::take_down_dead(place, folder, disk)
 }
 
 /// Asked before the process is told to end, so that the answer comes here and not into its log.

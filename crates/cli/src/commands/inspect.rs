@@ -81,6 +81,8 @@ fn superblock(path: &Path, json: bool) -> Result<()> {
             "name": block.genesis.name,
             "server": block.server.to_string(),
             "incarnation": block.incarnation.0,
+            "taken": block.taken.0,
+            "journal_mark": block.journal_mark,
             "generation": block.generation,
             "disk": block.disk.to_string(),
             "disks": block.disks.iter().map(ToString::to_string).collect::<Vec<_>>(),
@@ -95,12 +97,13 @@ fn superblock(path: &Path, json: bool) -> Result<()> {
     for member in &block.genesis.ring {
         println!("first ring   {} at {}", member.server, member.addresses.join(", "));
     }
-    println!("server       {}, incarnation {}", block.server, block.incarnation.0);
+    println!("server       {}, life {} (the cluster took {})", block.server, block.incarnation, block.taken);
     println!("disk         {}", block.disk);
     for disk in block.disks.iter().filter(|d| **d != block.disk) {
         println!("with         {disk}");
     }
     println!("size         {}", output::size(layout.size));
+    println!("durable      the journal, up to batch {} at least", block.journal_mark);
     for (name, region) in regions {
         println!("{name:<12} {} at byte {}", output::size(region.length), region.offset);
     }
@@ -145,7 +148,10 @@ fn journal(path: &Path, batches: usize, json: bool) -> Result<()> {
     println!("{} whole batches in {} of journal; the newest:", found.len(), output::size(region.length));
     for (offset, (header, records, _)) in newest {
         let Header { run, number, durable_through, .. } = header;
-        println!("batch {number} at byte {offset}: run {run}, durable through {durable_through}");
+        println!(
+            "batch {number} at byte {} of the disk: run {run}, durable through {durable_through}",
+            region.offset + *offset as u64
+        );
         records_of(records).iter().for_each(|r| println!("  {r}"));
     }
     Ok(())

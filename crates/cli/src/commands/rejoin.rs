@@ -12,8 +12,9 @@ use crate::cluster_folder::ClusterFile;
 use crate::connect::{self, Connection};
 use crate::disk_files::{self, Replacement};
 use crate::output;
-use crate::place::Place;
+use crate::place::{self, Place};
 use crate::server_config::ServerConfig;
+use crate::supervisor;
 use anyhow::{Context, Result, bail, ensure};
 use petal::global_state::{Command, Genesis, State};
 use petal::ids::{DiskId, ServerId};
@@ -80,6 +81,7 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
         connect::block_on(async move { down(&Connection::open(&place).await?, server).await })?
     };
     replacement.check(&state)?;
+    check_majority(place, &state)?;
     let is_half_made = replacement.is_half_made(&state);
     ensure!(
         is_half_made || !replacement.lost_paths().is_empty(),
@@ -147,6 +149,23 @@ fn take_note(place: &Place, command: Command, server: ServerId, disks: Vec<DiskI
     })
 }
 
+/// A command that cannot be decided now might be later, when nobody waits for it.
+fn check_majority(place: &Place, state: &State) -> Result<()> {
+    let (asked, known) = (place.clone(), state.clone());
+    let away = connect::block_on(async move {
+        let connection = Connection::open(&asked).await?.to_all(&known).await?;
+        Ok(connection.away(&known, Duration::from_secs(2)).await)
+    })?;
+    let members = || state.ring.members.iter().map(|m| m.server);
+    let away: Vec<String> = members().filter(|s| away.contains(s)).map(|s| s.to_string()).collect();
+    ensure!(
+        away.len() < members().count().div_ceil(2),
+        "the cluster must take note, and too few members of its ring run: start {} first",
+        away.join(" or ")
+    );
+    Ok(())
+}
+
 /// Where the server's disks are.
 struct Own {
     disks: Vec<PathBuf>,
@@ -171,8 +190,11 @@ impl Own {
             return Ok(Own { disks, disk_size: None, genesis: token });
         }
         let folder = place.folder().context("name the server's config file with --config")?;
-        let file: ClusterFile = folder.read()?;
         let server = arguments.server;
+        if let Some(process) = supervisor::process(&folder, server) {
+            bail!("{server} runs (pid {}); stop it first: `{} down {server}`", process.pid, place::petal(&folder));
+        }
+        let file: ClusterFile = folder.read()?;
         let known = file.servers.iter().any(|s| s.server() == server);
         ensure!(known, "there is no server {server} in {}; `petal status` shows the servers", folder.path().display());
         std::fs::create_dir_all(folder.server(server))?;

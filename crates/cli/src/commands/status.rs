@@ -234,6 +234,7 @@ impl Report {
             "servers": self.servers.iter().map(ServerReport::json).collect::<Vec<_>>(),
             "slow": slow_servers(&self.servers).iter().map(SlowServer::json).collect::<Vec<_>>(),
             "majority": self.has_majority(),
+            "leases": self.leases(),
             "redundancy": self.redundancy.json(),
             "reconfiguration": reconfigure::json(&self.state),
             "disks": disks,
@@ -245,6 +246,11 @@ impl Report {
     fn has_majority(&self) -> bool {
         let members = || self.servers.iter().filter(|s| s.ring);
         members().filter(|s| s.status.is_some()).count() > members().count() / 2
+    }
+
+    /// Servers that may serve.
+    fn leases(&self) -> usize {
+        self.servers.iter().filter(|s| s.status.as_ref().is_some_and(|status| status.lease)).count()
     }
 
     fn full_disks(&self) -> impl Iterator<Item = (ServerId, &DiskStatus)> {
@@ -281,6 +287,12 @@ impl Report {
             println!(
                 "  THE RING HAS NO MAJORITY: nothing can be read, written or changed until it has; start {}.",
                 away.join(" or ")
+            );
+        }
+        if self.has_majority() && self.leases() == 0 {
+            println!(
+                "  NO SERVER HAS A LEASE: nothing can be read, written or changed. Too few members of the ring take part in \
+                 it; see the logs of those that answer, and start the others."
             );
         }
         slow_servers(&self.servers).iter().for_each(|slow| println!("  {}", slow.sentence()));

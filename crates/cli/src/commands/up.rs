@@ -148,25 +148,40 @@ fn start_beside(folder: &ClusterFolder) -> Result<()> {
     }
     let complaints: Vec<String> = started.complaint().into_iter().chain(silent).collect();
     ensure!(complaints.is_empty(), "{}", complaints.join("; "));
-    print_usage(folder, &supervisor);
+    print_usage(folder, &without_past(supervisor, folder, &file));
     Ok(())
+}
+
+/// The supervisor's process file without warnings about servers that run now.
+fn without_past(mut supervisor: ProcessFile, folder: &ClusterFolder, file: &ClusterFile) -> ProcessFile {
+    let runs = |server: &ServerId| supervisor::process(folder, *server).is_some_and(|process| process.ready);
+    let running: Vec<String> =
+        file.servers.iter().map(ServerEntry::server).filter(runs).map(|s| s.to_string()).collect();
+    let is_past = |warning: &str| running.iter().any(|server| warning.contains(&supervisor::not_started(server)));
+    let kept: Vec<String> = supervisor.warnings().filter(|warning| !is_past(warning)).map(String::from).collect();
+    supervisor.details.insert("warnings".into(), kept.into());
+    supervisor
 }
 
 /// Servers whose process is there and does not answer: one sentence each.
 fn silent(folder: &ClusterFolder, file: &ClusterFile, started: &Started) -> Vec<String> {
     let place = Place::Folder(folder.path().to_path_buf());
-    let away = connect::block_on(async move {
+    let ask = async move {
         let connection = Connection::open(&place).await?;
         let state = connection.state().await?;
         Ok(connection.to_all(&state).await?.away(&state, SILENCE_LIMIT).await)
-    });
+    };
+    // Whom it reaches on the way is nobody's business.
+    let away =
+        tracing::subscriber::with_default(tracing::subscriber::NoSubscriber::default(), || connect::block_on(ask));
     // Who cannot be asked for the others is not answered by anybody: `petal status` says more.
     let away = away.unwrap_or_default();
     let is_new = |server: ServerId| started.ready.iter().any(|(ready, _)| *ready == server);
     let hangs = file.servers.iter().map(ServerEntry::server).filter(|s| away.contains(s) && !is_new(*s));
     hangs
         .filter_map(|server| {
-            let pid = supervisor::process(folder, server)?.pid;
+            // One that is not ready yet replays its journal.
+            let pid = supervisor::process(folder, server).filter(|process| process.ready)?.pid;
             let log = folder.server(server).join("log");
             Some(format!(
                 "{server} runs (pid {pid}) and does not answer: see {}, and if it hangs end it (`kill -9 {pid}`) and start \

@@ -50,6 +50,7 @@ pub struct Loss {
     then: Redundancy,
     /// Ring members that would be up, and all.
     ring: (usize, usize),
+    ring_decides_now: bool,
     disks: Vec<(String, Counts)>,
 }
 
@@ -79,7 +80,9 @@ impl Loss {
         let then = Redundancy::of(state, &all);
         let is_up = |server: &ServerId| !all.contains(server) && state.servers.get(server).is_some_and(|s| !s.down);
         let members = &state.ring.members;
+        let up_now = members.iter().filter(|m| !away.contains(&m.server) && !state.servers[&m.server].down).count();
         Loss {
+            ring_decides_now: up_now > members.len() / 2,
             down: down.iter().map(ToString::to_string).collect(),
             now: Redundancy::of(state, away),
             ring: (members.iter().filter(|m| is_up(&m.server)).count(), members.len()),
@@ -100,7 +103,7 @@ impl Loss {
 
     /// It makes something unavailable that is served now, or takes the ring its majority.
     pub fn is_worse_than_now(&self) -> bool {
-        self.then.unavailable() > self.now.unavailable() || !self.ring_decides()
+        self.then.unavailable() > self.now.unavailable() || !self.ring_decides() && self.ring_decides_now
     }
 
     fn is_harmless(&self) -> bool {

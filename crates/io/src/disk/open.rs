@@ -153,7 +153,15 @@ pub fn open_disk(path: &Path, direct: DirectIo) -> Result<FoundDisk, OpenError> 
     let file = Arc::new(DiskFile::open(path, false, direct)?);
     let length = file.length().map_err(|source| failed(path, "find out the length of", source))?;
     let mut area = BufferPool::new().take(SUPERBLOCK_AREA);
-    file.read_at(&mut area, 0).map_err(|source| failed(path, "read", source))?;
+    if let Err(source) = file.read_at(&mut area, 0) {
+        // One copy is enough; one that cannot be read looks as if it were none.
+        let (first, second) = area.split_at_mut(SUPERBLOCK_AREA / 2);
+        let copies = [(first, 0), (second, SUPERBLOCK_AREA as u64 / 2)];
+        let read = copies.map(|(copy, at)| file.read_at(copy, at).map_err(|_| copy.fill(0)).is_ok());
+        if read == [false; 2] {
+            return Err(failed(path, "read", source));
+        }
+    }
     Ok(FoundDisk { file, superblocks: area.into_bytes(), length })
 }
 

@@ -165,7 +165,7 @@ impl Shared {
         match role {
             Role::Client => connections.clients += 1,
             Role::Server { id: server, incarnation } => {
-                connections.servers.insert(server, (incarnation, Some(id)));
+                connections.servers.insert(server, (incarnation, id));
             }
         }
         drop(connections);
@@ -178,7 +178,7 @@ impl Shared {
         let (Role::Server { id, .. }, Role::Server { .. }) = (role, self.hello.role) else {
             return;
         };
-        let old = self.connections.borrow().servers.get(&id).and_then(|(_, connection)| *connection);
+        let old = self.connections.borrow().servers.get(&id).map(|(_, connection)| *connection);
         if let Some(old) = old {
             self.close(old, Closed::Replaced);
         }
@@ -194,10 +194,9 @@ impl Shared {
         match connection.peer.hello.role {
             Role::Client => connections.clients -= 1,
             Role::Server { id: server, .. } => {
-                if let Some((_, current)) = connections.servers.get_mut(&server)
-                    && *current == Some(id)
-                {
-                    *current = None;
+                // With its life: what a peer says of itself holds for as long as it is there.
+                if connections.servers.get(&server).is_some_and(|(_, current)| *current == id) {
+                    connections.servers.remove(&server);
                 }
             }
         }

@@ -220,7 +220,7 @@ struct Connections {
     fast: FastMap<u64, Rc<Connection>>,
     clients: usize,
     /// Of a server transport: the newest life seen of each other server, and its connection.
-    servers: BTreeMap<ServerId, (Incarnation, Option<ConnectionId>)>,
+    servers: BTreeMap<ServerId, (Incarnation, ConnectionId)>,
     dials: BTreeMap<ServerId, dial::Dial>,
 }
 

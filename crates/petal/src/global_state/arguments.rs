@@ -85,17 +85,17 @@ impl ServerState {
         &self,
         server: ServerId,
         incarnation: Incarnation,
-        found: &BTreeMap<DiskId, (Incarnation, u64)>,
+        found: &BTreeMap<DiskId, (Lives, u64)>,
     ) -> Result<(), CommandError> {
         for (disk, known) in &self.disks {
-            let (last, _) = found.get(disk).ok_or(CommandError::DiskMissing { server, disk: *disk })?;
-            if *last < known.incarnation {
-                let (disk, found, known) = (*disk, *last, known.incarnation);
+            let (lives, _) = found.get(disk).ok_or(CommandError::DiskMissing { server, disk: *disk })?;
+            if !lives.saw(known.incarnation) {
+                let (disk, found, known) = (*disk, lives.last, known.incarnation);
                 return Err(CommandError::DiskFromThePast { server, disk, found, known });
             }
         }
-        match found.values().find(|(last, _)| *last >= incarnation) {
-            Some((last, _)) => Err(CommandError::OldIncarnation { server, known: *last, given: incarnation }),
+        match found.values().map(|(lives, _)| lives.last).find(|last| *last >= incarnation) {
+            Some(known) => Err(CommandError::OldIncarnation { server, known, given: incarnation }),
             None => Ok(()),
         }
     }

@@ -73,9 +73,9 @@ pub enum Command {
         incarnation: Incarnation,
         /// Where to reach it now.
         addresses: Vec<String>,
-        /// The disks that it found, with the last incarnation written on each before this one, and
-        /// their capacity for data in bytes.
-        disks: Vec<(DiskId, Incarnation, u64)>,
+        /// The disks that it found, with the lives that each knows of before this one, and their capacity for data in
+        /// bytes.
+        disks: Vec<(DiskId, Lives, u64)>,
     },
     /// A new disk, in a family of its own, in the common GMap of the scheme (made when first needed,
     /// from all servers then present).
@@ -567,8 +567,7 @@ pub enum CommandError {
     NoSuchServer(ServerId),
     /// An older life of a server.
     #[error(
-        "{server} has begun its life {} already, and would begin life {} with these disks: they are from an earlier life, a restored image or a copy, and cannot be used as they are; stop what else runs as {server}, or name them as lost with `petal rejoin {server} --lost PATH`",
-        .known.0, .given.0
+        "{server} has begun its life {known} already, and would begin life {given} with these disks: they are from an earlier life, a restored image or a copy, and cannot be used as they are; stop what else runs as {server}, or name them as lost with `petal rejoin {server} --lost PATH`"
     )]
     OldIncarnation {
         /// The server.
@@ -580,7 +579,7 @@ pub enum CommandError {
     },
     /// Disks are not those that the cluster knows.
     #[error(
-        "{server} came without disk {disk}, which holds data of the cluster; bring the disk back and start the server again, or, if it is lost, make it anew with `petal rejoin {server} --lost PATH`"
+        "{server} came without disk {disk}, which holds data of the cluster; bring the disk back and start the server again, or, if it is lost, or was to be made by a `petal rejoin` that was broken off, make it anew with `petal rejoin {server} --lost PATH`"
     )]
     DiskMissing {
         /// The server.

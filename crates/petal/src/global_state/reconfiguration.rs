@@ -522,7 +522,7 @@ mod tests {
 
     fn up_again(f: &mut Fixture, server: u16) {
         let known = &f.state.servers[&s(server)];
-        let disks = known.disks.iter().map(|(d, of)| (*d, of.incarnation, of.capacity)).collect();
+        let disks = known.disks.iter().map(|(d, of)| (*d, of.incarnation.into(), of.capacity)).collect();
         let (incarnation, addresses) = (Incarnation(known.incarnation.0 + 1), known.addresses.clone());
         f.run(Command::ServerUp { server: s(server), incarnation, addresses, disks }).unwrap();
     }
@@ -589,7 +589,7 @@ mod tests {
         let mut f = Fixture::up(3);
         let addresses = vec!["fourth:1".to_string()];
         f.run(Command::AddServer { addresses: addresses.clone(), token: 76 }).unwrap();
-        let disks = vec![(DiskId(4), Incarnation(0), f.state.servers[&s(3)].weight)];
+        let disks = vec![(DiskId(4), Incarnation(0).into(), f.state.servers[&s(3)].weight)];
         f.run(Command::ServerUp { server: s(4), incarnation: Incarnation(1), addresses, disks }).unwrap();
         f.disk("a");
         let gmap = *f.state.gmaps.keys().next().unwrap();

@@ -307,7 +307,7 @@ impl Cluster {
                 server: ServerId(s),
                 incarnation: Incarnation(1),
                 addresses: vec![],
-                disks: vec![(DiskId(u128::from(s)), Incarnation(0), 1 << 30)],
+                disks: vec![(DiskId(u128::from(s)), Incarnation(0).into(), 1 << 30)],
             };
             self.execute(server, up);
         }
@@ -391,9 +391,9 @@ impl Cluster {
         let states = self.hosts.values().filter_map(|h| h.room.as_ref()).map(GlobalState::state);
         let known = states.max_by_key(|s| s.index).expect("others are up").servers[&server].clone();
         let incarnation = Incarnation(known.incarnation.0 + 1);
-        let mut found: Vec<_> = known.disks.keys().map(|d| (*d, known.incarnation, 1)).collect();
+        let mut found: Vec<_> = known.disks.keys().map(|d| (*d, known.incarnation.into(), 1)).collect();
         if found.is_empty() {
-            found.push((DiskId(u128::from(server.0)), Incarnation(0), 1));
+            found.push((DiskId(u128::from(server.0)), Incarnation(0).into(), 1));
         }
         self.insist(server, &Command::ServerUp { server, incarnation, addresses: vec![], disks: found });
         let disks = vec![DiskId(u128::from(self.prng.next_u64()))];
@@ -761,7 +761,7 @@ fn made_anew_with(given: &[u128]) -> State {
     let mut present = 1;
     for (life, disk) in (1..).zip(given) {
         let incarnation = Incarnation(life);
-        let disks = vec![(DiskId(present), Incarnation(life - 1), 1 << 30)];
+        let disks = vec![(DiskId(present), Incarnation(life - 1).into(), 1 << 30)];
         run(Command::ServerUp { server, incarnation, addresses: vec![], disks });
         run(Command::Goodbye { server, incarnation });
         let disks = vec![DiskId(*disk)];

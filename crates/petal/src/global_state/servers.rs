@@ -84,7 +84,7 @@ impl State {
         id: ServerId,
         incarnation: Incarnation,
         addresses: &[String],
-        disks: &[(DiskId, Incarnation, u64)],
+        disks: &[(DiskId, Lives, u64)],
         effects: &mut Effects,
     ) -> Applied {
         check_addresses(addresses)?;
@@ -96,7 +96,7 @@ impl State {
             let what = format!("disks in {id}");
             return Err(CommandError::TooMany { limit: DISKS_PER_SERVER_MAX, what });
         }
-        let found: BTreeMap<DiskId, (Incarnation, u64)> = disks.iter().map(|(d, i, c)| (*d, (*i, *c))).collect();
+        let found: BTreeMap<DiskId, (Lives, u64)> = disks.iter().map(|(d, lives, c)| (*d, (*lives, *c))).collect();
         server.check_disks(id, incarnation, &found)?;
         let up = ServerState {
             addresses: addresses.to_vec(),

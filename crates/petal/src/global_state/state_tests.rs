@@ -64,7 +64,7 @@ fn server_up(server: u16, incarnation: u64, disks: &[(u128, u64)]) -> Command {
         server: ServerId(server),
         incarnation: Incarnation(incarnation),
         addresses: vec![format!("unix:s{server}.sock")],
-        disks: disks.iter().map(|(d, last)| (DiskId(*d), Incarnation(*last), 1 << 30)).collect(),
+        disks: disks.iter().map(|(d, last)| (DiskId(*d), Incarnation(*last).into(), 1 << 30)).collect(),
     }
 }
 
@@ -160,6 +160,69 @@ fn the_first_server_up_registers_disks_and_later_ones_must_bring_them() {
     assert!(matches!(old, Err(CommandError::DiskFromThePast { disk: DiskId(11), .. })), "{old:?}");
     f.run(server_up(1, 2, &[(10, 1), (11, 1), (12, 0)])).unwrap();
     assert_eq!(f.state.servers[&ServerId(1)].disks.len(), 3);
+}
+
+/// A server of two disks that starts again and again, as the shell does it.
+#[derive(Clone)]
+struct Starts {
+    disks: [Lives; 2],
+}
+
+impl Starts {
+    /// Writes the new life to the first `written` disks. What the cluster would be told, where it comes to that.
+    fn begin(&mut self, prng: &mut Prng, written: usize) -> (Incarnation, Vec<(DiskId, Lives, u64)>) {
+        let found = (1..).map(DiskId).zip(self.disks).map(|(disk, lives)| (disk, lives, 1 << 30)).collect();
+        let newest = *self.disks.iter().max().unwrap();
+        let life = newest.next(prng.next_u64() as u32);
+        for lives in &mut self.disks[..written] {
+            *lives = lives.then(life, newest.taken);
+        }
+        (life, found)
+    }
+}
+
+/// P9's bad input: an image of a disk, from before the last life that the cluster took, is refused at the first start and at
+/// every later one, whatever was broken off; and a disk that was always there never is.
+#[test]
+fn an_image_of_a_disk_never_passes_however_often_it_is_started() {
+    let mut refused = 0;
+    for seed in 0..300 {
+        let mut prng = Prng::new(seed);
+        let mut f = Fixture::new(1);
+        let mut server = Starts { disks: [Lives::from(Incarnation(0)); 2] };
+        let mut image: Option<(Lives, Incarnation)> = None;
+        for _ in 0..prng.between(3, 25) {
+            let written = if prng.chance(1, 4) { prng.below(2) as usize } else { 2 };
+            let (incarnation, disks) = server.begin(&mut prng, written);
+            if written < 2 || prng.chance(1, 3) {
+                continue; // It ended before it could ask.
+            }
+            let up = Command::ServerUp { server: ServerId(1), incarnation, addresses: vec![], disks };
+            f.run(up).unwrap_or_else(|e| panic!("seed {seed}: a sound disk is refused: {e}"));
+            let noted = prng.below(4) as usize;
+            server.disks.iter_mut().take(noted).for_each(|lives| lives.taken = incarnation);
+            if prng.chance(1, 3) && server.disks[1].taken == incarnation {
+                image = Some((server.disks[1], incarnation));
+            }
+        }
+        let known = f.state.servers[&ServerId(1)].incarnation;
+        let Some((lives, of)) = image.filter(|(_, of)| *of < known) else { continue };
+        server.disks[1] = lives;
+        for _ in 0..6 {
+            let (incarnation, disks) = server.begin(&mut prng, 2);
+            if prng.chance(1, 2) {
+                continue;
+            }
+            let up = Command::ServerUp { server: ServerId(1), incarnation, addresses: vec![], disks };
+            let result = f.run(up);
+            assert!(
+                matches!(result, Err(CommandError::DiskFromThePast { .. })),
+                "seed {seed}, image of {of}: {result:?}"
+            );
+            refused += 1;
+        }
+    }
+    assert!(refused > 200, "{refused}");
 }
 
 #[test]
@@ -345,7 +408,7 @@ fn hints_name_the_acting_primary_first() {
 fn the_bytes_of_a_small_state_never_change() {
     let mut f = Fixture::new(1);
     f.run(server_up(1, 1, &[(10, 0)])).unwrap();
-    expect!["08 01 c1 01 04 74 65 73 74 01 00 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 01 00 01 0a 01 80 80 80 80 04 00 01 00 80 80 80 80 04 00 00 00 00 00 00 00 01 d8 04 00 00 00 00 00 00 01 07 01 01 01 01 01 00 00"]
+    expect!["09 01 c1 01 04 74 65 73 74 01 00 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 01 00 01 0a 01 80 80 80 80 04 00 01 00 80 80 80 80 04 00 00 00 00 00 00 00 01 d8 04 00 00 00 00 00 00 01 07 01 01 01 01 01 00 00"]
         .assert_eq(&hex(&f.state.encode()));
     let entry = Entry { id: CommandId { proposer: 300, number: 2, finished_below: 1 }, command: create("vol0") };
     expect![[r#"ac 02 02 01 03 04 76 6f 6c 30 80 80 80 80 04 01 80 80 40"#]]
@@ -364,7 +427,7 @@ fn a_state_survives_being_bytes_and_hostile_bytes_are_refused() {
     let bytes = f.state.encode();
     assert_eq!(State::decode(&bytes), Ok(f.state.clone()));
     assert_eq!(State::decode(&[]), Err(StateError::Malformed));
-    assert_eq!(State::decode(&[9, 1]), Err(StateError::UnknownVersion(9)));
+    assert_eq!(State::decode(&[99, 1]), Err(StateError::UnknownVersion(99)));
     let mut prng = Prng::new(1);
     for _ in 0..20_000 {
         let mut damaged = bytes.clone();

@@ -66,8 +66,12 @@ impl Server {
             _ => self.data.operations() == 0,
         };
         // With a disk that does not work there is nothing to wait for.
-        let noted = over && (self.last_word.is_some() || self.stores.mark_journals());
-        if noted || self.now >= deadline {
+        if over && self.last_word.is_none() && !self.is_marked {
+            self.is_marked = true;
+            self.stores.mark_journals();
+        }
+        let noted = self.last_word.is_some() || self.stores.are_labelled();
+        if over && noted || self.now >= deadline {
             self.out.push_back(self.last_word.clone().unwrap_or(Output::Stopped));
         }
     }

@@ -3,18 +3,18 @@
 
 use super::{Output, Server, Stage};
 use crate::global_state::{CommandError, GlobalState};
-use crate::ids::{DiskId, Incarnation, ServerId, StateIndex};
+use crate::ids::{DiskId, Incarnation, Lives, ServerId, StateIndex};
 use crate::message::CommandId;
 use crate::sabotage::Sabotage;
 
 impl Server {
     /// The disks that this life stands on: without one that it had, the cluster refuses it.
-    pub(super) fn disks_to_tell(&self, global: &GlobalState) -> Vec<(DiskId, Incarnation, u64)> {
+    pub(super) fn disks_to_tell(&self, global: &GlobalState) -> Vec<(DiskId, Lives, u64)> {
         let mut disks = self.disks_found.clone();
         if self.sabotage == Sabotage::MissingDisk {
             let known = global.state().servers.get(&self.me).into_iter().flat_map(|s| &s.disks);
             let missing = known.filter(|(id, _)| disks.iter().all(|(found, ..)| found != *id));
-            let missing: Vec<_> = missing.map(|(id, disk)| (*id, disk.incarnation, disk.capacity)).collect();
+            let missing: Vec<_> = missing.map(|(id, disk)| (*id, disk.incarnation.into(), disk.capacity)).collect();
             disks.extend(missing);
         }
         disks
@@ -30,7 +30,7 @@ impl Server {
             // A copy of an old disk. Its life must not stand on it, or at the next try it would pass for one that the
             // cluster has not heard of yet.
             Some(Err(error @ (CommandError::OldIncarnation { .. } | CommandError::DiskFromThePast { .. }))) => {
-                let found: Vec<Incarnation> = self.disks_found.iter().map(|(_, incarnation, _)| *incarnation).collect();
+                let found: Vec<Incarnation> = self.disks_found.iter().map(|(_, lives, _)| lives.last).collect();
                 self.refused = Some(error.to_string());
                 self.stores.take_life_back(&found);
             }
@@ -40,6 +40,7 @@ impl Server {
             Some(Err(error)) => self.out.push_back(Output::Fatal(error.to_string())),
             _ => {
                 self.stage = Stage::Running;
+                self.stores.note_taken();
                 self.follow_state(None);
                 self.data.want_sweep();
                 let state = self.global.as_ref().expect("it has decided").state();
@@ -70,7 +71,7 @@ impl Server {
             self.out.push_back(Output::Fatal(format!(
                 "{} has begun its life {} elsewhere, and this process is its life {}: somebody runs it with a copy of these \
                  disks. This process ends",
-                self.me, later.0, self.incarnation.0
+                self.me, later, self.incarnation
             )));
         }
     }

@@ -154,6 +154,11 @@ impl Allocator {
         self.in_use.get(block)
     }
 
+    /// A block that an entry refers to and that lies behind what was ever written.
+    pub fn beyond_frontier(&self) -> Option<u64> {
+        self.referenced.next_set(self.frontier, self.capacity)
+    }
+
     /// Whether an entry refers to the block.
     pub fn is_referenced(&self, block: u64) -> bool {
         self.check(block);

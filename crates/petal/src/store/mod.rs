@@ -445,10 +445,19 @@ impl Stores {
         self.disks.iter_mut().zip(found).for_each(|(disk, incarnation)| disk.write_incarnation(*incarnation));
     }
 
-    /// Notes on every disk, outside of its journal, how far that is durable: one that ends before is damaged. True if
-    /// that is noted everywhere.
-    pub fn mark_journals(&mut self) -> bool {
-        self.disks.iter_mut().fold(true, |all, disk| disk.mark_journal() & all)
+    /// Notes on every disk, outside of its journal, how far that is durable: one that ends before is damaged.
+    pub fn mark_journals(&mut self) {
+        self.disks.iter_mut().for_each(disk::Disk::mark_journal);
+    }
+
+    /// Notes on every disk that the cluster has taken this life.
+    pub fn note_taken(&mut self) {
+        self.disks.iter_mut().for_each(disk::Disk::note_taken);
+    }
+
+    /// What was to be noted so is stable.
+    pub fn are_labelled(&self) -> bool {
+        self.disks.iter().all(disk::Disk::is_labelled)
     }
 
     /// A disk command is done.

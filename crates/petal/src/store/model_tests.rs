@@ -385,6 +385,8 @@ impl Walk {
                     layout,
                     votes_from: 0,
                     journal_mark: 0,
+                    taken: Incarnation(0),
+                    first: Incarnation(0),
                 };
                 disk.write(Superblock::copy_offset(generation), &superblock.encode(), || true);
             }
@@ -1103,7 +1105,7 @@ impl Walk {
             0..6 => self.change_something()?,
             6..8 => self.read_something()?,
             8 => self.scan_something()?,
-            9 if self.prng.chance(1, 4) => drop(self.stores.mark_journals()),
+            9 if self.prng.chance(1, 4) => self.stores.mark_journals(),
             9 => self.check_index()?,
             n if n < 10 + flushes => self.flush()?,
             _ => drop(self.answer_any()?),

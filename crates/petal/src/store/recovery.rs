@@ -22,6 +22,8 @@ const RING_READ: u64 = 1 << 20;
 /// Bytes that a batch takes at most, as a part of the ring: records end it when they have a sixteenth, and one has at
 /// most an eighth.
 const BATCH_PART: u64 = 4;
+/// Blocks of the ring that may be unreadable. A disk with more is going to fail, and each may take it seconds.
+const UNREADABLE_MAX: usize = 16;
 
 /// What the last checkpoint reached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -137,6 +139,9 @@ impl Disk {
             }
             (Asked::Ring { at, .. }, DiskResult::Read(Err(_))) => {
                 self.recovery().unreadable.insert(at);
+                if self.recovery().unreadable.len() > UNREADABLE_MAX {
+                    return self.fail_as_lost("cannot be opened (the journal cannot be read at many places)");
+                }
                 if self.recovery().asked.is_empty() {
                     self.follow_journal();
                 }
@@ -235,12 +240,14 @@ impl Disk {
         self.ask(Asked::Ring { at, length }, DiskCommand::Read { offset, length });
     }
 
-    /// Whether the batch after the last one found may be in blocks that cannot be read: behind it, or at the start of
-    /// the ring.
+    /// Whether the batch after the last one found may be in blocks that cannot be read: behind it, or, where it may not
+    /// have fitted, at the start of the ring.
     fn may_go_on_unreadably(&mut self, end: u64) -> bool {
-        let part = self.superblock.layout.journal.length / BATCH_PART;
+        let ring = self.superblock.layout.journal.length;
+        let part = ring / BATCH_PART;
         let unreadable = &self.recovery().unreadable;
-        [end, 0].iter().any(|at| unreadable.range(at..&(at + part)).next().is_some())
+        let is_in = |at: u64| unreadable.range(at..at + part).next().is_some();
+        is_in(end) || end + part > ring && is_in(0)
     }
 
     fn follow_journal(&mut self) {
@@ -342,6 +349,12 @@ impl Disk {
                 }
                 self.apply(record);
             }
+        }
+        if let Some(block) = self.allocator.beyond_frontier() {
+            let start = self.superblock.layout.data.offset;
+            let (end, used) = (start + self.allocator.frontier() * BLOCK_SIZE, start + block * BLOCK_SIZE);
+            return self
+                .fail_as_lost(&format!("was truncated: it ends at byte {end}, and what is at byte {used} is in use"));
         }
         self.discard_open_batch();
         self.durable_watermarks.clone_from(&self.watermarks);

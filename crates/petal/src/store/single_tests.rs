@@ -133,9 +133,11 @@ fn a_journal_that_was_written_over_is_refused_once_it_was_noted_how_far_it_went(
             walk.quiet().unwrap();
         }
         if noted {
-            assert!(!walk.stores.mark_journals(), "it is being written");
+            walk.stores.mark_journals();
+            assert!(!walk.stores.are_labelled(), "it is being written");
             walk.quiet().unwrap();
-            assert!(walk.stores.mark_journals(), "nothing more to note");
+            walk.stores.mark_journals();
+            assert!(walk.stores.are_labelled(), "nothing more to note");
         }
         walk.die();
         let journal = walk.stores.disks[0].superblock.layout.journal;
@@ -145,6 +147,26 @@ fn a_journal_that_was_written_over_is_refused_once_it_was_noted_how_far_it_went(
         let why = walk.start().unwrap_err();
         assert_eq!(why.contains("was durable once"), noted, "{why}");
     }
+}
+
+/// A file that ends before something that is in use is not taken for one that has yet to grow.
+#[test]
+fn a_disk_file_that_was_cut_is_refused() {
+    let mut walk = calm(MIB, 1000);
+    for _ in 0..5 {
+        let key = walk.any_key();
+        walk.ready(key).unwrap();
+        walk.write(key).unwrap();
+        walk.quiet().unwrap();
+    }
+    walk.die();
+    let end = walk.disks[0].frontier;
+    let start = walk.stores.disks[0].superblock.layout.data.offset;
+    walk.disks[0].frontier = start;
+    let why = walk.start().unwrap_err();
+    assert!(why.contains("was truncated") && why.contains("rejoin s1 --lost disk0"), "{why}");
+    walk.disks[0].frontier = end;
+    walk.start().unwrap();
 }
 
 /// One bad sector costs the disk only where the journal may go on in it.
@@ -171,6 +193,9 @@ fn a_block_of_the_journal_that_cannot_be_read_matters_only_where_the_journal_is(
         .collect();
     assert!(!opens[..8].contains(&true), "there it is");
     assert!(opens[200..].iter().all(|opened| *opened), "there it never was");
+    let first = journal.offset / PAGE as u64;
+    walk.disks[0].unreadable = (first + 200..first + 220).collect();
+    assert!(walk.start().unwrap_err().contains("at many places"));
 }
 
 #[test]

@@ -20,7 +20,7 @@ pub const SUPERBLOCK_SIZE: usize = 4096;
 pub const MAGIC: [u8; 8] = *b"PETALDSK";
 /// The format that is written. Magic, format and checksum stay in their places in every format.
 pub const FORMAT: u32 = 5;
-/// The oldest that is read: without `votes_from` and `journal_mark`. Format 4 is without `journal_mark`.
+/// The oldest that is read: without `votes_from` and what follows that. Format 4 has `votes_from`.
 const FORMAT_OLDEST: u32 = 3;
 
 const FORMAT_AT: usize = 8;
@@ -52,6 +52,10 @@ pub struct Superblock {
     pub votes_from: u32,
     /// A batch of the journal that was durable, with all before it: a journal that ends before it is damaged.
     pub journal_mark: u64,
+    /// The last life that the cluster is known to have taken.
+    pub taken: Incarnation,
+    /// The first life that has the mark of the present one.
+    pub first: Incarnation,
 }
 
 /// Why bytes are not a superblock.
@@ -139,9 +143,19 @@ impl Superblock {
     pub fn new(params: FormatParams) -> Result<Superblock, FormatError> {
         let FormatParams { genesis, server, disk, disks, size, incarnation, votes_from } = params;
         let layout = Layout::for_size(size)?;
-        let (generation, journal_mark) = (0, 0);
-        let superblock =
-            Superblock { generation, genesis, server, incarnation, disk, disks, layout, votes_from, journal_mark };
+        let superblock = Superblock {
+            generation: 0,
+            genesis,
+            server,
+            incarnation,
+            disk,
+            disks,
+            layout,
+            votes_from,
+            journal_mark: 0,
+            taken: incarnation,
+            first: incarnation,
+        };
         superblock.check_fits()?;
         match superblock.knows_itself() {
             true => Ok(superblock),
@@ -157,12 +171,19 @@ impl Superblock {
             incarnation: Incarnation(u64::MAX),
             votes_from: u32::MAX,
             journal_mark: u64::MAX,
+            taken: Incarnation(u64::MAX),
+            first: Incarnation(u64::MAX),
             ..self.clone()
         };
         match largest.body().len() {
             needed if needed > BODY_MAX => Err(FormatError::TooLarge { needed, room: BODY_MAX }),
             _ => Ok(()),
         }
+    }
+
+    /// What it knows of its server's lives.
+    pub fn lives(&self) -> Lives {
+        Lives { last: self.incarnation, first: self.first, taken: self.taken }
     }
 
     /// Bytes of the data region.
@@ -200,15 +221,16 @@ impl Superblock {
             return Err(SuperblockError::BadChecksum);
         }
         let missing = match word(bytes, FORMAT_AT) {
-            found @ FORMAT_OLDEST..=FORMAT => (FORMAT - found) as usize,
+            FORMAT => 0,
+            found @ FORMAT_OLDEST..FORMAT => (FORMAT + 2 - found) as usize,
             found if found > FORMAT => return Err(SuperblockError::NewerFormat { found, known: FORMAT }),
             found => return Err(SuperblockError::OlderFormat { found, known: FORMAT_OLDEST }),
         };
         let garbage = |what: &str| SuperblockError::Garbage(what.into());
         let length = word(bytes, LENGTH_AT) as usize;
         let body = bytes[BODY_AT..].get(..length).ok_or_else(|| garbage("its length"))?;
-        // Each format has one number more at its end, zero where there is none.
-        let body = [body, &[0; (FORMAT - FORMAT_OLDEST) as usize][..missing]].concat();
+        // Numbers that an older format does not have are zero.
+        let body = [body, &[0; 4][..missing]].concat();
         let (superblock, rest) = postcard::take_from_bytes::<Superblock>(&body).map_err(|e| garbage(&e.to_string()))?;
         if !rest.is_empty() {
             return Err(garbage("something follows the body"));
@@ -360,8 +382,8 @@ mod tests {
             .map(|line| line.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" "))
             .collect();
         expect![[r#"
-            50 45 54 41 4c 44 53 4b 05 00 00 00 84 00 00 00
-            5c f6 d2 69 00 00 00 00 29 80 80 80 80 80 80 80
+            50 45 54 41 4c 44 53 4b 05 00 00 00 86 00 00 00
+            8b 84 24 9e 00 00 00 00 29 80 80 80 80 80 80 80
             80 80 80 80 80 80 80 80 80 80 82 03 04 74 65 73
             74 03 01 01 0a 68 6f 73 74 31 3a 34 30 30 30 02
             01 0a 68 6f 73 74 32 3a 34 30 30 30 03 01 0a 68
@@ -377,7 +399,7 @@ mod tests {
     fn disks_of_older_formats_are_read() {
         let old = Superblock { votes_from: 3, ..sample() };
         let body = old.body();
-        for (format, length, expected) in [(4, body.len() - 1, old), (3, body.len() - 2, sample())] {
+        for (format, length, expected) in [(4, body.len() - 3, old), (3, body.len() - 4, sample())] {
             let mut bytes = sample().encode().to_vec();
             bytes[FORMAT_AT..LENGTH_AT].copy_from_slice(&u32::to_le_bytes(format));
             bytes[LENGTH_AT..CHECKSUM_AT].copy_from_slice(&(length as u32).to_le_bytes());

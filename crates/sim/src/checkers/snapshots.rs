@@ -296,7 +296,7 @@ mod tests {
         use petal::translator::gmap::Scheme;
         let ring = vec![GenesisServer { server: ServerId(1), addresses: vec!["here".into()] }];
         let mut state = State::genesis(&Genesis { cluster: ClusterId(1), name: "c".into(), ring });
-        let disks = vec![(DiskId(1), Incarnation(0), 1 << 30)];
+        let disks = vec![(DiskId(1), Incarnation(0).into(), 1 << 30)];
         let mut run = |command| {
             let id = CommandId { proposer: 1, number: state.index + 1, finished_below: 0 };
             let (result, _) = state.apply(&Entry { id, command });

