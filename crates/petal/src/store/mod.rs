@@ -14,6 +14,7 @@ mod disk;
 pub mod element;
 pub mod journal;
 pub mod keys;
+mod labels;
 pub mod layout;
 #[cfg(test)]
 mod model_tests;
@@ -435,29 +436,6 @@ impl Stores {
             generation: 0,
             events: VecDeque::new(),
         }
-    }
-
-    /// Writes to every disk the incarnation that was found there, as if this life had never been: the cluster
-    /// would have none of it. Nothing else may be asked afterwards; `Event::LifeTakenBack` follows.
-    pub fn take_life_back(&mut self, found: &[Incarnation]) {
-        assert_eq!(found.len(), self.disks.len());
-        self.taking_back = self.disks.len();
-        self.disks.iter_mut().zip(found).for_each(|(disk, incarnation)| disk.write_incarnation(*incarnation));
-    }
-
-    /// Notes on every disk, outside of its journal, how far that is durable: one that ends before is damaged.
-    pub fn mark_journals(&mut self) {
-        self.disks.iter_mut().for_each(disk::Disk::mark_journal);
-    }
-
-    /// Notes on every disk that the cluster has taken this life.
-    pub fn note_taken(&mut self) {
-        self.disks.iter_mut().for_each(disk::Disk::note_taken);
-    }
-
-    /// What was to be noted so is stable.
-    pub fn are_labelled(&self) -> bool {
-        self.disks.iter().all(disk::Disk::is_labelled)
     }
 
     /// A disk command is done.
