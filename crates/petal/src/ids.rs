@@ -34,13 +34,17 @@ id!(
 );
 /// One life of a server: a count, which grows by one each time it starts, and below it a mark, drawn at random (32 bits
 /// each). Whoever starts from a copy of a disk begins another life than the one of that count that others have seen.
-/// Programs before the marks counted in the lower half.
+/// Programs before the marks counted in the lower half, and the count goes on from there.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 pub struct Incarnation(pub u64);
 
 impl Incarnation {
-    fn count(self) -> u64 {
-        self.0 >> 32
+    /// Grows by one with each life.
+    pub fn count(self) -> u64 {
+        if self.has_mark() { self.0 >> 32 } else { self.0 }
+    }
+    fn has_mark(self) -> bool {
+        self.0 >> 32 > 0
     }
     fn mark(self) -> u32 {
         self.0 as u32
@@ -49,11 +53,8 @@ impl Incarnation {
 
 impl fmt::Display for Incarnation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (self.count(), self.mark()) {
-            (0, old) => write!(f, "i{old}"),
-            (count, 0) => write!(f, "i{count}"),
-            (count, mark) => write!(f, "i{count}.{mark:08x}"),
-        }
+        write!(f, "i{}", self.count())?;
+        if self.has_mark() { write!(f, ".{:08x}", self.mark()) } else { Ok(()) }
     }
 }
 
@@ -78,24 +79,22 @@ impl Lives {
     /// The life that begins now. Those since the last that was taken have one mark: which of them the cluster took, if
     /// any, is not known here.
     pub fn next(self, mark: u32) -> Incarnation {
-        let is_open = self.last != self.taken && self.last.count() > 0;
+        let is_open = self.last != self.taken && self.last.has_mark();
         let mark = if is_open { self.last.mark() } else { mark };
         Incarnation((self.last.count() + 1) << 32 | u64::from(mark))
     }
 
     /// What it knows when a life has begun, whose server knows that another one was taken.
     pub fn then(self, life: Incarnation, taken: Incarnation) -> Lives {
-        let first = if self.last.mark() == life.mark() { self.first } else { life };
+        let first = if self.last.has_mark() && self.last.mark() == life.mark() { self.first } else { life };
         Lives { last: life, first, taken: if self.saw(taken) { taken } else { self.taken } }
     }
 
     /// True if that life began with this disk. It did not if the disk is an image from before, however often it was started
     /// since.
     pub fn saw(self, life: Incarnation) -> bool {
-        match life.count() {
-            0 => life <= self.last,
-            _ => life == self.taken || self.first <= life && life <= self.last && life.mark() == self.last.mark(),
-        }
+        let has_its_mark = self.first <= life && life <= self.last && life.mark() == self.last.mark();
+        if life.has_mark() { life == self.taken || has_its_mark } else { life <= self.last }
     }
 }
 

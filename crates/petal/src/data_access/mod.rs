@@ -375,7 +375,7 @@ impl DataAccess {
             watermarks_due: Vec::new(),
             watermark_timer: None,
             // A restarted server's streams are newer than those of its last life.
-            next_stream: incarnation.0 << 32,
+            next_stream: incarnation.count() << 32,
             early_promises: BTreeMap::new(),
             splits: BTreeSet::new(),
             promised_due: BTreeMap::new(),

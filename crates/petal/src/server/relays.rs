@@ -41,7 +41,7 @@ pub(super) struct Relays {
 impl Relays {
     /// No life of this server gives a tag that another one gave: who was asked by an earlier life may answer this one.
     pub fn new(incarnation: Incarnation) -> Relays {
-        Relays { last: Tag::from(incarnation.0) << 40, waiting: BTreeMap::new() }
+        Relays { last: Tag::from(incarnation.count()) << 40, waiting: BTreeMap::new() }
     }
 
     fn new_tag(&mut self) -> Tag {
