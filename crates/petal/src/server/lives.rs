@@ -31,7 +31,10 @@ impl Server {
             // cluster has not heard of yet.
             Some(Err(error @ (CommandError::OldIncarnation { .. } | CommandError::DiskFromThePast { .. }))) => {
                 let found: Vec<Incarnation> = self.disks_found.iter().map(|(_, lives, _)| lives.last).collect();
-                self.refused = Some(error.to_string());
+                self.refused = Some(match &error {
+                    CommandError::DiskFromThePast { disk, .. } => error.to_string().replace("PATH", self.path_of(*disk)),
+                    _ => error.to_string(),
+                });
                 self.stores.take_life_back(&found);
             }
             Some(Err(CommandError::NoSuchServer(me))) => self.out.push_back(Output::Fatal(format!(
@@ -52,6 +55,11 @@ impl Server {
                 self.out.push_back(Output::Ready);
             }
         }
+    }
+
+    fn path_of(&self, disk: DiskId) -> &str {
+        let at = self.disks_found.iter().position(|(found, ..)| *found == disk);
+        at.map_or("PATH", |at| self.stores.path(at))
     }
 
     /// A ring of one, whose disk knows less than others were told.
