@@ -114,8 +114,16 @@ impl Scenario {
 
     /// Attaches; `false` if that was refused.
     pub fn attach(&mut self, client: usize, name: &str, mode: Attachment) -> bool {
-        self.world.attach_as(client, name.into(), mode, false);
-        self.idle(client);
+        // Who made it was told by one server; another one may hear of it a moment later.
+        for _ in 0..100 {
+            self.world.workload.lags = false;
+            self.world.attach_as(client, name.into(), mode, false);
+            self.idle(client);
+            if !self.world.workload.lags || self.named(name).is_none() {
+                break;
+            }
+            self.pass(Duration::from_millis(1));
+        }
         let vdisk = self.named(name);
         vdisk.is_some_and(|vdisk| self.held(client, vdisk).is_some())
     }

@@ -179,6 +179,8 @@ pub struct Workload {
     think: Duration,
     /// Nothing new is begun.
     pub stopped: bool,
+    /// The name that somebody wanted to attach last is unknown where it was asked for: it may be too new.
+    pub lags: bool,
     /// Snapshots and clones that were asked for, by name: each name is used once.
     pub births: BTreeMap<String, Birth>,
     /// Commands that closed an epoch: when they were asked for, and done.
@@ -201,6 +203,7 @@ impl Workload {
             names: 0,
             think,
             stopped: false,
+            lags: false,
             births: BTreeMap::new(),
             takings: Vec::new(),
             intent: None,
@@ -738,7 +741,8 @@ impl World {
             _ => false,
         };
         let judging = self.clients[host].role == Role::Judge;
-        if judging && matches!(error, RequestError::Admin(AdminError::NoSuchDisk(_))) && self.judge_asks_again(host) {
+        self.workload.lags = matches!(error, RequestError::Admin(AdminError::NoSuchDisk(_)));
+        if judging && self.workload.lags && self.judge_asks_again(host) {
             return;
         }
         if !expected || judging {

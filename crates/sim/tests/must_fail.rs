@@ -181,7 +181,7 @@ fn serving_at_once_when_a_member_was_taken_out() {
 #[test]
 fn a_lease_that_is_judged_by_a_clock_that_was_read_before() {
     let ground = reading(FaultWeights { freeze: 1, ..FaultWeights::NONE });
-    must_be_caught_within(Sabotage::LeaseByEarlierClock, 850..900, ground);
+    must_be_caught_within(Sabotage::LeaseByEarlierClock, 700..740, ground);
 }
 
 /// A disk is taken over; a server that has not heard of it acknowledges what the old holder asks.
@@ -242,7 +242,7 @@ fn replay_that_drops_single_records() {
 
 #[test]
 fn no_chain_of_batches() {
-    must_be_caught_within(Sabotage::NoChain, 870..930, alone());
+    must_be_caught_within(Sabotage::NoChain, 330..380, alone());
 }
 
 #[test]
@@ -260,7 +260,7 @@ fn who_left_a_slot_serves_on() {
 #[test]
 fn a_split_that_leaves_behind_what_is_newer_than_the_watermark() {
     let ground = Overrides { servers: Some(4), shifts: true, ..Overrides::default() };
-    must_be_caught_within(Sabotage::SplitLosesChanges, 60..100, ground);
+    must_be_caught_within(Sabotage::SplitLosesChanges, 90..120, ground);
 }
 
 /// A disk absent for one boot, then back.
