@@ -178,6 +178,8 @@ impl ClusterFolder {
     pub fn all_attached(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.path.join("attached")).into_iter().flatten().flatten();
         let mut names: Vec<String> = entries.filter_map(|e| e.file_name().into_string().ok()).collect();
+        // Beside the folders are their locks.
+        names.retain(|name| !name.starts_with('.'));
         names.sort();
         names
     }

@@ -143,7 +143,7 @@ impl Replacement {
         for (path, superblock) in kept {
             let expected = known.disks.get(&superblock.disk);
             ensure!(
-                expected.is_some_and(|d| d.incarnation <= superblock.incarnation),
+                expected.is_some_and(|d| superblock.lives().saw(d.incarnation)),
                 "the disk {} is not the one that the cluster knows {} by: it is from a backup, or was replaced before. Put \
                  the right disk there, or have it made anew with --lost {0}",
                 path.display(),

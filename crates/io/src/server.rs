@@ -105,8 +105,8 @@ pub struct ServerShell<M, E> {
     told: bool,
     /// When the core was told the wall clock last.
     wall_clock_told: Option<Instant>,
-    /// Since when others say that a later life of this server is there, and none is connected.
-    displaced: Option<Instant>,
+    /// Since when others say that a later life of this server is there, and none is connected; and when one said so last.
+    displaced: Option<(Instant, Instant)>,
     // Kept from round to round for their memory.
     events: VecDeque<Event>,
     completions: Vec<(usize, OpId, DiskResult)>,
@@ -245,8 +245,9 @@ where
             }
             Event::DialFailed { error: DialError::Rejected(r), .. } if r.code == RejectCode::StaleIncarnation => {
                 // Somebody there says that it is this server; perhaps it is, with a copy of the disks. It may be refused yet.
-                let since = self.displaced.filter(|_| self.servers.is_empty()).unwrap_or(now);
-                self.displaced = Some(since);
+                let is_still = |at: &(Instant, Instant)| self.servers.is_empty() && now.since(at.1) < DISPLACED_MAX;
+                let since = self.displaced.filter(is_still).map_or(now, |(since, _)| since);
+                self.displaced = Some((since, now));
                 if now.since(since) >= DISPLACED_MAX {
                     self.ended = Some(Ended::Fatal(format!(
                         "nobody listens to this process, for another one runs with the disks of this server, or with a copy of \

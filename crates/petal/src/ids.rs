@@ -34,7 +34,6 @@ id!(
 );
 /// One life of a server: a count, which grows by one each time it starts, and below it a mark, drawn at random (32 bits
 /// each). Whoever starts from a copy of a disk begins another life than the one of that count that others have seen.
-/// Programs before the marks counted in the lower half, and the count goes on from there.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 pub struct Incarnation(pub u64);
 
@@ -65,42 +64,56 @@ impl fmt::Debug for Incarnation {
 }
 
 /// What a disk knows of its server's lives.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize, Deserialize)]
 pub struct Lives {
     /// The last that began with it; the cluster may never have heard of it.
     pub last: Incarnation,
-    /// The first that began with it of those that have its mark.
-    pub first: Incarnation,
     /// The last of which it is known that the cluster took it.
     pub taken: Incarnation,
+    /// The lives that began with it since: the cluster may have taken one of them. Each stands for those behind it that have
+    /// its mark, too.
+    pub open: Vec<Incarnation>,
 }
 
 impl Lives {
-    /// The life that begins now. Those since the last that was taken have one mark: which of them the cluster took, if
-    /// any, is not known here.
-    pub fn next(self, mark: u32) -> Incarnation {
-        let is_open = self.last != self.taken && self.last.has_mark();
-        let mark = if is_open { self.last.mark() } else { mark };
+    /// Lives that are kept in mind by themselves; where more were broken off, those behind have one mark.
+    pub const OPEN_MAX: usize = 16;
+
+    /// The life that begins now.
+    pub fn next(&self, mark: u32) -> Incarnation {
+        let mark = self.open.get(Self::OPEN_MAX - 1).map_or(mark, |last| last.mark());
         Incarnation((self.last.count() + 1) << 32 | u64::from(mark))
     }
 
     /// What it knows when a life has begun, whose server knows that another one was taken.
-    pub fn then(self, life: Incarnation, taken: Incarnation) -> Lives {
-        let first = if self.last.has_mark() && self.last.mark() == life.mark() { self.first } else { life };
-        Lives { last: life, first, taken: if self.saw(taken) { taken } else { self.taken } }
+    pub fn then(mut self, life: Incarnation, taken: Incarnation) -> Lives {
+        if self.saw(taken) {
+            self.take(taken);
+        }
+        self.last = life;
+        if self.open.last().is_none_or(|last| last.mark() != life.mark()) {
+            self.open.push(life);
+        }
+        self
+    }
+
+    /// The cluster has taken that life.
+    pub fn take(&mut self, life: Incarnation) {
+        self.taken = life;
+        self.open.retain(|open| *open > life);
     }
 
     /// True if that life began with this disk. It did not if the disk is an image from before, however often it was started
     /// since.
-    pub fn saw(self, life: Incarnation) -> bool {
-        let has_its_mark = self.first <= life && life <= self.last && life.mark() == self.last.mark();
-        if life.has_mark() { life == self.taken || has_its_mark } else { life <= self.last }
+    pub fn saw(&self, life: Incarnation) -> bool {
+        let is_open = |first: &Incarnation| *first <= life && life <= self.last && life.mark() == first.mark();
+        life == self.taken || self.open.iter().any(is_open)
     }
 }
 
 impl From<Incarnation> for Lives {
     fn from(life: Incarnation) -> Lives {
-        Lives { last: life, first: life, taken: life }
+        Lives { last: life, taken: life, open: Vec::new() }
     }
 }
 /// A virtual disk or a snapshot: the state index of the command that made it, and, where one command made

@@ -241,14 +241,14 @@ impl Server {
     pub fn start(now: Instant, config: ServerConfig, mut disks: Vec<OpenDisk>) -> Server {
         let superblock = &disks.first().expect("a server has at least one disk").superblock;
         let (me, genesis, votes_from) = (superblock.server, superblock.genesis.clone(), superblock.votes_from);
+        // Of those with the same last life, the one that knows that it was taken.
         let newest = disks.iter().map(|d| d.superblock.lives()).max().expect("at least one");
         let incarnation = newest.next((config.salt >> 32) as u32);
         let room = |s: &crate::store::superblock::Superblock| if config.witness { 0 } else { s.data_capacity() };
         let disks_found =
             disks.iter().map(|d| (d.superblock.disk, d.superblock.lives(), room(&d.superblock))).collect();
         for superblock in disks.iter_mut().map(|d| &mut d.superblock) {
-            let lives = superblock.lives().then(incarnation, newest.taken);
-            (superblock.first, superblock.taken) = (lives.first, lives.taken);
+            superblock.set_lives(superblock.lives().then(incarnation, newest.taken));
         }
         let store = StoreConfig { sabotage: config.sabotage, ..config.store };
         Server {

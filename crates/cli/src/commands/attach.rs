@@ -88,7 +88,10 @@ pub fn run(place: &Place, mut arguments: Arguments) -> Result<()> {
         );
     }
     let process_file = folder.join("pid");
-    take_down_dead(place, &folder, &arguments.disk)?;
+    let held = hold(&folder, &arguments.disk)?;
+    take_down(place, &folder)?;
+    // Its process inherits the lock.
+    rustix::io::fcntl_setfd(&held, rustix::io::FdFlags::empty())?;
     std::fs::create_dir_all(folder.join("fuse")).with_context(|| format!("cannot make {}", folder.display()))?;
     let log_path = folder.join("log");
     let log = Log::from_here(&log_path);
@@ -97,7 +100,7 @@ pub fn run(place: &Place, mut arguments: Arguments) -> Result<()> {
     let process = match started {
         Ok(process) => process,
         Err(error) => {
-            let _ = take_down_dead(place, &folder, &arguments.disk);
+            let _ = take_down(place, &folder);
             return Err(error.context(format!("cannot attach {}", arguments.disk)));
         }
     };
@@ -154,15 +157,20 @@ fn folder_named(place: &Place, disk: &str) -> Result<PathBuf> {
     }
 }
 
-/// The lock that the process of a disk holds while it lives; `None` if it does. (Its pid says less: another namespace has
-/// other pids.)
-fn hold(folder: &Path) -> Result<Option<File>> {
-    let path = folder.join("lock");
+/// The lock of a disk that is attached, which its process holds while it lives, and who attaches or detaches it meanwhile.
+/// (A pid says less: another namespace has other pids.) It is beside the folder and stays for ever: who locked a file that
+/// is removed holds nothing.
+fn hold(folder: &Path, disk: &str) -> Result<File> {
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    let path = folder.with_file_name(format!(".{name}.lock"));
+    std::fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
     let file = File::options().create(true).truncate(false).write(true).open(&path);
     let file = file.with_context(|| format!("cannot write {}", path.display()))?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(Some(file)),
-        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            bail!("another process has {disk} attached, or attaches or detaches it at this moment; try again")
+        }
         Err(e) => Err(e).with_context(|| format!("cannot lock {}", path.display())),
     }
 }
@@ -172,11 +180,15 @@ fn hold(folder: &Path) -> Result<Option<File>> {
 /// # Errors
 /// If it lives, or something of it cannot be removed.
 pub fn take_down_dead(place: &Place, folder: &Path, disk: &str) -> Result<()> {
+    let _held = hold(folder, disk)?;
+    take_down(place, folder)
+}
+
+/// The same, under the lock.
+fn take_down(place: &Place, folder: &Path) -> Result<()> {
     if !folder.exists() {
         return Ok(());
     }
-    let held = hold(folder)?;
-    ensure!(held.is_some(), "another process attaches or detaches {disk} at this moment; try again");
     end_session_of_dead(place, folder);
     petal_fuse::clean_up_remains(&folder.join("fuse"))?;
     std::fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))
@@ -184,7 +196,7 @@ pub fn take_down_dead(place: &Place, folder: &Path, disk: &str) -> Result<()> {
 
 /// Nobody can do anything with it any more, and the disk would count as attached.
 fn end_session_of_dead(place: &Place, folder: &Path) {
-    let Some(process) = ProcessFile::at(&folder.join("pid")) else { return };
+    let Some(process) = ProcessFile::at(&folder.join("pid")).filter(|process| !process.lives()) else { return };
     let Some(number) = process.text("session").and_then(|text| text.parse().ok()).map(SessionId) else { return };
     let (place, holder) = (place.clone(), process.text("holder").unwrap_or_default().to_string());
     let ended = connect::block_on(async move {
@@ -220,7 +232,6 @@ fn words(place: &Place, folder: &Path, arguments: &Arguments) -> Result<Vec<Stri
 
 /// The life of the process that serves.
 async fn serve(place: &Place, folder: &Path, arguments: &Arguments) -> Result<()> {
-    let _held = hold(folder)?.with_context(|| format!("{} is being attached already", arguments.disk))?;
     let mut process = ProcessFile::own();
     process.write(&folder.join("pid"))?;
     let connection = Connection::open(place).await?;

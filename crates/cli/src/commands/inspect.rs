@@ -132,7 +132,7 @@ fn journal(path: &Path, batches: usize, json: bool) -> Result<()> {
     let step = BLOCK_SIZE as usize;
     let at = |offset: usize| journal::decode_batch(superblock.disk, &ring[offset..]).map(|b| (offset, b));
     let mut found: Vec<_> = (0..ring.len()).step_by(step).filter_map(at).collect();
-    found.sort_by_key(|(_, (header, _, _))| (header.run, header.number));
+    found.sort_by_key(|(_, (header, _, _))| header.number);
     let newest = &found[found.len().saturating_sub(batches)..];
     if json {
         let describe = |(offset, (header, records, hash)): &(usize, (Header, &[u8], u64))| {

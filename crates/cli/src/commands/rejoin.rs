@@ -81,7 +81,6 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
         connect::block_on(async move { down(&Connection::open(&place).await?, server).await })?
     };
     replacement.check(&state)?;
-    check_majority(place, &state)?;
     let is_half_made = replacement.is_half_made(&state);
     ensure!(
         is_half_made || !replacement.lost_paths().is_empty(),
@@ -109,6 +108,7 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
     let state = match is_half_made {
         true => state,
         false => {
+            check_majority(place, &state)?;
             let command = Command::ReplaceDisks {
                 server,
                 incarnation: state.servers[&server].incarnation,

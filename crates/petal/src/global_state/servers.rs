@@ -96,7 +96,8 @@ impl State {
             let what = format!("disks in {id}");
             return Err(CommandError::TooMany { limit: DISKS_PER_SERVER_MAX, what });
         }
-        let found: BTreeMap<DiskId, (Lives, u64)> = disks.iter().map(|(d, lives, c)| (*d, (*lives, *c))).collect();
+        let found: BTreeMap<DiskId, (Lives, u64)> =
+            disks.iter().map(|(d, lives, c)| (*d, (lives.clone(), *c))).collect();
         server.check_disks(id, incarnation, &found)?;
         let up = ServerState {
             addresses: addresses.to_vec(),

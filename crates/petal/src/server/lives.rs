@@ -3,7 +3,7 @@
 
 use super::{Output, Server, Stage};
 use crate::global_state::{CommandError, GlobalState};
-use crate::ids::{DiskId, Incarnation, Lives, ServerId, StateIndex};
+use crate::ids::{DiskId, Lives, ServerId, StateIndex};
 use crate::message::CommandId;
 use crate::sabotage::Sabotage;
 
@@ -30,7 +30,7 @@ impl Server {
             // A copy of an old disk. Its life must not stand on it, or at the next try it would pass for one that the
             // cluster has not heard of yet.
             Some(Err(error @ (CommandError::OldIncarnation { .. } | CommandError::DiskFromThePast { .. }))) => {
-                let found: Vec<Incarnation> = self.disks_found.iter().map(|(_, lives, _)| lives.last).collect();
+                let found: Vec<Lives> = self.disks_found.iter().map(|(_, lives, _)| lives.clone()).collect();
                 self.refused = Some(match &error {
                     CommandError::DiskFromThePast { disk, .. } => error.to_string().replace("PATH", self.path_of(*disk)),
                     _ => error.to_string(),

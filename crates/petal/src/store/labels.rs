@@ -1,15 +1,15 @@
 //! What the superblocks of all disks of a server are told while it runs.
 
 use super::{Stores, disk};
-use crate::ids::Incarnation;
+use crate::ids::Lives;
 
 impl Stores {
-    /// Writes to every disk the incarnation that was found there, as if this life had never been: the cluster
+    /// Writes to every disk the lives that were found there, as if this life had never been: the cluster
     /// would have none of it. Nothing else may be asked afterwards; `Event::LifeTakenBack` follows.
-    pub fn take_life_back(&mut self, found: &[Incarnation]) {
+    pub fn take_life_back(&mut self, found: &[Lives]) {
         assert_eq!(found.len(), self.disks.len());
         self.taking_back = self.disks.len();
-        self.disks.iter_mut().zip(found).for_each(|(disk, incarnation)| disk.write_incarnation(*incarnation));
+        self.disks.iter_mut().zip(found).for_each(|(disk, lives)| disk.write_lives(lives.clone()));
     }
 
     /// Notes on every disk, outside of its journal, how far that is durable: one that ends before is damaged.

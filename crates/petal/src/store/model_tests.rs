@@ -386,7 +386,7 @@ impl Walk {
                     votes_from: 0,
                     journal_mark: 0,
                     taken: Incarnation(0),
-                    first: Incarnation(0),
+                    open: Vec::new(),
                 };
                 disk.write(Superblock::copy_offset(generation), &superblock.encode(), || true);
             }

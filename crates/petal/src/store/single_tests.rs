@@ -24,6 +24,18 @@ fn calm(journal: u64, blocks: u64) -> Walk {
     walk
 }
 
+/// The same, with a few batches in its journal.
+fn written() -> Walk {
+    let mut walk = calm(MIB, 1000);
+    for _ in 0..5 {
+        let key = walk.any_key();
+        walk.ready(key).unwrap();
+        walk.write(key).unwrap();
+        walk.quiet().unwrap();
+    }
+    walk
+}
+
 /// Repair (P7): the entry stays what it was, and the block is at another place and readable again.
 #[test]
 fn a_rotten_block_that_is_given_again_is_written_to_another_place() {
@@ -124,14 +136,7 @@ fn a_disk_that_is_started_again_and_again_can_always_be_opened() {
 #[test]
 fn a_journal_that_was_written_over_is_refused_once_it_was_noted_how_far_it_went() {
     for noted in [false, true] {
-        let mut walk = calm(MIB, 1000);
-        walk.quiet().unwrap();
-        for _ in 0..5 {
-            let key = walk.any_key();
-            walk.ready(key).unwrap();
-            walk.write(key).unwrap();
-            walk.quiet().unwrap();
-        }
+        let mut walk = written();
         if noted {
             walk.stores.mark_journals();
             assert!(!walk.stores.are_labelled(), "it is being written");
@@ -152,13 +157,7 @@ fn a_journal_that_was_written_over_is_refused_once_it_was_noted_how_far_it_went(
 /// A file that ends before something that is in use is not taken for one that has yet to grow.
 #[test]
 fn a_disk_file_that_was_cut_is_refused() {
-    let mut walk = calm(MIB, 1000);
-    for _ in 0..5 {
-        let key = walk.any_key();
-        walk.ready(key).unwrap();
-        walk.write(key).unwrap();
-        walk.quiet().unwrap();
-    }
+    let mut walk = written();
     walk.die();
     let end = walk.disks[0].frontier;
     let start = walk.stores.disks[0].superblock.layout.data.offset;
@@ -172,13 +171,7 @@ fn a_disk_file_that_was_cut_is_refused() {
 /// One bad sector costs the disk only where the journal may go on in it.
 #[test]
 fn a_block_of_the_journal_that_cannot_be_read_matters_only_where_the_journal_is() {
-    let mut walk = calm(MIB, 1000);
-    for _ in 0..5 {
-        let key = walk.any_key();
-        walk.ready(key).unwrap();
-        walk.write(key).unwrap();
-        walk.quiet().unwrap();
-    }
+    let mut walk = written();
     walk.die();
     let journal = walk.stores.disks[0].superblock.layout.journal;
     let pages = journal.offset / PAGE as u64..journal.end() / PAGE as u64;

@@ -18,10 +18,8 @@ use serde::{Deserialize, Serialize};
 pub const SUPERBLOCK_SIZE: usize = 4096;
 /// The first bytes of a disk of Petal.
 pub const MAGIC: [u8; 8] = *b"PETALDSK";
-/// The format that is written. Magic, format and checksum stay in their places in every format.
-pub const FORMAT: u32 = 5;
-/// The oldest that is read: without `votes_from` and what follows that. Format 4 has `votes_from`.
-const FORMAT_OLDEST: u32 = 3;
+/// The format. Magic, format and checksum stay in their places in every format.
+pub const FORMAT: u32 = 6;
 
 const FORMAT_AT: usize = 8;
 const LENGTH_AT: usize = 12;
@@ -52,10 +50,10 @@ pub struct Superblock {
     pub votes_from: u32,
     /// A batch of the journal that was durable, with all before it: a journal that ends before it is damaged.
     pub journal_mark: u64,
-    /// The last life that the cluster is known to have taken.
+    /// See [`Lives`].
     pub taken: Incarnation,
-    /// The first life that has the mark of the present one.
-    pub first: Incarnation,
+    /// See [`Lives`]; the present one is among them.
+    pub open: Vec<Incarnation>,
 }
 
 /// Why bytes are not a superblock.
@@ -73,11 +71,11 @@ pub enum SuperblockError {
         known: u32,
     },
     /// Written by a program that is too old.
-    #[error("the disk has format {found}, the oldest that this program knows is {known}; use an older program")]
+    #[error("the disk has format {found}, this program knows format {known} only; use an older program")]
     OlderFormat {
         /// The disk's.
         found: u32,
-        /// The oldest known here.
+        /// The one known here.
         known: u32,
     },
     /// Torn or rotten.
@@ -154,7 +152,7 @@ impl Superblock {
             votes_from,
             journal_mark: 0,
             taken: incarnation,
-            first: incarnation,
+            open: Vec::new(),
         };
         superblock.check_fits()?;
         match superblock.knows_itself() {
@@ -172,7 +170,7 @@ impl Superblock {
             votes_from: u32::MAX,
             journal_mark: u64::MAX,
             taken: Incarnation(u64::MAX),
-            first: Incarnation(u64::MAX),
+            open: vec![Incarnation(u64::MAX); Lives::OPEN_MAX],
             ..self.clone()
         };
         match largest.body().len() {
@@ -183,7 +181,12 @@ impl Superblock {
 
     /// What it knows of its server's lives.
     pub fn lives(&self) -> Lives {
-        Lives { last: self.incarnation, first: self.first, taken: self.taken }
+        Lives { last: self.incarnation, taken: self.taken, open: self.open.clone() }
+    }
+
+    /// The same, written down.
+    pub fn set_lives(&mut self, lives: Lives) {
+        Lives { last: self.incarnation, taken: self.taken, open: self.open } = lives;
     }
 
     /// Bytes of the data region.
@@ -220,20 +223,20 @@ impl Superblock {
         if word(bytes, CHECKSUM_AT) != checksum(bytes) {
             return Err(SuperblockError::BadChecksum);
         }
-        let missing = match word(bytes, FORMAT_AT) {
-            FORMAT => 0,
-            found @ FORMAT_OLDEST..FORMAT => (FORMAT + 2 - found) as usize,
+        match word(bytes, FORMAT_AT) {
+            FORMAT => {}
             found if found > FORMAT => return Err(SuperblockError::NewerFormat { found, known: FORMAT }),
-            found => return Err(SuperblockError::OlderFormat { found, known: FORMAT_OLDEST }),
-        };
+            found => return Err(SuperblockError::OlderFormat { found, known: FORMAT }),
+        }
         let garbage = |what: &str| SuperblockError::Garbage(what.into());
         let length = word(bytes, LENGTH_AT) as usize;
         let body = bytes[BODY_AT..].get(..length).ok_or_else(|| garbage("its length"))?;
-        // Numbers that an older format does not have are zero.
-        let body = [body, &[0; 4][..missing]].concat();
-        let (superblock, rest) = postcard::take_from_bytes::<Superblock>(&body).map_err(|e| garbage(&e.to_string()))?;
+        let (superblock, rest) = postcard::take_from_bytes::<Superblock>(body).map_err(|e| garbage(&e.to_string()))?;
         if !rest.is_empty() {
             return Err(garbage("something follows the body"));
+        }
+        if superblock.open.len() > Lives::OPEN_MAX {
+            return Err(garbage("its lives"));
         }
         superblock.layout.check().map_err(|e| garbage(&e.to_string()))?;
         if !superblock.knows_itself() {
@@ -374,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bytes_of_format_5_never_change() {
+    fn the_bytes_of_format_6_never_change() {
         let bytes = sample().encode();
         let used = bytes.iter().rposition(|b| *b != 0).unwrap() + 1;
         let lines: Vec<String> = bytes[..used]
@@ -382,8 +385,8 @@ mod tests {
             .map(|line| line.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" "))
             .collect();
         expect![[r#"
-            50 45 54 41 4c 44 53 4b 05 00 00 00 86 00 00 00
-            8b 84 24 9e 00 00 00 00 29 80 80 80 80 80 80 80
+            50 45 54 41 4c 44 53 4b 06 00 00 00 86 00 00 00
+            9f df 92 0b 00 00 00 00 29 80 80 80 80 80 80 80
             80 80 80 80 80 80 80 80 80 80 82 03 04 74 65 73
             74 03 01 01 0a 68 6f 73 74 31 3a 34 30 30 30 02
             01 0a 68 6f 73 74 32 3a 34 30 30 30 03 01 0a 68
@@ -393,22 +396,6 @@ mod tests {
             80 80 40 80 80 80 20 80 80 c0 20 80 80 80 80 04
             80 80 c0 a0 04 80 80 c0 df 3b"#]]
         .assert_eq(&lines.join("\n"));
-    }
-
-    #[test]
-    fn disks_of_older_formats_are_read() {
-        let old = Superblock { votes_from: 3, ..sample() };
-        let body = old.body();
-        for (format, length, expected) in [(4, body.len() - 3, old), (3, body.len() - 4, sample())] {
-            let mut bytes = sample().encode().to_vec();
-            bytes[FORMAT_AT..LENGTH_AT].copy_from_slice(&u32::to_le_bytes(format));
-            bytes[LENGTH_AT..CHECKSUM_AT].copy_from_slice(&(length as u32).to_le_bytes());
-            bytes[BODY_AT..].fill(0);
-            bytes[BODY_AT..BODY_AT + length].copy_from_slice(&body[..length]);
-            let crc = checksum(&bytes);
-            bytes[CHECKSUM_AT..CHECKSUM_AT + 4].copy_from_slice(&crc.to_le_bytes());
-            assert_eq!(Superblock::decode(&bytes), Ok(expected));
-        }
     }
 
     #[test]
@@ -442,7 +429,7 @@ mod tests {
         assert_eq!(Superblock::decode(&newer), Err(error.clone()));
         assert_eq!(Superblock::choose(&sample().encode(), &newer), Err(error));
         let older = forged(FORMAT_AT, &0u32.to_le_bytes());
-        assert_eq!(Superblock::decode(&older), Err(SuperblockError::OlderFormat { found: 0, known: FORMAT_OLDEST }));
+        assert_eq!(Superblock::decode(&older), Err(SuperblockError::OlderFormat { found: 0, known: FORMAT }));
         assert_eq!(Superblock::choose(&sample().encode(), &older), Ok(sample()));
     }
 

@@ -4,7 +4,7 @@
 //! overwritten: it would pass for one that ends earlier, and what was acknowledged since would be gone without a word.
 
 use super::{Disk, DiskEvent, Pending, Superblock};
-use crate::ids::Incarnation;
+use crate::ids::Lives;
 use crate::store::{DiskCommand, DiskError};
 use bytes::Bytes;
 
@@ -19,16 +19,18 @@ pub(super) struct Label {
 }
 
 impl Disk {
-    /// Writes the superblock with another incarnation; `Identified` follows, whether that worked or not.
-    pub fn write_incarnation(&mut self, incarnation: Incarnation) {
-        self.superblock.incarnation = incarnation;
+    /// Writes the superblock with other lives; `Identified` follows, whether that worked or not.
+    pub fn write_lives(&mut self, lives: Lives) {
+        self.superblock.set_lives(lives);
         self.label.told = true;
         self.write_label();
     }
 
     /// Notes that the cluster has taken this life.
     pub fn note_taken(&mut self) {
-        self.superblock.taken = self.superblock.incarnation;
+        let mut lives = self.superblock.lives();
+        lives.take(lives.last);
+        self.superblock.set_lives(lives);
         self.write_label();
     }
 
