@@ -79,10 +79,11 @@ impl Lives {
     /// Lives that are kept in mind by themselves; where more were broken off, those behind have one mark.
     pub const OPEN_MAX: usize = 16;
 
-    /// The life that begins now.
-    pub fn next(&self, mark: u32) -> Incarnation {
-        let mark = self.open.get(Self::OPEN_MAX - 1).map_or(mark, |last| last.mark());
-        Incarnation((self.last.count() + 1) << 32 | u64::from(mark))
+    /// The life that begins now, with disks that know these.
+    pub fn next<'a>(disks: impl Iterator<Item = &'a Lives> + Clone, mark: u32) -> Incarnation {
+        let count = disks.clone().map(|lives| lives.last.count()).max().unwrap_or(0);
+        let full = disks.filter(|lives| lives.open.len() >= Self::OPEN_MAX).find_map(|lives| lives.open.last());
+        Incarnation((count + 1) << 32 | u64::from(full.map_or(mark, |last| last.mark())))
     }
 
     /// What it knows when a life has begun, whose server knows that another one was taken.
@@ -92,6 +93,8 @@ impl Lives {
         }
         self.last = life;
         if self.open.last().is_none_or(|last| last.mark() != life.mark()) {
+            // Only where disks differ in what was broken off, too.
+            self.open.drain(..(self.open.len() + 1).saturating_sub(Self::OPEN_MAX));
             self.open.push(life);
         }
         self

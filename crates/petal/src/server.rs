@@ -242,8 +242,9 @@ impl Server {
         let superblock = &disks.first().expect("a server has at least one disk").superblock;
         let (me, genesis, votes_from) = (superblock.server, superblock.genesis.clone(), superblock.votes_from);
         // Of those with the same last life, the one that knows that it was taken.
-        let newest = disks.iter().map(|d| d.superblock.lives()).max().expect("at least one");
-        let incarnation = newest.next((config.salt >> 32) as u32);
+        let lives: Vec<Lives> = disks.iter().map(|d| d.superblock.lives()).collect();
+        let newest = lives.iter().max().expect("at least one");
+        let incarnation = Lives::next(lives.iter(), (config.salt >> 32) as u32);
         let room = |s: &crate::store::superblock::Superblock| if config.witness { 0 } else { s.data_capacity() };
         let disks_found =
             disks.iter().map(|d| (d.superblock.disk, d.superblock.lives(), room(&d.superblock))).collect();
