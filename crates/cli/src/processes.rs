@@ -5,8 +5,10 @@
 //! may be stale, and then says nothing.
 
 use anyhow::{Context, Result};
+use rustix::fs::FlockOperation;
 use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
+use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -24,6 +26,18 @@ pub struct ProcessFile {
     /// What else it tells: addresses, a device.
     #[serde(default)]
     pub details: serde_json::Map<String, serde_json::Value>,
+}
+
+/// A lock on a file, which is made if it is not there; it ends with the last process that has it, however that ends. `None`
+/// if somebody holds it.
+pub fn lock(path: &Path) -> Result<Option<File>> {
+    let file = File::options().create(true).truncate(false).write(true).open(path);
+    let file = file.with_context(|| format!("cannot write {}", path.display()))?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(file)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(e) => Err(e).with_context(|| format!("cannot lock {}", path.display())),
+    }
 }
 
 impl ProcessFile {

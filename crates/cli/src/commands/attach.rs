@@ -24,7 +24,6 @@ use petal::global_state::{Attachment, Command, split_name};
 use petal::ids::{SessionId, VdiskId};
 use petal::message::Refusal;
 use petal_fuse::{AttachError, AttachOptions, BlockError, BlockFile, KernelDisk};
-use rustix::fs::FlockOperation;
 use serde_json::json;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -164,15 +163,10 @@ fn hold(folder: &Path, disk: &str) -> Result<File> {
     let name = folder.file_name().unwrap_or_default().to_string_lossy();
     let path = folder.with_file_name(format!(".{name}.lock"));
     std::fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
-    let file = File::options().create(true).truncate(false).write(true).open(&path);
-    let file = file.with_context(|| format!("cannot write {}", path.display()))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            bail!("another process has {disk} attached, or attaches or detaches it at this moment; try again")
-        }
-        Err(e) => Err(e).with_context(|| format!("cannot lock {}", path.display())),
-    }
+    let held = processes::lock(&path)?;
+    held.with_context(|| {
+        format!("another process has {disk} attached, or attaches or detaches it at this moment; try again")
+    })
 }
 
 /// Takes down what a process left that died: its session, its device and its folder.

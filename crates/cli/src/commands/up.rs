@@ -18,7 +18,6 @@ use crate::{disk_files, holder, output};
 use anyhow::{Context, Result, bail, ensure};
 use petal::global_state::{Command, Genesis, GenesisServer, Outcome};
 use petal::ids::ServerId;
-use rustix::fs::FlockOperation;
 use std::fs::File;
 use std::path::Path;
 use std::process::Child;
@@ -94,14 +93,7 @@ struct Lock(#[allow(dead_code, reason = "held, not used")] File);
 impl Lock {
     /// `None` if somebody holds it.
     fn take(folder: &ClusterFolder) -> Result<Option<Lock>> {
-        let path = folder.path().join("lock");
-        let file = File::options().create(true).truncate(false).write(true).open(&path);
-        let file = file.with_context(|| format!("cannot write {}", path.display()))?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Some(Lock(file))),
-            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
-            Err(e) => Err(e).with_context(|| format!("cannot lock {}", path.display())),
-        }
+        Ok(processes::lock(&folder.path().join("lock"))?.map(Lock))
     }
 }
 
