@@ -89,7 +89,7 @@ enum Pending {
     Rows(ElementKey),
     Scan(ReadId),
     Commit,
-    Extend { to: u64, hurry: bool, free_before: u64 },
+    Extend { to: u64, hurry: bool },
     Label { offset: u64, piece: Bytes, again: bool },
 }
 
@@ -184,8 +184,8 @@ pub(super) struct Disk {
     reads: FastMap<ReadId, ReadJob>,
     scans: BTreeMap<ReadId, ScanJob>,
     extending: bool,
-    /// While the file was grown last, more was written than it was grown by: the next step is in a hurry.
-    outrun: bool,
+    /// When the file had been grown last: batches, and free blocks below the frontier.
+    grown: Option<(u64, u64)>,
     /// The file could not be grown, when the journal was at this batch.
     pub host_full: Option<u64>,
     /// Try again to grow it although it is not time yet.
@@ -245,7 +245,7 @@ impl Disk {
             reads: FastMap::new(),
             scans: BTreeMap::new(),
             extending: false,
-            outrun: false,
+            grown: None,
             host_full: None,
             grow_again: false,
             failed: None,
@@ -1228,8 +1228,8 @@ impl Disk {
             (Pending::Rows(element), DiskResult::PmapRange(Ok(rows))) => self.on_rows(element, rows),
             (Pending::Scan(scan), DiskResult::PmapRange(result)) => self.on_scanned(scan, result),
             (Pending::Commit, DiskResult::PmapCommitted(Ok(()))) => self.on_committed(),
-            (Pending::Extend { to, hurry, free_before }, DiskResult::Extended(result)) => {
-                self.on_extended(to, hurry, free_before, result)
+            (Pending::Extend { to, hurry }, DiskResult::Extended(result)) => {
+                self.on_extended(to, hurry, result)
             }
             (Pending::Label { offset, piece, again }, DiskResult::Written(result)) => {
                 self.on_labelled(offset, piece, again, result);
