@@ -11,8 +11,8 @@
 //! 3. write zeros, resting after each chunk for as long as it took: half of the disk stays free;
 //! 4. sync.
 //!
-//! Where writes use the file up faster than that (a lost copy is made again, a disk is filled), zeros would
-//! be written beside as much data, and the data would wait for them: such a step is in a hurry and leaves
+//! Where the file is used up by large batches (a lost copy is made again, a disk is filled), zeros would be
+//! written beside as much data, and the data would wait for them: such a step is in a hurry and leaves
 //! out 3, as a crash between 2 and 4 does. The tail is then allocated but not written: correct (it reads as
 //! zeros), and slow for the first write to each block. Raw devices have nothing to grow.
 

@@ -1228,9 +1228,7 @@ impl Disk {
             (Pending::Rows(element), DiskResult::PmapRange(Ok(rows))) => self.on_rows(element, rows),
             (Pending::Scan(scan), DiskResult::PmapRange(result)) => self.on_scanned(scan, result),
             (Pending::Commit, DiskResult::PmapCommitted(Ok(()))) => self.on_committed(),
-            (Pending::Extend { to, hurry }, DiskResult::Extended(result)) => {
-                self.on_extended(to, hurry, result)
-            }
+            (Pending::Extend { to, hurry }, DiskResult::Extended(result)) => self.on_extended(to, hurry, result),
             (Pending::Label { offset, piece, again }, DiskResult::Written(result)) => {
                 self.on_labelled(offset, piece, again, result);
             }

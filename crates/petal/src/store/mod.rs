@@ -108,8 +108,8 @@ pub enum DiskCommand {
     Extend {
         /// The new frontier in bytes; a multiple of 1 MiB.
         to: u64,
-        /// Not written, only allocated: writes use the disk up faster than it can be written ahead of them. What is
-        /// not written reads as zeros.
+        /// Not written, only allocated: for large batches, beside which zeros would be as many bytes again. What is not
+        /// written reads as zeros.
         hurry: bool,
     },
     /// Value of a key of the PMap store.

@@ -61,6 +61,10 @@ struct SimDisk {
     commits: u64,
     /// Pages that cannot be read until they are written.
     unreadable: BTreeSet<u64>,
+    /// The file system under the file has room up to here.
+    host_end: Option<u64>,
+    /// How the file was to grow: by how much, in a hurry or not, and whether it did.
+    steps: Vec<(u64, bool, bool)>,
 }
 
 /// What becomes of unanswered writes.
@@ -112,7 +116,12 @@ impl SimDisk {
                 self.write(offset, &pieces.concat(), || true);
                 DiskResult::Written(Ok(()))
             }
-            DiskCommand::Extend { to, .. } => {
+            DiskCommand::Extend { to, hurry } => {
+                let fits = self.host_end.is_none_or(|end| to <= end);
+                self.steps.push((to - self.frontier.min(to), hurry, fits));
+                if !fits {
+                    return DiskResult::Extended(Err(DiskError::HostFull("no room".into())));
+                }
                 self.frontier = self.frontier.max(to);
                 DiskResult::Extended(Ok(()))
             }

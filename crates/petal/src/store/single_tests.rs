@@ -4,12 +4,17 @@ use super::*;
 
 /// A disk of ample blocks, open.
 fn calm(journal: u64, blocks: u64) -> Walk {
+    grown(journal, blocks, blocks)
+}
+
+/// The same, with so many blocks that need no growing of the file.
+fn grown(journal: u64, blocks: u64, frontier: u64) -> Walk {
     let prng = Prng::new(1);
     let options = Options {
         disks: 1,
         journal,
         blocks,
-        frontier: blocks,
+        frontier,
         cache: 1000,
         elements: 12,
         steps: 0,
@@ -191,19 +196,17 @@ fn a_block_of_the_journal_that_cannot_be_read_matters_only_where_the_journal_is(
     assert!(walk.start().unwrap_err().contains("at many places"));
 }
 
-#[test]
-fn a_group_larger_than_a_batch_is_split_and_stays_in_order() {
-    let mut walk = calm(MIB, 4000);
-    let mut keys: Vec<ElementKey> = (0..200).map(|element| ElementKey { family: FamilyId(1), element }).collect();
-    walk.prng.shuffle(&mut keys);
-    for key in &keys {
-        walk.ready(*key).unwrap();
+/// Stages a write of all blocks of each element.
+fn stage_whole(walk: &mut Walk, elements: impl IntoIterator<Item = u64>) {
+    for element in elements {
+        let key = ElementKey { family: FamilyId(1), element };
+        walk.ready(key).unwrap();
         let (bytes, crc) = contents()[0].clone();
         let slot = slot(0);
         let version = walk.next_version(slot);
         let rows = Rows::from([((LineageId(1), Epoch(0)), [BlockSum::Crc(crc); 16])]);
         let change = Change::Write {
-            element: *key,
+            element: key,
             slot,
             version,
             lineage: LineageId(1),
@@ -216,8 +219,35 @@ fn a_group_larger_than_a_batch_is_split_and_stays_in_order() {
             blocks: vec![BlockData::Data { crc, bytes }; 16],
             watermark: version,
         };
-        walk.stage(*key, change, Some(Element { slot, version, ids: BTreeSet::new(), rows })).unwrap();
+        walk.stage(key, change, Some(Element { slot, version, ids: BTreeSet::new(), rows })).unwrap();
     }
+}
+
+/// Zeros ahead of large batches would be as many bytes again.
+#[test]
+fn a_file_grows_with_zeros_for_small_batches_and_without_for_large_ones() {
+    let steps = |per_batch: u64, host_room: u64| {
+        let mut walk = grown(4 * MIB, 200_000, 120 * MIB / BLOCK_SIZE);
+        walk.disks[0].host_end = Some(walk.disks[0].frontier + host_room);
+        for first in (0..1500).step_by(per_batch as usize) {
+            stage_whole(&mut walk, first..first + per_batch);
+            walk.quiet().unwrap();
+        }
+        walk.disks[0].steps.clone()
+    };
+    let (short, long) = (64 * MIB, 256 * MIB);
+    assert_eq!(steps(1, 1 << 40), [(short, false, true), (short, false, true)]);
+    assert_eq!(steps(30, 1 << 40), [(short, false, true), (long, true, true)]);
+    // Where a long step does not fit a short one is tried at once.
+    assert_eq!(steps(30, 200 * MIB)[..3], [(short, false, true), (long, true, false), (short, false, true)]);
+}
+
+#[test]
+fn a_group_larger_than_a_batch_is_split_and_stays_in_order() {
+    let mut walk = calm(MIB, 4000);
+    let mut elements: Vec<u64> = (0..200).collect();
+    walk.prng.shuffle(&mut elements);
+    stage_whole(&mut walk, elements);
     walk.flush().unwrap();
     let issued = walk.stores.disks[0].tickets_on_their_way().count();
     assert_eq!(issued, 4, "12.5 MiB are four batches of at most 4 MiB");

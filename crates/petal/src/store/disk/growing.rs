@@ -42,9 +42,10 @@ impl Disk {
     pub(super) fn on_extended(&mut self, to: u64, hurry: bool, result: Result<(), DiskError>) {
         self.extending = false;
         // What lies below the frontier goes on to be used: full, not failed. A step in a hurry is a long one: a
-        // shorter one may still fit.
+        // shorter one, which comes next, may still fit.
         self.grow_again = false;
         self.host_full = (result.is_err() && !hurry).then_some(self.last_issued.number);
+        self.grown = None;
         if result.is_ok() {
             self.allocator.set_frontier((to - self.superblock.layout.data.offset) / BLOCK_SIZE);
             self.grown = Some((self.last_issued.number, self.allocator.free_below_frontier()));
