@@ -117,6 +117,9 @@ fn start_time(pid: u32) -> Option<u64> {
     if dead { None } else { fields.get(19)?.parse().ok() }
 }
 
+/// What takes longer than this is told of.
+const LONG: Duration = Duration::from_secs(5);
+
 /// This program, in a session of its own: signals of the terminal do not reach it. Its output is appended
 /// to `log`.
 pub fn spawn_detached(arguments: &[String], log: &Path) -> Result<Child> {
@@ -129,10 +132,11 @@ pub fn spawn_detached(arguments: &[String], log: &Path) -> Result<Child> {
     command.spawn().with_context(|| format!("cannot start `petal {}`", arguments.join(" ")))
 }
 
-/// Waits until the process of `file` is ready. If `child` ends before, the error is what it wrote to its
-/// log since `log_start`.
+/// Waits until the process of `file` is ready; says so on standard error if that takes long. If `child` ends before, the
+/// error is what it wrote to its log since `log_start`.
 pub fn wait_until_ready(child: &mut Child, file: &Path, log: &Log, limit: Duration) -> Result<ProcessFile> {
-    let end = Instant::now() + limit;
+    let begun = Instant::now();
+    let (end, mut tells_at) = (begun + limit, Some(begun + LONG));
     loop {
         if let Some(status) = child.try_wait()? {
             anyhow::bail!("{}", log.complaint().unwrap_or_else(|| format!("it ended with {status}")));
@@ -142,6 +146,10 @@ pub fn wait_until_ready(child: &mut Child, file: &Path, log: &Log, limit: Durati
         }
         if Instant::now() > end {
             anyhow::bail!("it is not ready after {} s; see {}", limit.as_secs(), log.path.display());
+        }
+        if tells_at.take_if(|at| Instant::now() > *at).is_some() {
+            let (log, limit) = (log.path.display(), limit.as_secs());
+            eprintln!("Not ready yet; it may take up to {limit} s, and {log} says what it waits for.");
         }
         std::thread::sleep(Duration::from_millis(5));
     }

@@ -164,9 +164,15 @@ pub fn copied_and_started(cluster: &Cluster) -> Result<()> {
     let ended = Cluster::wait_for("the process of the right disk ends", Duration::from_secs(40), || {
         std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z"))
     });
+    // The folder knows no process of it now.
+    let told = Cluster::wait_for("the copy is shown as the server that it is", Duration::from_secs(20), || {
+        let status = cluster.status().unwrap_or_default();
+        status["servers"].as_array().is_some_and(|s| s.iter().any(|s| s["id"] == "s4" && s["state"] == "up"))
+    });
     let _ = copy.kill();
     let _ = copy.wait();
     ended?;
+    told?;
     let log = std::fs::read_to_string(cluster.data().join("s4/log"))?;
     ensure!(log.contains("copy of"), "it does not say why it ended: {log}");
     // From here on the right disk is one from the past.

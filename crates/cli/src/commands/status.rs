@@ -94,8 +94,9 @@ async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report>
     };
     // All at one time: a server that is away must not add its wait to the others'.
     let mut asked = tokio::task::JoinSet::new();
-    for id in state.servers.keys().copied() {
-        let local_and_down = folder.is_some() && !pids.contains_key(&id);
+    for (id, known) in &state.servers {
+        let id = *id;
+        let local_and_down = folder.is_some() && !pids.contains_key(&id) && !somebody_listens(&known.addresses);
         let connection = connection.clone();
         asked.spawn_local(async move {
             let status = if local_and_down { None } else { connection.server_status(id, ANSWER_LIMIT).await.ok() };
@@ -140,6 +141,15 @@ async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report>
     let servers: Vec<ServerReport> = state.servers.iter().map(server).collect();
     let redundancy = redundancy.with_progress(servers.iter().filter_map(|s| s.status.as_ref()));
     Ok(Report { redundancy, servers, ages: Ages::of(&logs), nbd: nbd(folder), state })
+}
+
+/// True if one of the addresses of a server of this machine takes connections: a process that this folder knows nothing
+/// of may serve for it.
+fn somebody_listens(addresses: &[String]) -> bool {
+    addresses.iter().any(|address| match address.strip_prefix("unix:") {
+        Some(path) => std::os::unix::net::UnixStream::connect(path).is_ok(),
+        None => std::net::TcpStream::connect(address).is_ok(),
+    })
 }
 
 /// What those servers have applied lately.
