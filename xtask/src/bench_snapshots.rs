@@ -72,7 +72,7 @@ fn prepared(program: &Path, name: &str, gib: u32) -> Result<Cluster> {
     petal(&cluster, &["disk", "delete", "gone", "--yes"])?;
     let stored = 2 * (u64::from(gib) << 30);
     Cluster::wait_for("the second disk is gone", Duration::from_secs(60), || {
-        allocated(&cluster).is_ok_and(|now| now == stored)
+        cluster.stored().is_ok_and(|now| now == stored)
     })?;
     Ok(cluster)
 }
@@ -312,7 +312,7 @@ fn delete_all(cluster: &Cluster, arguments: &Arguments) -> Result<()> {
         drawn = drawn.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         order.swap(n, (drawn >> 33) as usize % (n + 1));
     }
-    let (used, stored) = (family()?, allocated(cluster)?);
+    let (used, stored) = (family()?, cluster.stored()?);
     let mut dry_run = vec!["snapshot", "delete", "--dry-run"];
     dry_run.extend(order.iter().map(String::as_str));
     let began = Instant::now();
@@ -336,18 +336,10 @@ fn delete_all(cluster: &Cluster, arguments: &Arguments) -> Result<()> {
     let began = Instant::now();
     let expected = stored - 2 * back;
     Cluster::wait_for("the servers have given everything back", Duration::from_secs(120), || {
-        allocated(cluster).is_ok_and(|now| now == expected)
+        cluster.stored().is_ok_and(|now| now == expected)
     })
-    .with_context(|| format!("{:?} bytes are stored, {expected} should be", allocated(cluster)))?;
+    .with_context(|| format!("{:?} bytes are stored, {expected} should be", cluster.stored()))?;
     println!("the servers store {expected} bytes instead of {stored}, {:.1} s later", began.elapsed().as_secs_f64());
     print!("petal verify: {}", petal(cluster, &["verify"])?);
     Ok(())
-}
-
-/// Bytes that all disks of the servers store.
-fn allocated(cluster: &Cluster) -> Result<u64> {
-    let status = cluster.status()?;
-    let disks =
-        status["servers"].as_array().into_iter().flatten().flat_map(|s| s["disks"].as_array().into_iter().flatten());
-    disks.map(|d| d["used"].as_u64().context("a disk tells no use")).sum()
 }

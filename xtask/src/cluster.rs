@@ -79,6 +79,14 @@ impl Cluster {
         serde_json::from_str(&text).with_context(|| format!("`petal status --json` printed no JSON: {text}"))
     }
 
+    /// Bytes that all disks of the servers store.
+    pub fn stored(&self) -> Result<u64> {
+        let status = self.status()?;
+        let servers = status["servers"].as_array().into_iter().flatten();
+        let disks = servers.flat_map(|s| s["disks"].as_array().into_iter().flatten());
+        disks.map(|d| d["used"].as_u64().context("a disk tells no use")).sum()
+    }
+
     /// Process ids of the servers, as the status tells them.
     pub fn server_pids(&self) -> Result<Vec<u32>> {
         let status = self.status()?;

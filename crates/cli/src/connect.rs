@@ -226,12 +226,18 @@ impl Connection {
         if executed.unsettled.is_empty() { Ok(executed.outcome) } else { Err(NotSettled(executed.unsettled).into()) }
     }
 
-    /// Executes a command that relies on the present state: made anew if that has changed meanwhile.
-    pub async fn execute_on_present(&self, make: impl Fn(&State) -> Result<Command>) -> Result<Outcome> {
+    /// Executes a command that relies on the present state: made anew if that has changed meanwhile. If the caller relies
+    /// on its effect at once, not settled in time is an error.
+    pub async fn execute_on_present(
+        &self,
+        make: impl Fn(&State) -> Result<Command>,
+        is_relied_on: bool,
+    ) -> Result<Outcome> {
         let mut tries = 0;
         loop {
             let command = make(&self.state().await?)?;
-            match self.execute(command).await {
+            let executed = if is_relied_on { self.execute_settled(command).await } else { self.execute(command).await };
+            match executed {
                 Err(error) if tries < OVERTAKEN_MAX && refusal(&error) == Some(&CommandError::Overtaken) => {
                     tries += 1;
                     tokio::time::sleep(OVERTAKEN_PAUSE).await;

@@ -62,7 +62,8 @@ impl Policies {
         for disk in state.vdisks.values() {
             if let Some(of) = disk.snapshot_of {
                 let name = disk.name.split_once('@').map_or("", |(_, name)| name);
-                if let (Some(kind), true) = (Kind::of(name), with_policy(&of)) {
+                let is_foreign = disk.imported.begun.is_some();
+                if let (Some(kind), true, false) = (Kind::of(name), with_policy(&of), is_foreign) {
                     automatic.entry(of).or_default()[kind as usize].push(disk);
                 }
             } else if !disk.policy.is_empty() {
@@ -92,7 +93,9 @@ impl Policies {
         for kind in Kind::ALL.into_iter().filter(|kind| kind.keeps(disk.policy) > 0) {
             let name = kind.name(seconds);
             let is_there = state.vdisk_named(&format!("{}@{name}", disk.name)).is_some();
-            let was_there = disk.automatic.last(kind).is_some_and(|made| kind.name(made) == name);
+            // A leader whose clock is a little behind that of the one before comes to an hour that is over.
+            let is_over = |made: u64| (seconds..seconds + kind.seconds()).contains(&made);
+            let was_there = disk.automatic.last(kind).is_some_and(|made| kind.name(made) == name || is_over(made));
             if is_there || was_there || self.made.get(&(disk.id, kind)) == Some(&name) {
                 continue;
             }
@@ -152,7 +155,7 @@ fn over(disk: &Vdisk, snapshots: [Vec<&Vdisk>; 3]) -> Option<Command> {
 mod tests {
     use super::*;
     use crate::global_state::{Attachment, Fixture};
-    use crate::translator::vdir::Policy;
+    use crate::translator::vdir::{ForeignState, Policy};
 
     /// 2026-11-29 02:15:07 UTC, a Sunday.
     const SUNDAY: u64 = 1_795_918_507;
@@ -274,6 +277,38 @@ mod tests {
         // A third one knows of neither.
         led.policies = Policies::default();
         assert_eq!(led.at(SUNDAY), []);
+    }
+
+    #[test]
+    fn a_new_leader_whose_clock_is_a_little_behind_makes_nothing_of_the_hour_that_is_over() {
+        let mut led = Led::new();
+        led.disk("db", 1, 1, 1);
+        led.at(SUNDAY);
+        let full_hour = SUNDAY - SUNDAY % HOUR + HOUR;
+        led.at(full_hour + 1);
+        let hourly = "db@auto-hourly-2026-11-29T03";
+        led.policies = Policies::default();
+        assert_eq!(led.at(full_hour - 9), [], "the one of the hour before has gone, and does not come again");
+        assert!(led.snapshots().contains(&hourly));
+        assert_eq!(led.at(full_hour + 5), []);
+        assert_eq!(led.at(full_hour + HOUR).len(), 2, "one is made, one goes");
+    }
+
+    #[test]
+    fn snapshots_that_were_imported_are_not_the_policys() {
+        let mut led = Led::new();
+        let disk = led.disk("db", 1, 0, 0);
+        let foreign =
+            ForeignState { cluster: ClusterId(9), family: FamilyId(1), lineage: LineageId(1), epoch: Epoch(4) };
+        let session = led.f.attach(disk, Attachment::Import, false).unwrap();
+        let seen = led.f.state.vdisk(disk).unwrap().imported;
+        led.f.run(Command::BeginImport { vdisk: disk, session, seen, to: foreign }).unwrap();
+        let name = "auto-hourly-2026-11-29T01".into();
+        led.f.run(Command::EndImport { vdisk: disk, session, name, made: SUNDAY }).unwrap();
+        led.f.run(Command::Detach { session }).unwrap();
+        led.at(SUNDAY);
+        led.at(SUNDAY + HOUR);
+        assert_eq!(led.snapshots(), ["db@auto-hourly-2026-11-29T01", "db@auto-hourly-2026-11-29T03"]);
     }
 
     #[test]

@@ -182,6 +182,10 @@ pub fn deleted_in_any_order(cluster: &Cluster) -> Result<()> {
     for (disk, before) in &kept {
         same(before, &image(cluster, disk, "after.img")?).with_context(|| format!("{disk} alone"))?;
     }
+    // Not only by the accounts: nothing else is on the disks.
+    Cluster::wait_for("the servers store what the accounts say", Duration::from_secs(60), || {
+        cluster.stored().is_ok_and(|stored| left.is_some_and(|left| stored == 2 * left))
+    })?;
     read(cluster.petal().arg("verify"))?;
     cluster.down()
 }

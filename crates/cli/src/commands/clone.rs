@@ -35,7 +35,7 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
             let from = find(state, &source)?;
             Ok(Command::Clone { source: from.id, epoch: from.epoch, name: name.clone(), made })
         };
-        let outcome = connection.execute_on_present(command).await?;
+        let outcome = connection.execute_on_present(command, false).await?;
         let Outcome::Disk(id) = outcome else { bail!("the cluster answered {outcome:?} to a clone") };
         if format.json {
             let state = connection.state_with(id).await?;

@@ -41,7 +41,11 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
             "'{from}' and '{to}' have nothing in common: neither is a snapshot or clone of the other or of the same disk"
         );
         let differ = async |disk: &Disk| extents(disk, Some(older.id), disk.size()).await;
-        let found = connection.attached(&to, Attachment::ReadOnly, "petal diff", false, differ).await?;
+        let mut found = connection.attached(&to, Attachment::ReadOnly, "petal diff", false, differ).await?;
+        if older.size > newer.size {
+            // There is nothing of it any more.
+            found.push((newer.size, older.size - newer.size));
+        }
         let bytes: u64 = found.iter().map(|(_, length)| length).sum();
         if format.json {
             let extents: Vec<_> =

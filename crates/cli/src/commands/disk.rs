@@ -1,7 +1,7 @@
 //! `petal disk`: the virtual disks of a cluster.
 
 use super::snapshot;
-use crate::connect::{self, Connection};
+use crate::connect::{self, Connection, Disk};
 use crate::output;
 use crate::place::Place;
 use crate::space::{Counting, FamilySpace};
@@ -324,13 +324,11 @@ async fn resize(connection: &Connection, name: &str, size: u64, shrink: bool) ->
     if size < disk.size {
         // Nobody else may write between the discard and the command: else a disk that grows again would
         // show old bytes.
-        let holder = format!("petal disk resize (pid {})", std::process::id());
-        let attached = connection.client.disk(name).holder(holder).attach(Attachment::Exclusive).await?;
-        attached.zero(size, disk.size - size).await?;
-        let change = Change::ResizeDisk { vdisk: disk.id, size, session: attached.session() };
-        let result = connection.execute(change).await;
-        attached.detach().await?;
-        result?;
+        let cut = async |attached: &Disk| -> Result<Outcome> {
+            attached.zero(size, disk.size - size).await?;
+            connection.execute(Change::ResizeDisk { vdisk: disk.id, size, session: attached.session() }).await
+        };
+        connection.attached(name, Attachment::Exclusive, "petal disk resize", false, cut).await?;
     } else {
         connection.execute(Change::ResizeDisk { vdisk: disk.id, size, session: SessionId(0) }).await?;
     }
@@ -349,7 +347,7 @@ async fn delete(
     let state = connection.state().await?;
     let disk = find(&state, name)?;
     ensure!(!disk.is_snapshot(), "'{name}' is a snapshot; `petal snapshot delete {name}` deletes it");
-    let mut snapshots: BTreeSet<VdiskId> = state.snapshots_of(disk).map(|s| s.id).collect();
+    let snapshots: BTreeSet<VdiskId> = state.snapshots_of(disk).map(|s| s.id).collect();
     if !with_snapshots && let Some(first) = state.snapshots_of(disk).next() {
         bail!(
             "'{name}' has {} ('{}' is one); delete them first, or with it: `petal disk delete {name} --with-snapshots`",
@@ -374,14 +372,8 @@ async fn delete(
         std::io::stdin().read_line(&mut line)?;
         ensure!(line.trim() == name, "nothing was deleted");
     }
-    // The disk goes with the last of them.
-    while snapshots.len() >= VdiskId::AT_ONCE_MAX {
-        let rest =
-            snapshots.split_off(&snapshots.iter().copied().nth(VdiskId::AT_ONCE_MAX - 1).expect("there are many"));
-        snapshot::delete_all(connection, &std::mem::replace(&mut snapshots, rest)).await?;
-    }
-    snapshots.insert(disk.id);
-    snapshot::delete_all(connection, &snapshots).await?;
+    // A disk's id is below those of its snapshots, and it can go only with the last of them.
+    snapshot::delete_all(connection, &state, snapshots, Some(disk.id)).await?;
     if format.json {
         return output::print_json(&json!({"deleted": name}));
     }

@@ -297,14 +297,18 @@ fn open(header: &Header, arguments: &Arguments, is_stdout: bool) -> Result<Opene
         let writer = Writer::create(Box::new(std::io::stdout()) as Box<dyn Write + Send>, header.clone())?;
         return Ok(Opened::Ready(Output::Stream(Box::new(writer), None), None, None));
     }
-    if path.exists() && path.metadata().is_ok_and(|m| m.len() > 0) {
-        let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let file = OpenOptions::new().write(true).create(true).truncate(false).open(path);
+    let mut file = file.with_context(|| format!("cannot write {}", path.display()))?;
+    if is_regular(&file) {
+        lock(&file, path)?;
+    }
+    if is_regular(&file) && file.metadata()?.len() > 0 {
         let other =
             || format!("{} exists, and is not the beginning of this stream; choose another name", path.display());
-        return match petal_stream::scan(file).with_context(other)? {
+        let before = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+        return match petal_stream::scan(before).with_context(other)? {
             Scan::Whole(summary) if summary.header == *header => Ok(Opened::Whole(summary)),
             Scan::Interrupted(part) if part.header() == header => {
-                let mut file = OpenOptions::new().write(true).open(path)?;
                 file.set_len(part.offset())?;
                 file.seek(SeekFrom::End(0))?;
                 eprintln!("{} is continued at {}.", path.display(), output::size(part.offset()));
@@ -315,10 +319,17 @@ fn open(header: &Header, arguments: &Arguments, is_stdout: bool) -> Result<Opene
             _ => bail!(other()),
         };
     }
-    let file = File::create(path).with_context(|| format!("cannot make {}", path.display()))?;
     let durable = file.try_clone()?;
     let writer = Writer::create(Box::new(file) as Box<dyn Write + Send>, header.clone())?;
     Ok(Opened::Ready(Output::Stream(Box::new(writer), Some(durable)), None, None))
+}
+
+/// Two exports to one file would write into each other's.
+fn lock(file: &File, path: &Path) -> Result<()> {
+    if let Err(error) = rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+        bail!("{} is being written by another export ({error}); wait for it", path.display());
+    }
+    Ok(())
 }
 
 /// An image that is being written, under a name of its own until it is whole: nothing in it says where it ends.
@@ -334,9 +345,7 @@ impl Image {
         let part = PathBuf::from(format!("{}.part", whole.display()));
         let file = OpenOptions::new().write(true).create(true).truncate(false).open(&part);
         let file = file.with_context(|| format!("cannot write {}", part.display()))?;
-        if let Err(error) = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            bail!("{} is being written by another export ({error}); wait for it", part.display());
-        }
+        lock(&file, &part)?;
         let image = Image { part, whole: whole.into(), is_kept: false };
         file.set_len(0)?;
         Ok((image, file))
@@ -382,7 +391,7 @@ impl Output {
         match self {
             Output::Stream(writer, durable) => {
                 let (_, summary) = writer.finish()?;
-                if let Some(file) = durable {
+                if let Some(file) = durable.filter(is_regular) {
                     file.sync_all()?;
                 }
                 Ok(Some(summary))
@@ -399,6 +408,11 @@ impl Output {
             }
         }
     }
+}
+
+/// Pipes and devices are neither locked nor synced, nor continued.
+fn is_regular(file: &File) -> bool {
+    file.metadata().is_ok_and(|m| m.is_file())
 }
 
 fn zeros(out: &mut impl Write, mut count: u64) -> std::io::Result<()> {

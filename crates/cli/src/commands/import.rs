@@ -16,7 +16,7 @@ use crate::place::Place;
 use crate::progress::Progress;
 use anyhow::{Context, Result, bail, ensure};
 use petal::client::RequestError;
-use petal::global_state::{Attachment, Command, State, split_name};
+use petal::global_state::{Attachment, Command, State, check_name, split_name};
 use petal::ids::{BLOCK_SIZE, ClusterId, ELEMENT_SIZE, Epoch, FamilyId, LineageId};
 use petal::message::Refusal;
 use petal::translator::vdir::{ForeignState, Imported, Vdisk};
@@ -124,7 +124,7 @@ async fn explained(connection: &Connection, name: &str, error: anyhow::Error) ->
         ""
     };
     error.context(format!(
-        "the import into '{name}' has not ended and shows nothing new; {room}repeat it with the whole stream, or delete the disk"
+        "the import into '{name}' has not ended, and what it holds is neither the old state nor the new one; {room}repeat it with the whole stream, or delete the disk"
     ))
 }
 
@@ -146,8 +146,15 @@ fn target(imported: &Imported) -> Target {
     Target { newest: imported.newest.map(state), begun: imported.begun.map(state) }
 }
 
+fn not_imported(name: &str) -> anyhow::Error {
+    anyhow::anyhow!(
+        "there is a disk named '{name}' already that was not imported; choose another name, or delete it first"
+    )
+}
+
 /// The disk to write to, made if there is none; `None` if it holds the state already.
 async fn prepare(connection: &Connection, name: &str, header: &Header, copies: Option<u8>) -> Result<Option<Vdisk>> {
+    check_name(&header.snapshot).context("the name of the snapshot in the stream")?;
     let mut state = connection.state().await?;
     let is_new = state.vdisk_named(name).is_none();
     if is_new {
@@ -158,12 +165,19 @@ async fn prepare(connection: &Connection, name: &str, header: &Header, copies: O
         state = connection.state_with(id).await?;
     }
     let present = find(&state, name)?;
-    let holds_nothing = present.imported == Imported::default();
-    if !is_new && holds_nothing {
-        bail!("there is a disk named '{name}' already that was not imported; choose another name, or delete it first");
+    // One that was made a moment ago, by an import that was killed before it began perhaps, is as good as a new one.
+    let is_untouched = present.epoch == Epoch(1) && state.snapshots_of(present).next().is_none();
+    if !is_new && present.imported == Imported::default() && !is_untouched {
+        return Err(not_imported(name));
     }
     let fit = header.fit(&target(&present.imported)).with_context(|| format!("'{name}' cannot take this stream"))?;
     if fit == Fit::Present {
+        let newest = present.imported.newest;
+        ensure!(
+            state.snapshots_of(present).any(|s| s.imported.begun == newest),
+            "'{name}' has taken in this state, and the snapshot of it is gone; roll it back to one that was imported before \
+             (`petal snapshot list {name}`) to take it in again, or import it as a new disk"
+        );
         return Ok(None);
     }
     let full = format!("{name}@{}", header.snapshot);
@@ -177,6 +191,9 @@ async fn prepare(connection: &Connection, name: &str, header: &Header, copies: O
 /// Notes what is to come, and makes the disk as large as that.
 async fn begin(connection: &Connection, disk: &Disk, present: &Vdisk, header: &Header) -> Result<()> {
     // Nobody else writes from here on.
+    if present.imported == Imported::default() {
+        ensure!(diff::extents(disk, None, disk.size()).await?.is_empty(), not_imported(&present.name));
+    }
     if present.imported.begun.is_none() {
         unchanged(disk, &connection.state().await?, present, header).await?;
     }

@@ -65,7 +65,7 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
             kept.replace(keep.clone());
             Ok(Command::Rollback { vdisk: vdisk.id, epoch: vdisk.epoch, to: snapshot.id, keep, made })
         };
-        connection.execute_on_present(command).await.map_err(not_while_attached)?;
+        connection.execute_on_present(command, false).await.map_err(not_while_attached)?;
         let kept = kept.into_inner().map(|name| format!("{disk}@{name}"));
         if format.json {
             return output::print_json(&json!({"disk": disk, "to": to, "kept": kept}));

@@ -1,7 +1,7 @@
 //! `petal snapshot`: states of disks that stay as they were.
 
 use super::disk::{find, find_disk, plural};
-use crate::connect::{self, Connection, refusal};
+use crate::connect::{self, Connection, NotSettled, refusal};
 use crate::freeze::{self, Frozen, Mounted};
 use crate::output;
 use crate::place::Place;
@@ -174,7 +174,7 @@ async fn create(connection: &Connection, place: &Place, arguments: CreateArgumen
         let mounts = freeze::find(place, &state, &disks)?;
         create_frozen(connection, &disks, &arguments, made, mounts).await?
     } else {
-        make(connection, &disks, &arguments, made).await?
+        make(connection, &disks, &arguments, made, false).await?
     };
     let state = connection.state().await?;
     let names: Vec<String> = ids.iter().filter_map(|id| state.vdisk(*id)).map(|v| v.name.clone()).collect();
@@ -193,6 +193,7 @@ async fn make(
     disks: &[String],
     arguments: &CreateArguments,
     made: u64,
+    is_frozen: bool,
 ) -> Result<Vec<VdiskId>> {
     let command = |state: &State| {
         let name = match &arguments.name {
@@ -206,7 +207,8 @@ async fn make(
         let of = disks.iter().map(of).collect::<Result<Vec<_>>>()?;
         Ok(Change::Snapshot { of, made, protected: arguments.protect })
     };
-    match connection.execute_on_present(command).await? {
+    // What is written before it is settled may be in the snapshot: with that the file systems must not go on.
+    match connection.execute_on_present(command, is_frozen).await? {
         Outcome::Disks(ids) => Ok(ids),
         other => bail!("the cluster answered {other:?} to the creation of a snapshot"),
     }
@@ -229,7 +231,7 @@ async fn create_frozen(
     mounts: Vec<Mounted>,
 ) -> Result<Vec<VdiskId>> {
     let frozen = tokio::task::spawn_blocking(move || Frozen::freeze(&mounts)).await??;
-    let result = tokio::time::timeout(freeze::HOLD_LIMIT, make(connection, disks, arguments, made)).await;
+    let result = tokio::time::timeout(freeze::HOLD_LIMIT, make(connection, disks, arguments, made, true)).await;
     let thawed = tokio::task::spawn_blocking(move || frozen.thaw()).await?;
     let ids = result.with_context(|| {
         format!(
@@ -237,7 +239,14 @@ async fn create_frozen(
              `petal snapshot list` shows",
             freeze::HOLD_LIMIT.as_secs()
         )
-    })??;
+    })?;
+    let ids = ids.map_err(|error| match error.is::<NotSettled>() {
+        true => error.context(
+            "the snapshot was made, and the file systems go on although not every server has heard of it: it is consistent as \
+             after a power cut, and maybe not more",
+        ),
+        false => error,
+    })?;
     thawed.context("the snapshot was made; it is consistent as after a power cut, and maybe not more")?;
     Ok(ids)
 }
@@ -302,7 +311,7 @@ async fn delete(connection: &Connection, names: Vec<String>, dry_run: bool, form
     if dry_run {
         return tell_given_back(connection, &state, &going, &names, &what, format).await;
     }
-    delete_all(connection, &going).await?;
+    delete_all(connection, &state, going, None).await?;
     if format.json {
         return output::print_json(&json!({"deleted": names}));
     }
@@ -320,10 +329,7 @@ pub async fn tell_given_back(
     format: output::Format,
 ) -> Result<()> {
     let (once, pool) = Counting::new(connection).given_back(state, going).await?;
-    let disks: Vec<&Vdisk> = going.iter().filter_map(|id| state.vdisk(*id)).collect();
-    let protected = disks.iter().filter(|d| d.protected).map(|d| format!("{} is protected", d.name));
-    let attached = disks.iter().filter(|d| !d.sessions.is_empty()).map(|d| format!("{} is attached", d.name));
-    let in_the_way: Vec<String> = protected.chain(attached).collect();
+    let in_the_way = in_the_way(state, going);
     if format.json {
         return output::print_json(
             &json!({"would_delete": names, "bytes": once, "pool_bytes": pool, "in_the_way": in_the_way}),
@@ -334,11 +340,31 @@ pub async fn tell_given_back(
     Ok(())
 }
 
-/// Deletes, in as many commands as it takes: all or none if it is one.
-pub async fn delete_all(connection: &Connection, going: &BTreeSet<VdiskId>) -> Result<()> {
-    let ids: Vec<VdiskId> = going.iter().copied().collect();
+/// Why the cluster would refuse to delete them.
+fn in_the_way(state: &State, going: &BTreeSet<VdiskId>) -> Vec<String> {
+    let disks: Vec<&Vdisk> = going.iter().filter_map(|id| state.vdisk(*id)).collect();
+    let protected = disks.iter().filter(|d| d.protected).map(|d| format!("{} is protected", d.name));
+    let attached = disks.iter().filter(|d| !d.sessions.is_empty()).map(|d| format!("{} is attached", d.name));
+    protected.chain(attached).collect()
+}
+
+/// Deletes, in as many commands as it takes: all or none if it is one. If it is more, what would be refused is found before
+/// the first of them.
+pub async fn delete_all(
+    connection: &Connection,
+    state: &State,
+    going: BTreeSet<VdiskId>,
+    last: Option<VdiskId>,
+) -> Result<()> {
+    let ids: Vec<VdiskId> = going.into_iter().chain(last).collect();
+    if ids.len() > VdiskId::AT_ONCE_MAX {
+        let in_the_way = in_the_way(state, &ids.iter().copied().collect());
+        ensure!(in_the_way.is_empty(), "nothing was deleted: {}", in_the_way.join("; "));
+    }
     for part in ids.chunks(VdiskId::AT_ONCE_MAX) {
-        let result = connection.execute(Change::DeleteDisks { vdisks: part.to_vec() }).await;
+        let mut vdisks = part.to_vec();
+        vdisks.sort_unstable();
+        let result = connection.execute(Change::DeleteDisks { vdisks }).await;
         result.map(drop).map_err(not_while_attached)?;
     }
     Ok(())

@@ -21,7 +21,7 @@ pub(super) fn conflict(wanted: Attachment, present: Attachment) -> bool {
 
 /// Names are words of a command line, of a URL and of an NBD export; `@` stands between a disk and a snapshot of
 /// it, each of which has such a name.
-pub(super) fn check_name(name: &str) -> Result<(), CommandError> {
+pub fn check_name(name: &str) -> Result<(), CommandError> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     let why = if name.is_empty() {
         "it is empty".into()

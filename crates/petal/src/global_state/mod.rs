@@ -13,7 +13,7 @@ mod servers;
 mod snapshots;
 mod state;
 
-pub use arguments::{check_size, split_name};
+pub use arguments::{check_name, check_size, split_name};
 pub use command::{Attachment, Command, CommandError, Entry, Genesis, GenesisServer, Outcome, SnapshotOf};
 pub use reconfiguration::{Move, Reconfiguration};
 pub use ring::RingDamaged;

@@ -38,8 +38,10 @@ impl State {
         let snapshots: Vec<VdiskId> = (0..of.len()).map(|n| VdiskId::made_by(self.index, n)).collect();
         for (id, one) in snapshots.iter().zip(of) {
             self.name_epoch(*id, one.vdisk, &one.name, made, protected);
-            if let Some(kind) = Kind::of(&one.name) {
-                self.vdisks.get_mut(&one.vdisk).expect("checked above").automatic.made(kind, made);
+            let disk = self.vdisks.get_mut(&one.vdisk).expect("checked above");
+            // One that is imported was made by the policy of another disk.
+            if let (Some(kind), false) = (Kind::of(&one.name), disk.is_importing()) {
+                disk.automatic.made(kind, made);
             }
             self.close_epoch(one.vdisk, of.len() > 1, effects);
         }
@@ -112,7 +114,7 @@ impl State {
             return Err(CommandError::NotItsSnapshot { name: target.name.clone(), of: disk.name.clone() });
         }
         let (family, size, name) = (disk.family, target.size, disk.name.clone());
-        let parent = (target.lineage, target.epoch);
+        let (parent, state) = ((target.lineage, target.epoch), target.imported.begun);
         if let Some(keep) = keep {
             check_name(keep)?;
             self.check_free(&format!("{name}@{keep}"))?;
@@ -121,8 +123,9 @@ impl State {
         }
         let lineage = self.branch(family, parent, &name)?;
         // What an import had written is no longer there: one that goes on must not count on it; and what is kept of it
-        // is not the state that it was to lead to.
-        self.vdisks.get_mut(&id).expect("found above").imported.begun = None;
+        // is not the state that it was to lead to. A chain of increments goes on from the state that it is now.
+        let imported = &mut self.vdisks.get_mut(&id).expect("found above").imported;
+        *imported = Imported { newest: state.or(imported.newest), begun: None };
         if let Some(keep) = keep {
             self.name_epoch(VdiskId::made_by(self.index, 0), id, keep, made, false);
         }
@@ -512,6 +515,44 @@ mod tests {
         assert_eq!(half.imported.begun, None);
         assert_eq!(f.state.vdisk(disk).unwrap().imported, Imported { newest: Some(foreign(4)), begun: None });
         f.attach(disk, Attachment::Exclusive, false).unwrap();
+    }
+
+    #[test]
+    fn a_chain_of_imports_goes_on_from_the_state_that_was_rolled_back_to() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let mut ends = |f: &mut Fixture, to: u32, name: &str| {
+            let session = begin(f, disk, to);
+            let Ok(Outcome::Disks(made)) = end(f, disk, session, name) else { panic!() };
+            f.run(Command::Detach { session }).unwrap();
+            made[0]
+        };
+        let monday = ends(&mut f, 4, "monday");
+        ends(&mut f, 5, "tuesday");
+        take(&mut f, disk, "own").unwrap();
+        let own = f.state.vdisk_named("db@own").unwrap().id;
+        for (to, newest) in [(own, 5), (monday, 4)] {
+            let epoch = f.state.vdisk(disk).unwrap().epoch;
+            f.run(Command::Rollback { vdisk: disk, epoch, to, keep: None, made: 0 }).unwrap();
+            assert_eq!(f.state.vdisk(disk).unwrap().imported.newest, Some(foreign(newest)));
+        }
+        let tuesday = f.state.vdisk_named("db@tuesday").unwrap().id;
+        f.run(Command::DeleteDisks { vdisks: vec![tuesday] }).unwrap();
+        ends(&mut f, 5, "tuesday");
+    }
+
+    #[test]
+    fn nobody_else_changes_the_size_while_an_import_has_not_ended() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let size = f.state.vdisk(disk).unwrap().size;
+        let own = begin(&mut f, disk, 4);
+        let resize = |size, session| Command::ResizeDisk { vdisk: disk, size, session };
+        let refused = Err(CommandError::ImportUnfinished { name: "db".into() });
+        assert_eq!(f.run(resize(2 * size, SessionId(0))), refused);
+        f.run(resize(2 * size, own)).unwrap();
+        end(&mut f, disk, own, "monday").unwrap();
+        f.run(resize(3 * size, SessionId(0))).unwrap();
     }
 
     #[test]

@@ -869,6 +869,10 @@ impl State {
         if shrinks && !is_own {
             return Err(CommandError::NotExclusive { name: disk.name.clone() });
         }
+        if disk.is_importing() && !is_own {
+            // The snapshot in its end is to be what the stream says.
+            return Err(CommandError::ImportUnfinished { name: disk.name.clone() });
+        }
         disk.size = size;
         // Growing too: a server that knows the old size must catch up before it refuses the new end.
         disk.revision = index;

@@ -107,6 +107,15 @@ impl Kind {
         })
     }
 
+    /// How long it is until the next one, in seconds.
+    pub(crate) fn seconds(self) -> u64 {
+        match self {
+            Kind::Hourly => 3600,
+            Kind::Daily => 86_400,
+            Kind::Weekly => 7 * 86_400,
+        }
+    }
+
     /// Name of the one that belongs to this moment.
     pub(crate) fn name(self, unix_seconds: u64) -> String {
         let Utc { year, month, day, hour, .. } = Utc::at(unix_seconds);
