@@ -283,17 +283,32 @@ fn rebuild(petal: &Path, size: u64) -> Result<()> {
     std::fs::remove_file(cluster.data().join(VICTIM).join("disk1"))?;
     read(cluster.petal().args(["rejoin", VICTIM]))?;
     let before = recovered_blocks(&cluster)?;
+    let raw_before = raw_both(&cluster)?;
     let begun = Instant::now();
     cluster.up(&[])?;
     Cluster::wait_for("everything is redundant again", Duration::from_secs(300), || is_full(&cluster))?;
     let took = begun.elapsed().as_secs_f64();
     let bytes = (recovered_blocks(&cluster)? - before) * 4096;
+    let (raw, rate) = ((raw_before + raw_both(&cluster)?) / 2.0, bytes as f64 / 1e6 / took);
     println!(
-        "a server whose disk was lost has its {:.2} GiB again after {took:.1} s ({:.0} MB/s), nothing else going on",
+        "a server whose disk was lost has its {:.2} GiB again after {took:.1} s ({rate:.0} MB/s), nothing else going on; a raw \
+         file is read and written at once, as here, at {raw:.0} MB/s of each: {:.0} %",
         bytes as f64 / f64::from(1 << 30),
-        bytes as f64 / 1e6 / took
+        rate * 100.0 / raw
     );
     cluster.down()
+}
+
+/// MB/s at which a file beside the cluster is read and written at the same time: the lesser of both.
+fn raw_both(cluster: &Cluster) -> Result<f64> {
+    let file = cluster.folder().join("raw.img");
+    let mut fio = command("fio");
+    fio.args(["--name=raw", "--rw=rw", "--bs=1m", "--iodepth=8", "--ioengine=io_uring", "--direct=1", "--size=2g"]);
+    fio.args(["--time_based", "--runtime=6", "--output-format=json"]).arg(format!("--filename={}", file.display()));
+    let told: Value = serde_json::from_str(&read(&mut fio)?)?;
+    std::fs::remove_file(&file)?;
+    let bytes = |kind: &str| told["jobs"][0][kind]["bw_bytes"].as_f64().context("fio tells no bandwidth");
+    Ok(bytes("read")?.min(bytes("write")?) / 1e6)
 }
 
 fn recovered_blocks(cluster: &Cluster) -> Result<u64> {

@@ -8,7 +8,7 @@ use crate::place::Place;
 use crate::supervisor;
 use anyhow::{Context, Result, bail};
 use petal::client::RequestError;
-use petal::global_state::{Attachment, Command, CommandError, Outcome, State};
+use petal::global_state::{Attachment, Command, CommandError, Outcome, Session, State};
 use petal::ids::{ElementKey, ServerId, VdiskId};
 use petal::limits::SETTLE_DEADLINE;
 use petal::message::{
@@ -272,6 +272,20 @@ impl Connection {
         })
     }
 
+    /// Ends the sessions of programs of this machine that only read and were killed: nobody else would, and what they
+    /// are of cannot be deleted.
+    pub async fn end_dead_readers(&self) -> Result<()> {
+        let state = self.state().await?;
+        let is_dead = |s: &Session| s.mode == Attachment::ReadOnly && holder::is_gone(&s.holder);
+        for (session, _) in state.sessions.iter().filter(|(_, s)| is_dead(s)) {
+            match self.execute(Command::Detach { session: *session }).await {
+                Err(error) if matches!(refusal(&error), Some(CommandError::NoSuchSession(_))) => {}
+                ended => drop(ended?),
+            }
+        }
+        Ok(())
+    }
+
     /// Does some work with a disk attached, and ends the session whatever comes of it: also when the process is told to
     /// end meanwhile.
     pub async fn attached<T>(
@@ -283,6 +297,7 @@ impl Connection {
         work: impl AsyncFnOnce(&Disk) -> Result<T>,
     ) -> Result<T> {
         let mut told = Told::listen()?;
+        self.end_dead_readers().await?;
         let disk = self.attach(name, mode, &holder::of_process(what), take_over).await?;
         let done = told.unless(work(&disk)).await;
         let detached = told.unless(async { Ok(disk.detach().await?) }).await;

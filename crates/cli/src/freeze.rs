@@ -1,12 +1,13 @@
 //! File systems that stand still while a snapshot is made of the disks below them (`--freeze`).
 //!
 //! ```text
-//!   find where the disk's device is mounted -> guard starts -> FIFREEZE -> snapshot -> FITHAW -> guard ends
+//!   find where the disk's device is mounted -> a freezer: written back -> frozen -> snapshot -> thawed
 //! ```
 //!
-//! A file system that stays frozen hangs everybody who uses it. So a *guard*, a small process of its own, thaws it
-//! when this process ends, however it ends (Ctrl-C, kill -9), and [`GUARD_LIMIT`] after it was frozen in any case. It is
-//! told by a pipe, whose end means that nobody is there any more.
+//! A file system that stays frozen hangs everybody who uses it, and one whose disk takes no writes holds up whoever
+//! freezes it, so that no signal ends that process. So a *freezer*, a small process of its own, does both: it thaws when this
+//! process ends, however it ends (Ctrl-C, kill -9), and [`GUARD_LIMIT`] after it was frozen in any case; and this process
+//! waits for none of its words for ever. It is told by a pipe, whose end means that nobody is there any more.
 
 use crate::commands::attach;
 use crate::commands::disk::find_disk;
@@ -16,21 +17,24 @@ use anyhow::{Context, Result, bail, ensure};
 use petal::global_state::State;
 use petal_io::frozen::{freeze, thaw};
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
 /// How long the snapshot may take while file systems stand still.
 pub const HOLD_LIMIT: Duration = Duration::from_secs(15);
-/// How long a guard waits when it stands still.
+/// How long a freezer waits when it stands still.
 const GUARD_LIMIT: Duration = Duration::from_secs(20);
-/// What a guard is told of its file system: it is about to be frozen (writing back may take long), it is, it no longer is.
-const ABOUT_TO: u8 = b'a';
-const IS_FROZEN: u8 = b'f';
-const NO_LONGER: u8 = b't';
+/// How long writing back may take, while everybody goes on.
+const WRITE_BACK_LIMIT: Duration = Duration::from_secs(60);
+/// What a freezer says of its file system; anything else is why it does not go on.
+const WRITTEN: &str = "written back";
+const FROZEN: &str = "frozen";
+const THAWED: &str = "thawed";
 
 /// A mounted file system, and the attached disk below it.
 #[derive(Debug)]
@@ -100,100 +104,121 @@ fn unescape(text: &str) -> String {
 }
 
 /// File systems that stand still until this is dropped.
-pub struct Frozen(Vec<FrozenMount>);
+pub struct Frozen(Vec<Freezer>);
 
-struct FrozenMount {
-    on: PathBuf,
-    root: File,
-    guard: Child,
+/// The process that freezes one.
+struct Freezer {
+    mounted: Mounted,
+    child: Child,
     told: ChildStdin,
+    words: Receiver<String>,
 }
 
 impl Frozen {
-    /// Freezes all, or none. Blocks while the kernel writes back.
-    pub fn freeze(mounts: &[Mounted]) -> Result<Frozen> {
-        let mut frozen = Frozen(Vec::new());
-        for Mounted { disk, on } in mounts {
-            let root = File::open(on).with_context(|| format!("cannot open {}", on.display()))?;
-            let mut guard = guard(on)?;
-            let mut told = guard.stdin.take().context("a guard has no pipe")?;
-            told.write_all(&[ABOUT_TO]).context("the guard of a file system has ended")?;
-            if let Err(error) = freeze(&root) {
-                // It is somebody else's, if it is frozen: not ours to thaw.
-                let _ = told.write_all(&[NO_LONGER]);
-                drop(told);
-                let _ = guard.wait();
-                let what = format!("cannot freeze the file system on {} ({disk})", on.display());
-                return Err(error).context(what);
-            }
-            let _ = told.write_all(&[IS_FROZEN]);
-            frozen.0.push(FrozenMount { on: on.clone(), root, guard, told });
+    /// Freezes all, or none.
+    pub fn freeze(mounts: Vec<Mounted>) -> Result<Frozen> {
+        let mut all = Frozen(Vec::new());
+        for mounted in mounts {
+            all.0.push(Freezer::start(mounted)?);
         }
-        Ok(frozen)
+        // What is written back before takes less time in which nothing can be written.
+        all.0.iter().try_for_each(|f| f.wait_for(WRITTEN, WRITE_BACK_LIMIT))?;
+        for freezer in &mut all.0 {
+            freezer.told.write_all(b"f").context("the process that was to freeze a file system has ended")?;
+            freezer.wait_for(FROZEN, HOLD_LIMIT)?;
+        }
+        Ok(all)
     }
 
     /// Lets all go on.
-    pub fn thaw(mut self) -> Result<()> {
-        let mut result = Ok(());
-        for mut mount in std::mem::take(&mut self.0) {
-            if let Err(error) = mount.end() {
-                result = Err(error).with_context(|| {
-                    let on = mount.on.display();
-                    format!("{on} may have been thawed too early: {on} was not frozen any more")
-                });
-            }
-        }
-        result
+    pub fn thaw(self) -> Result<()> {
+        let all: Vec<_> = self.0.into_iter().map(Freezer::leave).collect();
+        all.into_iter().try_for_each(|(mounted, words)| wait_for(&mounted, &words, THAWED, HOLD_LIMIT))
     }
 }
 
-impl FrozenMount {
-    fn end(&mut self) -> std::io::Result<()> {
-        let result = thaw(&self.root);
-        let _ = self.told.write_all(&[NO_LONGER]);
-        let _ = self.told.flush();
-        result
+impl Freezer {
+    /// Out of reach of the terminal's signals.
+    fn start(mounted: Mounted) -> Result<Freezer> {
+        let program = std::env::current_exe().context("cannot find this program's own file")?;
+        let mut command = Command::new(program);
+        command.arg("freeze-until-left").arg(&mounted.on).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let child = command.stderr(Stdio::null()).process_group(0).spawn();
+        let mut child = child.context("cannot start the process that freezes the file system")?;
+        let told = child.stdin.take().context("a process has no pipe")?;
+        let out = child.stdout.take().context("a process has no pipe")?;
+        let (tell, words) = std::sync::mpsc::channel();
+        // Ends with the pipe.
+        std::thread::spawn(move || BufReader::new(out).lines().map_while(Result::ok).try_for_each(|l| tell.send(l)));
+        Ok(Freezer { mounted, child, told, words })
+    }
+
+    fn wait_for(&self, word: &str, limit: Duration) -> Result<()> {
+        wait_for(&self.mounted, &self.words, word, limit)
+    }
+
+    /// Its pipe ends, so it thaws, now or as soon as it can. Nobody waits for it to end.
+    fn leave(self) -> (Mounted, Receiver<String>) {
+        drop(self.told);
+        drop(self.child);
+        (self.mounted, self.words)
     }
 }
 
-impl Drop for FrozenMount {
-    fn drop(&mut self) {
-        // A second thaw of what is not frozen does nothing; the guard sees the end of its pipe, and ends.
-        let _ = self.end();
-        let _ = self.guard.kill();
-        let _ = self.guard.wait();
+fn wait_for(Mounted { disk, on }: &Mounted, words: &Receiver<String>, word: &str, limit: Duration) -> Result<()> {
+    let on = on.display();
+    match words.recv_timeout(limit) {
+        Ok(said) if said == word => Ok(()),
+        Ok(said) => bail!("{on} ({disk}): {said}"),
+        Err(RecvTimeoutError::Timeout) => bail!(
+            "the file system on {on} is not {word} after {} s: {disk} takes no writes at present (`petal status`); it goes \
+             on as soon as it can",
+            limit.as_secs()
+        ),
+        Err(RecvTimeoutError::Disconnected) => bail!("the process that was to freeze {on} has ended"),
     }
 }
 
-/// Starts the guard of a file system, out of reach of the terminal's signals.
-fn guard(on: &Path) -> Result<Child> {
-    let program = std::env::current_exe().context("cannot find this program's own file")?;
-    let mut command = Command::new(program);
-    command.arg("thaw-when-left").arg(on).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-    command.process_group(0).spawn().context("cannot start the process that thaws the file system if this one ends")
-}
-
-/// The guard's life: `petal thaw-when-left PATH`.
-pub fn guard_mount(on: &Path) -> Result<()> {
-    let root = File::open(on).with_context(|| format!("cannot open {}", on.display()))?;
+/// A freezer's life: `petal freeze-until-left PATH`.
+pub fn freeze_until_left(on: &Path) -> Result<()> {
+    let say = |word: &str| {
+        // If nobody listens, the other pipe has ended, too.
+        let _ = writeln!(std::io::stdout(), "{word}").and_then(|()| std::io::stdout().flush());
+    };
     let (tell, told) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let mut byte = [0];
         while matches!(std::io::stdin().read(&mut byte), Ok(1)) {
-            if tell.send(byte[0]).is_err() {
+            if tell.send(()).is_err() {
                 return;
             }
         }
     });
-    let (mut may_be_frozen, mut limit) = (false, Duration::MAX);
-    // Until the pipe ends, or time does: no word follows `IS_FROZEN` but the last one.
-    while let Ok(word) = told.recv_timeout(limit) {
-        may_be_frozen = word != NO_LONGER;
-        limit = if word == IS_FROZEN { GUARD_LIMIT } else { Duration::MAX };
+    let written = File::open(on).and_then(|root| Ok((rustix::fs::syncfs(&root)?, root)));
+    let root = match written {
+        Ok(((), root)) => root,
+        Err(error) => {
+            say(&format!("it cannot be written back: {error}"));
+            return Ok(());
+        }
+    };
+    say(WRITTEN);
+    if told.recv().is_err() {
+        return Ok(());
     }
-    if may_be_frozen {
-        thaw(&root).with_context(|| format!("cannot thaw {}", on.display()))?;
+    if let Err(error) = freeze(&root) {
+        // It is somebody else's, if it is frozen: not ours to thaw.
+        say(&format!("it cannot be frozen: {error}"));
+        return Ok(());
     }
+    say(FROZEN);
+    let is_left = matches!(told.recv_timeout(GUARD_LIMIT), Err(RecvTimeoutError::Disconnected));
+    let thawed = thaw(&root);
+    say(match (is_left, thawed) {
+        (true, Ok(())) => THAWED,
+        (true, Err(_)) => "it was not frozen any more: somebody else has thawed it, perhaps too early",
+        (false, _) => "it was thawed after 20 s, perhaps too early",
+    });
     Ok(())
 }
 

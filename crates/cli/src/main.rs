@@ -110,9 +110,9 @@ enum Command {
     /// Look at backup streams; needs no cluster
     #[command(subcommand)]
     Stream(commands::stream::Command),
-    /// Thaw a file system when standard input ends (started by `snapshot create --freeze`)
+    /// Freeze a file system until standard input ends (started by `snapshot create --freeze`)
     #[command(hide = true)]
-    ThawWhenLeft { path: std::path::PathBuf },
+    FreezeUntilLeft { path: std::path::PathBuf },
 }
 
 fn main() -> ExitCode {
@@ -146,7 +146,7 @@ fn main() -> ExitCode {
         Command::Scrub(arguments) => commands::scrub::run(&place, arguments),
         Command::Inspect(command) => commands::inspect::run(command),
         Command::Stream(command) => commands::stream::run(command),
-        Command::ThawWhenLeft { path } => freeze::guard_mount(&path),
+        Command::FreezeUntilLeft { path } => freeze::freeze_until_left(&path),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

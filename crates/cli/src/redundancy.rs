@@ -11,6 +11,9 @@ use petal::message::ServerStatus;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// What is said if all slots have a copy that can be reached.
+pub const NOTHING_UNAVAILABLE: &str = "Nothing is unavailable.";
+
 /// The slots of one number of copies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
@@ -162,7 +165,7 @@ impl Redundancy {
             ));
         }
         lines.push(match self.unavailable() {
-            0 => "Nothing is unavailable.".into(),
+            0 => NOTHING_UNAVAILABLE.into(),
             none => {
                 let needed: Vec<String> = self.needed.iter().map(ToString::to_string).collect();
                 let needed = needed.join(", ");

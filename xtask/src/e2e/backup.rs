@@ -379,16 +379,24 @@ fn interrupted_exports(cluster: &Cluster) -> Result<()> {
     let output = crate::run::output(&mut killed)?;
     ensure!(output.status.signal().is_some(), "the export was not killed: {}", crate::run::tail(&output));
     ensure!(!image_file.exists() && part.exists(), "a part of an image has the name of the whole");
+    let left = sessions(cluster, "vol0@s0")?;
+    ensure!(left.len() == 1, "the session of a dead export: {left:?}");
     petal(cluster, &raw)?;
+    ensure!(
+        sessions(cluster, "vol0@s0")?.is_empty(),
+        "the next program on this machine did not end the dead one's session"
+    );
     ensure!(!part.exists(), "the part is left beside the whole image");
     same(&image(cluster, "vol0@s0", "from.img")?, &image_file)?;
 
-    // The dead one's session is named where it is in the way, with what ends it.
-    let left = sessions(cluster, "vol0@s0")?;
-    let [session] = &left[..] else { anyhow::bail!("the session of a dead export is gone by itself: {left:?}") };
+    // One that lives is named where it is in the way, with what ends it.
+    let mut child = begin()?;
+    let lives = sessions(cluster, "vol0@s0")?;
+    let [session] = &lives[..] else { anyhow::bail!("one program reads: {lives:?}") };
     let remedy = format!("petal detach --session {session}");
     fails(cluster, &["snapshot", "delete", "vol0@s0"], &["petal export (pid", &remedy])?;
-    petal(cluster, &["detach", "--session", session])?;
+    child.kill()?;
+    child.wait()?;
     petal(cluster, &["snapshot", "delete", "vol0@s0"]).map(drop)
 }
 

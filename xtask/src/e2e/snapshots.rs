@@ -4,7 +4,7 @@ use crate::cluster::{Cluster, kill9};
 use crate::run::{command, nbdsh, read, read_failure};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
@@ -237,7 +237,7 @@ pub fn commands(cluster: &Cluster) -> Result<()> {
     // More than the log takes is refused at once, and not waited for.
     fails(&["snapshot", "create", "vol0", "--name", &"x".repeat(70_000)], &["the command has 70", "fewer disks"])?;
     fails(&["snapshot", "create", "vol0", "--freeze"], &["not attached", "--freeze"])?;
-    fails(&["snapshot", "delete", "vol0"], &["is a disk", "disk delete"])?;
+    fails(&["snapshot", "delete", "vol0"], &["is a disk", "disk --help"])?;
     fails(&["snapshot", "delete", "vol0@nothing"], &["vol0@nothing", "snapshot list vol0"])?;
     fails(&["snapshot", "delete", "vol0@second", "vol0@both"], &["protected", "snapshot release"])?;
     fails(&["snapshot", "rename", "vol0@second", "both"], &["already"])?;
@@ -304,7 +304,9 @@ pub fn frozen_file_system(cluster: &Cluster) -> Result<()> {
         read(cluster.petal().args(["snapshot", "create", "vol0", "--name", "running"]))?;
         read(cluster.petal().args(["snapshot", "create", "vol0", "--name", "frozen", "--freeze"]))?;
         goes_on(&on)?;
-        guard_thaws(cluster, &on)?;
+        freezer_thaws(cluster, &on)?;
+        goes_on(&on)?;
+        freezer_gives_up(cluster, &on)?;
         goes_on(&on)
     })();
     let _ = busy.kill();
@@ -346,20 +348,41 @@ fn goes_on(on: &Path) -> Result<()> {
         .context("the file system stands still")
 }
 
-/// The guard thaws what whoever froze it has left.
-fn guard_thaws(cluster: &Cluster, on: &Path) -> Result<()> {
-    let mut guard = cluster.petal();
-    let mut guard = guard.arg("thaw-when-left").arg(on).stdin(Stdio::piped()).spawn()?;
-    let mut told = guard.stdin.take().context("no pipe")?;
-    told.write_all(b"a")?;
-    read(command("fsfreeze").arg("-f").arg(on))?;
+/// The freezer thaws when whoever started it is gone.
+fn freezer_thaws(cluster: &Cluster, on: &Path) -> Result<()> {
+    let mut freezer = cluster.petal();
+    let mut freezer = freezer.arg("freeze-until-left").arg(on).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut told = freezer.stdin.take().context("no pipe")?;
+    let mut words = BufReader::new(freezer.stdout.take().context("no pipe")?).lines();
+    let mut next = || words.next().context("the freezer has ended")?.context("no word");
+    ensure!(next()? == "written back");
     told.write_all(b"f")?;
+    ensure!(next()? == "frozen");
+    let (code, _) = read_failure(command("fsfreeze").arg("-f").arg(on))?;
+    ensure!(code == 1, "it can be frozen once more, so it was not");
     drop(told);
-    let status = guard.wait()?;
-    if !status.success() {
-        let _ = read(command("fsfreeze").arg("-u").arg(on));
-        bail!("the guard ended with {status}");
-    }
+    ensure!(next()? == "thawed");
+    freezer.wait()?;
+    Ok(())
+}
+
+/// Nobody decides anything, and the disk takes no writes: an error in time, and it goes on when it can.
+fn freezer_gives_up(cluster: &Cluster, on: &Path) -> Result<()> {
+    let pids = cluster.server_pids()?;
+    pids[..2].iter().try_for_each(|pid| kill9(*pid))?;
+    let begun = Instant::now();
+    let create = ["snapshot", "create", "vol0", "--name", "nobody", "--freeze"];
+    let mut limited = command("timeout");
+    limited.env("PETAL_CLUSTER", cluster.data()).arg("120").arg(cluster.petal().get_program()).args(create);
+    let (code, text) = read_failure(&mut limited)?;
+    ensure!(
+        code == 1 && begun.elapsed() < Duration::from_secs(100),
+        "exit code {code} after {:?}: {text}",
+        begun.elapsed()
+    );
+    cluster.up(&[])?;
+    goes_on(on)?;
+    read(cluster.petal().args(["snapshot", "create", "vol0", "--name", "again", "--freeze"]))?;
     Ok(())
 }
 

@@ -2,11 +2,11 @@
 
 use super::attach;
 use crate::cluster_folder::ClusterFolder;
-use crate::connect::{self, Connection};
+use crate::connect::{self, Connection, refusal};
 use crate::place::Place;
 use crate::processes::ProcessFile;
 use anyhow::{Result, bail};
-use petal::global_state::Command;
+use petal::global_state::{Command, CommandError};
 use petal::ids::SessionId;
 use petal_io::loop_device::LoopDevice;
 use rustix::process::Signal;
@@ -35,11 +35,19 @@ pub struct Arguments {
 pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
     if let Some(session) = arguments.session {
         let place = place.clone();
-        connect::block_on(async move {
+        let ended = connect::block_on(async move {
             let connection = Connection::open(&place).await?;
             connection.execute_settled(Command::Detach { session }).await
-        })?;
-        println!("Session {session} is over.");
+        });
+        match ended {
+            Err(error) if matches!(refusal(&error), Some(CommandError::NoSuchSession(_))) => {
+                println!("There is no session {session}, or no longer.");
+            }
+            ended => {
+                ended?;
+                println!("Session {session} is over.");
+            }
+        }
     }
     if let Some(disk) = arguments.disk {
         detach_folder(place, &attach::folder_of(place, &disk)?, &disk)?;

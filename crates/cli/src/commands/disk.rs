@@ -265,9 +265,9 @@ async fn info(connection: &Connection, name: &str, with_space: bool, format: out
     let disk = find(&state, name)?;
     let mut about = describe(&state, disk);
     let space = if with_space {
-        let space = Counting::new(connection).family(disk.family, &BTreeSet::new()).await?;
-        let (used, exclusive) = space.members.get(&disk.id).copied().unwrap_or_default();
-        let FamilySpace { used: family, copies, .. } = space;
+        let space = Counting::new(connection).family(disk.family, &BTreeSet::from([disk.id])).await?;
+        let (used, _) = space.members.get(&disk.id).copied().unwrap_or_default();
+        let FamilySpace { used: family, copies, back: exclusive, .. } = space;
         about["space"] = json!({"used": used, "exclusive": exclusive, "family": family, "pool": family * copies});
         Some((used, exclusive, space))
     } else {
@@ -308,6 +308,12 @@ async fn info(connection: &Connection, name: &str, with_space: bool, format: out
     if let Some((used, exclusive, family)) = space {
         println!("used         {} of one copy", output::size(used));
         println!("exclusive    {}: what would come back if it alone were deleted", output::size(exclusive));
+        if !is_snapshot && exclusive > used {
+            let hidden = output::size(exclusive - used);
+            println!(
+                "hidden       {hidden} of what it came from, which it covers; `petal disk flatten {name}` frees them"
+            );
+        }
         println!("{}", snapshot::family_sentence(&family));
     }
     Ok(())
@@ -373,6 +379,7 @@ async fn delete(
         ensure!(line.trim() == name, "nothing was deleted");
     }
     // A disk's id is below those of its snapshots, and it can go only with the last of them.
+    connection.end_dead_readers().await?;
     snapshot::delete_all(connection, &state, snapshots, Some(disk.id)).await?;
     if format.json {
         return output::print_json(&json!({"deleted": name}));

@@ -70,7 +70,11 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
         let header = reader.header().clone();
         let connection = Connection::open(&place).await?;
         let Some(seen) = prepare(&connection, &name, &header, copies).await? else {
-            eprintln!("'{name}' holds this state already.");
+            let snapshot = format!("{name}@{}", header.snapshot);
+            if format.json {
+                return output::print_json(&serde_json::json!({"disk": name, "snapshot": snapshot, "bytes": 0}));
+            }
+            eprintln!("'{name}' has taken in this stream already, as {snapshot} (unless that was renamed).");
             return Ok(());
         };
         let take_in = async |disk: &Disk| -> Result<Summary> {

@@ -163,7 +163,8 @@ async fn create(connection: &Connection, place: &Place, arguments: CreateArgumen
     let disks: Vec<String> = disks.into_iter().collect();
     for disk in &disks {
         if let (of, Some(name)) = split_name(disk) {
-            bail!("'{disk}' names a snapshot; say `petal snapshot create {of} --name {name}`");
+            let name = arguments.name.as_deref().unwrap_or(name);
+            bail!("'{disk}' names a snapshot; name the disk alone: `petal snapshot create {of} --name {name}`");
         }
     }
     // What is wrong with the names is an error before anything stands still.
@@ -230,7 +231,7 @@ async fn create_frozen(
     made: u64,
     mounts: Vec<Mounted>,
 ) -> Result<Vec<VdiskId>> {
-    let frozen = tokio::task::spawn_blocking(move || Frozen::freeze(&mounts)).await??;
+    let frozen = tokio::task::spawn_blocking(move || Frozen::freeze(mounts)).await??;
     let result = tokio::time::timeout(freeze::HOLD_LIMIT, make(connection, disks, arguments, made, true)).await;
     let thawed = tokio::task::spawn_blocking(move || frozen.thaw()).await?;
     let ids = result.with_context(|| {
@@ -293,8 +294,8 @@ pub fn find_snapshot<'a>(state: &'a State, name: &str) -> Result<&'a Vdisk> {
     let found = find(state, name)?;
     ensure!(
         found.is_snapshot(),
-        "'{name}' is a disk; name a snapshot of it as {name}@NAME (`petal snapshot list {name}`), or delete the disk \
-         with `petal disk delete {name}`"
+        "'{name}' is a disk; name a snapshot of it as {name}@NAME (`petal snapshot list {name}`), or see `petal disk --help` \
+         for what is done with disks"
     );
     Ok(found)
 }
@@ -311,6 +312,7 @@ async fn delete(connection: &Connection, names: Vec<String>, dry_run: bool, form
     if dry_run {
         return tell_given_back(connection, &state, &going, &names, &what, format).await;
     }
+    connection.end_dead_readers().await?;
     delete_all(connection, &state, going, None).await?;
     if format.json {
         return output::print_json(&json!({"deleted": names}));

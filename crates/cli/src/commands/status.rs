@@ -315,7 +315,10 @@ impl Report {
                 output::size(disk.capacity)
             );
         }
-        self.redundancy.sentences(|server, missing| self.why(server, missing)).iter().for_each(|l| println!("{l}"));
+        let is_served = self.has_majority() && self.leases() > 0;
+        let sentences = self.redundancy.sentences(|server, missing| self.why(server, missing));
+        let true_ones = sentences.iter().filter(|l| is_served || *l != redundancy::NOTHING_UNAVAILABLE);
+        true_ones.for_each(|l| println!("{l}"));
         reconfigure::sentences(&self.state).iter().for_each(|l| println!("{l}"));
         let scrubs = self.servers.iter().filter_map(|s| Some((s.id, s.scrub.as_ref()?)));
         scrub::sentences(scrubs, output::unix_seconds()).iter().for_each(|l| println!("{l}"));
