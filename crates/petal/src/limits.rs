@@ -95,6 +95,9 @@ pub const STALL: Duration = Duration::from_millis(100);
 pub const SILENCE_DISCONNECTED: Duration = Duration::from_millis(500);
 /// The second of these.
 pub const SILENCE_CONNECTED: Duration = Duration::from_millis(1000);
+/// Whoever was taken out for that and has been silent for so long in all is taken out of all slots. By then it would have
+/// been asked back, a lease after it was taken out.
+pub const SILENCE_CUT_OFF: Duration = Duration::from_millis(2500);
 /// How long one slot's stream may stand still at a receiver that answers in other slots, before it is taken out of
 /// that slot: what is slow for a while must not look like it.
 pub const SILENCE_SLOT: Duration = Duration::from_secs(5);

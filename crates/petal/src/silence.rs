@@ -5,6 +5,10 @@
 //! who acts there, and has waited too long, proposes to take it out. Its own silence is not held
 //! against others: time counts only while this server ran, and held a lease all along.
 //!
+//! At first it is taken out of the slots in which something waits: it may only be slow for a moment. Who has not said a
+//! word for a while after that is cut off, and is taken out of all slots at once. Else each slot would wait its own time
+//! for it when something is written there, and whoever writes one block after the other would hardly get on.
+//!
 //! A server may also answer, and yet not get on in one slot (it has no room for what is at the front of that stream, or
 //! lost what it should go on from): every slot's stream is watched by itself, with more patience.
 //!
@@ -12,9 +16,9 @@
 //! (`Acting::not_before`).
 
 use crate::data_access::{Context, DataAccess, Slot, SlotIndex};
-use crate::global_state::Command;
+use crate::global_state::{Command, State};
 use crate::ids::*;
-use crate::limits::{LEASE, SILENCE_CONNECTED, SILENCE_DISCONNECTED, SILENCE_SLOT};
+use crate::limits::{LEASE, SILENCE_CONNECTED, SILENCE_CUT_OFF, SILENCE_DISCONNECTED, SILENCE_SLOT};
 use crate::promise::Acting;
 use crate::resync::Joiner;
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,6 +37,8 @@ pub(crate) struct Silence {
     next_look: Option<Instant>,
     /// Members that something waits for, and since when they have been silent.
     since: BTreeMap<ServerId, Instant>,
+    /// Taken out of slots where something waited, and silent ever since: since when.
+    cut_off: BTreeMap<ServerId, Instant>,
     /// Those of whom there was an answer since the last look.
     heard: BTreeSet<ServerId>,
     /// Streams with something on its way: since when their first message is the same, and which it is.
@@ -81,7 +87,12 @@ impl DataAccess {
             }
         }
         let standing = self.standing(ctx.now, is_late || !lease);
-        self.silence.next_look = (!waited_for.is_empty()).then(|| ctx.now + LOOK_EVERY);
+        self.silence.cut_off.retain(|server, _| !heard.contains(server) && is_live(ctx.state, *server));
+        if is_late || !lease {
+            self.silence.cut_off.values_mut().for_each(|since| *since = ctx.now);
+        }
+        let is_watched = !waited_for.is_empty() || !self.silence.cut_off.is_empty();
+        self.silence.next_look = is_watched.then(|| ctx.now + LOOK_EVERY);
         for server in waited_for {
             let silent = ctx.now.since(self.silence.since[&server]);
             let patience = if self.connected.contains(&server) { SILENCE_CONNECTED } else { SILENCE_DISCONNECTED };
@@ -90,14 +101,26 @@ impl DataAccess {
             }
             self.leave_closing_joiners(ctx, server);
             // It may be this server that is cut off: only who is heard by a majority since then may judge.
-            let is_heard = granted.is_some_and(|at| at >= self.silence.since[&server]);
+            let since = self.silence.since[&server];
+            let is_heard = granted.is_some_and(|at| at >= since);
             if is_heard && !self.silence.proposed.contains_key(&server) {
-                self.propose_take_out(ctx, server, |_| true);
+                self.silence.cut_off.entry(server).or_insert(since);
+                self.propose_take_out(ctx, server, |slot| waits_for(slot, server));
+            }
+        }
+        let is_long = |since: Instant| ctx.now.since(since) >= SILENCE_CUT_OFF && granted.is_some_and(|at| at >= since);
+        let cut_off: Vec<ServerId> =
+            self.silence.cut_off.iter().filter(|(_, since)| is_long(**since)).map(|(server, _)| *server).collect();
+        for server in cut_off {
+            if !self.silence.proposed.contains_key(&server) {
+                self.propose_take_out(ctx, server, |slot| {
+                    slot.acting.as_ref().is_some_and(|a| a.receivers.contains(&server))
+                });
             }
         }
         for (server, slots) in standing {
             if !self.silence.proposed.contains_key(&server) {
-                self.propose_take_out(ctx, server, |slot| slots.contains(&slot));
+                self.propose_take_out(ctx, server, |slot| slots.contains(&slot.id) && waits_for(slot, server));
             }
         }
     }
@@ -140,17 +163,16 @@ impl DataAccess {
         }
     }
 
-    /// The slots in which it holds something up, where another live member remains.
-    fn propose_take_out(&mut self, ctx: &mut Context, server: ServerId, which: impl Fn(SlotId) -> bool) {
-        let is_live = |s: ServerId| ctx.state.servers.get(&s).is_some_and(|s| !s.down && s.suspect.is_none());
-        if ctx.state.servers.get(&server).is_none_or(|s| s.down || s.suspect.is_some()) {
+    /// Those of these slots where another live member remains.
+    fn propose_take_out(&mut self, ctx: &mut Context, server: ServerId, which: impl Fn(&Slot) -> bool) {
+        if !is_live(ctx.state, server) {
             return; // The ring knows already.
         }
         let slots: Vec<(SlotId, Term)> = self
             .slots
             .iter()
-            .filter(|slot| which(slot.id) && slot.acting.as_ref().is_some_and(|a| a.waits_for(server)))
-            .filter(|slot| slot.in_sync.iter().any(|s| *s != server && is_live(*s)))
+            .filter(|slot| which(slot))
+            .filter(|slot| slot.in_sync.iter().any(|s| *s != server && is_live(ctx.state, *s)))
             .map(|slot| (slot.id, slot.term))
             .take(SLOTS_MAX)
             .collect();
@@ -162,4 +184,14 @@ impl DataAccess {
         self.silence.proposed.insert(server, key);
         self.proposals.push((key, Command::TakeOut { server, slots }));
     }
+}
+
+/// True if the ring hears it.
+fn is_live(state: &State, server: ServerId) -> bool {
+    state.servers.get(&server).is_some_and(|s| !s.down && s.suspect.is_none())
+}
+
+/// True if it holds something up there.
+fn waits_for(slot: &Slot, server: ServerId) -> bool {
+    slot.acting.as_ref().is_some_and(|a| a.waits_for(server))
 }

@@ -393,6 +393,32 @@ fn a_server_that_has_not_heard_of_a_snapshot_shows_the_newest() {
     }
 }
 
+/// The same, where each write is begun when the one before is done: not each of them waits for who is cut off.
+#[test]
+fn writes_one_after_the_other_wait_for_a_cut_link_once() {
+    for seed in 1..=6 {
+        let mut s = Scenario::new(seed, &Overrides::default());
+        let disk = s.create("vol", 64);
+        assert!(s.attach(1, "vol", Attachment::Exclusive));
+        (0..64).for_each(|e| s.begin_write(1, disk, e));
+        s.idle(1);
+        let (one, other) = [(0, 1), (0, 2), (1, 2)][seed as usize % 3];
+        let cut = Duration::from_secs(25);
+        s.hold(one, other, cut);
+        s.hold(other, one, cut);
+        let began = s.now();
+        for e in 0..64 {
+            s.begin_write(1, disk, e);
+            s.idle(1);
+        }
+        let took = s.now().since(began);
+        println!("seed {seed}, hosts {one} and {other}: {took:?}");
+        // One primary waits for the other, and it for this one: each a first slot, and then all at once.
+        assert!(took < Duration::from_secs(8), "seed {seed}, hosts {one} and {other}: {took:?}");
+        good(seed, s);
+    }
+}
+
 /// One link between two servers is cut for long, and the ring hears both: nobody is down. Writes go on all the same, also where the
 /// ring's leader is replaced by one that cannot tell it; and gates open, for others pass on that everybody has settled.
 #[test]
