@@ -204,6 +204,21 @@ pub fn refused(cluster: &Cluster) -> Result<()> {
     petal(&other, &["rollback", "copy", "--to", "copy@s0", "--discard"])?;
     petal(&other, &["import", &stream(1), "copy"])?;
     same(&image(cluster, "vol0@s1", "from.img")?, &image(&other, "copy", "to.img")?)?;
+    // A chain goes on from the snapshot that was gone back to.
+    petal(&other, &["rollback", "copy", "--to", "copy@s0", "--discard"])?;
+    fails(&other, &["import", &stream(1), "copy"], &["copy@s1", "rename or delete it first"])?;
+    petal(&other, &["snapshot", "delete", "copy@s1"])?;
+    petal(&other, &["import", &stream(1), "copy"])?;
+    same(&image(cluster, "vol0@s1", "from.img")?, &image(&other, "copy", "to.img")?)?;
+    // One that was killed before it began leaves an empty disk, which is as good as none; and whose snapshot is gone
+    // does not hold the state.
+    let size = json(cluster, &["disk", "info", "vol0@s0"])?["size"].as_u64().context("a disk has no size")?;
+    petal(&other, &["disk", "create", "begun", &size.to_string()])?;
+    petal(&other, &["import", &stream(0), "begun"])?;
+    same(&image(cluster, "vol0@s0", "from.img")?, &image(&other, "begun", "to.img")?)?;
+    petal(&other, &["snapshot", "delete", "begun@s0"])?;
+    fails(&other, &["import", &stream(0), "begun"], &["is gone"])?;
+    petal(&other, &["disk", "delete", "begun", "--yes"])?;
 
     // Cut, or with one bit flipped, wherever: no snapshot, and the whole stream can be taken in behind it.
     let whole = std::fs::read(stream(2))?;

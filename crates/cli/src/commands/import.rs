@@ -170,7 +170,8 @@ async fn prepare(connection: &Connection, name: &str, header: &Header, copies: O
     }
     let present = find(&state, name)?;
     // One that was made a moment ago, by an import that was killed before it began perhaps, is as good as a new one.
-    let is_untouched = present.epoch == Epoch(1) && state.snapshots_of(present).next().is_none();
+    let is_untouched =
+        present.epoch == Epoch(1) && present.size == header.size && state.snapshots_of(present).next().is_none();
     if !is_new && present.imported == Imported::default() && !is_untouched {
         return Err(not_imported(name));
     }

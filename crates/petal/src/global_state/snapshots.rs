@@ -521,7 +521,7 @@ mod tests {
     fn a_chain_of_imports_goes_on_from_the_state_that_was_rolled_back_to() {
         let mut f = Fixture::up(3);
         let disk = f.disk("db");
-        let mut ends = |f: &mut Fixture, to: u32, name: &str| {
+        let ends = |f: &mut Fixture, to: u32, name: &str| {
             let session = begin(f, disk, to);
             let Ok(Outcome::Disks(made)) = end(f, disk, session, name) else { panic!() };
             f.run(Command::Detach { session }).unwrap();
