@@ -298,7 +298,8 @@ impl Connection {
     ) -> Result<T> {
         let mut told = Told::listen()?;
         self.end_dead_readers().await?;
-        let disk = self.attach(name, mode, &holder::of_process(what), take_over).await?;
+        let holder = if mode == Attachment::ReadOnly { holder::of_reader(what) } else { holder::of_process(what) };
+        let disk = self.attach(name, mode, &holder, take_over).await?;
         let done = told.unless(work(&disk)).await;
         let detached = told.unless(async { Ok(disk.detach().await?) }).await;
         let done = done?; // It says more.

@@ -22,7 +22,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::Duration;
 
 /// How long the snapshot may take while file systems stand still.
@@ -133,7 +133,16 @@ impl Frozen {
     /// Lets all go on.
     pub fn thaw(self) -> Result<()> {
         let all: Vec<_> = self.0.into_iter().map(Freezer::leave).collect();
-        all.into_iter().try_for_each(|(mounted, words)| wait_for(&mounted, &words, THAWED, HOLD_LIMIT))
+        let mut result = Ok(());
+        for (mounted, words) in all {
+            let thawed = wait_for(&mounted, &words, THAWED, HOLD_LIMIT);
+            if thawed.is_err() && words.try_recv() == Err(TryRecvError::Disconnected) {
+                // Somebody has killed it: what was thawed already stays so.
+                let _ = File::open(&mounted.on).and_then(|root| thaw(&root));
+            }
+            result = result.and(thawed);
+        }
+        result
     }
 }
 

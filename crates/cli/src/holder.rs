@@ -13,14 +13,28 @@ pub fn of_process(what: &str) -> String {
     format!("{what} (pid {} on {})", std::process::id(), host())
 }
 
-/// True if it is a process of this machine that is no longer there.
+/// A process that only reads, and whose end the next one like it may find out: with where its number is valid.
+pub fn of_reader(what: &str) -> String {
+    format!("{what} (pid {} on {}, {})", std::process::id(), host(), numbering())
+}
+
+/// True if it is such a process of this machine that is no longer there.
 pub fn is_gone(holder: &str) -> bool {
-    let of_process = |holder: &str| -> Option<u32> {
+    let pid = || -> Option<i32> {
         let (_, inside) = holder.strip_suffix(')')?.rsplit_once(" (pid ")?;
         let (pid, of) = inside.split_once(" on ")?;
-        (of == host()).then(|| pid.parse().ok())?
+        (of == format!("{}, {}", host(), numbering())).then(|| pid.parse().ok())?
     };
-    of_process(holder).is_some_and(|pid| !std::path::Path::new(&format!("/proc/{pid}")).exists())
+    // One that may not be asked is there.
+    let is_missing = |pid| rustix::process::test_kill_process(pid) == Err(rustix::io::Errno::SRCH);
+    pid().and_then(rustix::process::Pid::from_raw).is_some_and(is_missing)
+}
+
+/// What says within which process numbers are one and the same: this start of the machine, and the namespace.
+fn numbering() -> String {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let space = std::fs::read_link("/proc/self/ns/pid").map(|link| link.display().to_string()).unwrap_or_default();
+    format!("{} {space}", boot.get(..8).unwrap_or_default())
 }
 
 fn host() -> String {
@@ -33,9 +47,10 @@ mod tests {
 
     #[test]
     fn who_is_gone_is_said_of_processes_of_this_machine_alone() {
-        assert!(!is_gone(&of_process("petal export")), "this one is there");
+        assert!(!is_gone(&of_reader("petal export")), "this one is there");
         // No process has a number above 2^22.
-        assert!(is_gone(&format!("petal export (pid 5000000 on {})", host())));
+        assert!(is_gone(&format!("petal export (pid 5000000 on {}, {})", host(), numbering())));
+        assert!(!is_gone(&format!("petal nbd (pid 5000000 on {})", host())));
         for other in ["petal export (pid 5000000 on elsewhere)", "petal export (pid 5000000)", "petal up in x", ")", ""]
         {
             assert!(!is_gone(other), "{other}");

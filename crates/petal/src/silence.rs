@@ -53,6 +53,11 @@ impl Silence {
         self.heard.insert(server);
     }
 
+    /// There is a connection to it again. That is no answer yet, but it can be asked back.
+    pub fn is_connected(&mut self, server: ServerId) {
+        self.cut_off.remove(&server);
+    }
+
     /// When to look next.
     pub fn next_look(&self) -> Option<Instant> {
         self.next_look

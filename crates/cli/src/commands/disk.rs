@@ -380,7 +380,7 @@ async fn delete(
     }
     // A disk's id is below those of its snapshots, and it can go only with the last of them.
     connection.end_dead_readers().await?;
-    snapshot::delete_all(connection, &state, snapshots, Some(disk.id)).await?;
+    snapshot::delete_all(connection, &connection.state().await?, snapshots, Some(disk.id)).await?;
     if format.json {
         return output::print_json(&json!({"deleted": name}));
     }

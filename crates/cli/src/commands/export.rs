@@ -326,10 +326,13 @@ fn open(header: &Header, arguments: &Arguments, is_stdout: bool) -> Result<Opene
 
 /// Two exports to one file would write into each other's.
 fn lock(file: &File, path: &Path) -> Result<()> {
-    if let Err(error) = rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
-        bail!("{} is being written by another export ({error}); wait for it", path.display());
+    match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            bail!("{} is being written by another export; wait for it", path.display())
+        }
+        // Some file systems cannot lock.
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 /// An image that is being written, under a name of its own until it is whole: nothing in it says where it ends.

@@ -313,7 +313,7 @@ async fn delete(connection: &Connection, names: Vec<String>, dry_run: bool, form
         return tell_given_back(connection, &state, &going, &names, &what, format).await;
     }
     connection.end_dead_readers().await?;
-    delete_all(connection, &state, going, None).await?;
+    delete_all(connection, &connection.state().await?, going, None).await?;
     if format.json {
         return output::print_json(&json!({"deleted": names}));
     }

@@ -148,7 +148,10 @@ async fn report(place: &Place, folder: Option<&ClusterFolder>) -> Result<Report>
 fn somebody_listens(addresses: &[String]) -> bool {
     addresses.iter().any(|address| match address.strip_prefix("unix:") {
         Some(path) => std::os::unix::net::UnixStream::connect(path).is_ok(),
-        None => std::net::TcpStream::connect(address).is_ok(),
+        // Of this machine, so that no answer takes no time.
+        None => address.parse().is_ok_and(|at: std::net::SocketAddr| {
+            at.ip().is_loopback() && std::net::TcpStream::connect_timeout(&at, ANSWER_LIMIT).is_ok()
+        }),
     })
 }
 

@@ -90,9 +90,16 @@ fn grow_to(file: &DiskFile, to: u64, hurry: bool) -> Result<(), DiskError> {
     if length >= to {
         return Ok(());
     }
+    // What is not reserved is written in any case: else the file system could be full when data come.
     let result = allocate(file, length..to)
-        .and_then(|()| file.file().set_len(to).map_err(|error| disk_error(file.path(), "grow", &error)))
-        .and_then(|()| if hurry { Ok(()) } else { zero(file, length.next_multiple_of(4096)..to, Pace::Half) })
+        .and_then(|is_reserved| match file.file().set_len(to) {
+            Ok(()) => Ok(hurry && is_reserved),
+            Err(error) => Err(disk_error(file.path(), "grow", &error)),
+        })
+        .and_then(|is_enough| match is_enough {
+            true => Ok(()),
+            false => zero(file, length.next_multiple_of(4096)..to, Pace::Half),
+        })
         .and_then(|()| file.sync().map_err(|error| disk_error(file.path(), "sync", &error)));
     if result.is_err() {
         // Gives back what was allocated in vain. If this fails too there is nothing left to do.
@@ -109,11 +116,12 @@ pub(super) fn write_zeros(file: &DiskFile, range: Range<u64>) -> Result<(), Disk
     zero(file, range, Pace::Full)
 }
 
-/// Reserves space in the file system without changing the file's length.
-fn allocate(file: &DiskFile, range: Range<u64>) -> Result<(), DiskError> {
+/// Reserves space in the file system without changing the file's length; false if it cannot.
+fn allocate(file: &DiskFile, range: Range<u64>) -> Result<bool, DiskError> {
     match rustix::fs::fallocate(file.file(), FallocateFlags::KEEP_SIZE, range.start, range.end - range.start) {
-        // Where it is not supported, the writes allocate.
-        Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => Ok(()),
+        Ok(()) => Ok(true),
+        // The writes allocate.
+        Err(rustix::io::Errno::OPNOTSUPP) => Ok(false),
         Err(errno) => Err(disk_error(file.path(), "make room in", &errno.into())),
     }
 }

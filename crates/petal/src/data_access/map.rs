@@ -21,7 +21,7 @@ pub(super) struct MapRequest {
 /// What was asked, and has been found.
 enum Found {
     /// The blocks that a view shows, or that differ from another one.
-    Blocks { view: View, than: Option<(VdiskId, View)>, elements: BTreeMap<u64, u16> },
+    Blocks { session: SessionId, view: View, than: Option<(VdiskId, View)>, elements: BTreeMap<u64, u16> },
     /// Whose space it is.
     Space(Box<Accounts>),
 }
@@ -46,7 +46,8 @@ impl DataAccess {
                 Some((than, views::view_of(ctx.state, other.ok_or(Refusal::Malformed)?.id)))
             }
         };
-        let found = Found::Blocks { view: views::view_of(ctx.state, m.access.vdisk), than, elements: BTreeMap::new() };
+        let (session, view) = (m.access.session, views::view_of(ctx.state, m.access.vdisk));
+        let found = Found::Blocks { session, view, than, elements: BTreeMap::new() };
         let elements = m.first_element..m.end_element;
         if !self.begin_map(ctx, client, m.access.tag, family, elements, found) {
             return Err(Refusal::TooMany);
@@ -206,7 +207,7 @@ impl DataAccess {
     fn note_mapped(&mut self, ctx: &mut Context, job: u64, key: ElementKey) {
         let Some(map) = self.maps.get_mut(&job) else { return };
         map.waiting.remove(&key.element);
-        if let Found::Blocks { view, than, elements } = &mut map.found {
+        if let Found::Blocks { view, than, elements, .. } = &mut map.found {
             // A block with an unfinished write counts as data, whatever it will be: a zero that a crash takes
             // back must not have been told as a hole.
             let present = match than {
@@ -243,8 +244,17 @@ impl DataAccess {
         map.not_here.sort_unstable();
         map.not_here.dedup();
         let body = match map.found {
-            // Some of its rows may have been dropped before they were compared.
-            Found::Blocks { than: Some((than, _)), .. } if ctx.state.vdisk(than).is_none() => {
+            // The disk may be deleted or gone back by now, and some of its rows dropped before they were seen.
+            Found::Blocks { session, .. } if !ctx.state.sessions.contains_key(&session) => {
+                Body::MapReply(MapReply { tag: map.tag, result: Err(Refusal::SessionEnded) })
+            }
+            // The same of the other one, which need not be attached.
+            Found::Blocks { than: Some((than, view)), .. }
+                if ctx
+                    .state
+                    .vdisk(than)
+                    .is_none_or(|than| view.first().is_none_or(|(own, _)| *own != than.lineage)) =>
+            {
                 Body::MapReply(MapReply { tag: map.tag, result: Err(Refusal::Malformed) })
             }
             Found::Blocks { elements, .. } => {

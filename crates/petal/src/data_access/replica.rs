@@ -375,7 +375,7 @@ impl DataAccess {
     /// A connection to a server is up: promises and streams go on where they were.
     pub fn on_connected(&mut self, ctx: &mut Context, server: ServerId, incarnation: Incarnation) {
         self.connected.insert(server);
-        self.silence.heard(server);
+        self.silence.is_connected(server);
         // What was told of the window may have been lost with the last connection.
         self.window_due.insert(server);
         let window = self.windows.entry(server).or_default();

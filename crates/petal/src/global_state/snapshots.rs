@@ -114,7 +114,8 @@ impl State {
             return Err(CommandError::NotItsSnapshot { name: target.name.clone(), of: disk.name.clone() });
         }
         let (family, size, name) = (disk.family, target.size, disk.name.clone());
-        let (parent, state) = ((target.lineage, target.epoch), target.imported.begun);
+        let parent = (target.lineage, target.epoch);
+        let newest = target.imported.begun.or(target.imported.newest);
         if let Some(keep) = keep {
             check_name(keep)?;
             self.check_free(&format!("{name}@{keep}"))?;
@@ -123,12 +124,13 @@ impl State {
         }
         let lineage = self.branch(family, parent, &name)?;
         // What an import had written is no longer there: one that goes on must not count on it; and what is kept of it
-        // is not the state that it was to lead to. A chain of increments goes on from the state that it is now.
-        let imported = &mut self.vdisks.get_mut(&id).expect("found above").imported;
-        *imported = Imported { newest: state.or(imported.newest), begun: None };
+        // is not the state that it was to lead to.
+        self.vdisks.get_mut(&id).expect("found above").imported.begun = None;
         if let Some(keep) = keep {
             self.name_epoch(VdiskId::made_by(self.index, 0), id, keep, made, false);
         }
+        // A chain of increments goes on from the state that it is now.
+        self.vdisks.get_mut(&id).expect("found above").imported.newest = newest;
         let index = self.index;
         let disk = self.vdisks.get_mut(&id).expect("found above");
         (disk.lineage, disk.epoch, disk.size) = (lineage, FIRST_EPOCH, size);
@@ -528,15 +530,14 @@ mod tests {
             made[0]
         };
         let monday = ends(&mut f, 4, "monday");
-        ends(&mut f, 5, "tuesday");
         take(&mut f, disk, "own").unwrap();
         let own = f.state.vdisk_named("db@own").unwrap().id;
-        for (to, newest) in [(own, 5), (monday, 4)] {
+        let tuesday = ends(&mut f, 5, "tuesday");
+        for (to, newest) in [(own, 4), (tuesday, 5), (monday, 4)] {
             let epoch = f.state.vdisk(disk).unwrap().epoch;
             f.run(Command::Rollback { vdisk: disk, epoch, to, keep: None, made: 0 }).unwrap();
             assert_eq!(f.state.vdisk(disk).unwrap().imported.newest, Some(foreign(newest)));
         }
-        let tuesday = f.state.vdisk_named("db@tuesday").unwrap().id;
         f.run(Command::DeleteDisks { vdisks: vec![tuesday] }).unwrap();
         ends(&mut f, 5, "tuesday");
     }
