@@ -6,7 +6,7 @@
 //!
 //! A file system that stays frozen hangs everybody who uses it, and one whose disk takes no writes holds up whoever
 //! freezes it, so that no signal ends that process. So a *freezer*, a small process of its own, does both: it thaws when this
-//! process ends, however it ends (Ctrl-C, kill -9), and [`GUARD_LIMIT`] after it was frozen in any case; and this process
+//! process ends, however it ends (Ctrl-C, kill -9), and [`FROZEN_LIMIT`] after it was frozen in any case; and this process
 //! waits for none of its words for ever. It is told by a pipe, whose end means that nobody is there any more.
 
 use crate::commands::attach;
@@ -28,7 +28,7 @@ use std::time::Duration;
 /// How long the snapshot may take while file systems stand still.
 pub const HOLD_LIMIT: Duration = Duration::from_secs(15);
 /// How long a freezer waits when it stands still.
-const GUARD_LIMIT: Duration = Duration::from_secs(20);
+const FROZEN_LIMIT: Duration = Duration::from_secs(20);
 /// How long writing back may take, while everybody goes on.
 const WRITE_BACK_LIMIT: Duration = Duration::from_secs(60);
 /// What a freezer says of its file system; anything else is why it does not go on.
@@ -221,12 +221,12 @@ pub fn freeze_until_left(on: &Path) -> Result<()> {
         return Ok(());
     }
     say(FROZEN);
-    let is_left = matches!(told.recv_timeout(GUARD_LIMIT), Err(RecvTimeoutError::Disconnected));
+    let is_left = matches!(told.recv_timeout(FROZEN_LIMIT), Err(RecvTimeoutError::Disconnected));
     let thawed = thaw(&root);
     say(match (is_left, thawed) {
         (true, Ok(())) => THAWED,
         (true, Err(_)) => "it was not frozen any more: somebody else has thawed it, perhaps too early",
-        (false, _) => "it was thawed after 20 s, perhaps too early",
+        (false, _) => "it was thawed after so long that it may have been too early",
     });
     Ok(())
 }

@@ -311,7 +311,7 @@ async fn info(connection: &Connection, name: &str, with_space: bool, format: out
         if !is_snapshot && exclusive > used {
             let hidden = output::size(exclusive - used);
             println!(
-                "hidden       {hidden} of what it came from, which it covers; `petal disk flatten {name}` frees them"
+                "hidden       at least {hidden} of what it came from, which it covers; `petal disk flatten {name}` frees that"
             );
         }
         println!("{}", snapshot::family_sentence(&family));
@@ -378,7 +378,7 @@ async fn delete(
         std::io::stdin().read_line(&mut line)?;
         ensure!(line.trim() == name, "nothing was deleted");
     }
-    // A disk's id is below those of its snapshots, and it can go only with the last of them.
+    // It can go only with the last of them.
     connection.end_dead_readers().await?;
     snapshot::delete_all(connection, &connection.state().await?, snapshots, Some(disk.id)).await?;
     if format.json {
