@@ -590,12 +590,6 @@ impl Disk {
         self.ask_extents(offset, length, Some(than)).await
     }
 
-    /// Gives each element of the range that holds data a row of the disk's own (flatten): the disk needs nothing of
-    /// its parents there any more.
-    pub async fn inherit(&self, offset: u64, length: u64) -> Result<(), RequestError> {
-        self.ask(Request::Inherit { session: self.attached.session, offset, length }).await.map(|_| ())
-    }
-
     async fn ask_extents(&self, offset: u64, length: u64, than: Option<VdiskId>) -> Result<Vec<Extent>, RequestError> {
         match self.ask(Request::Extents { session: self.attached.session, offset, length, than }).await? {
             Response::Extents(runs) => {

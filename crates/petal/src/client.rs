@@ -126,16 +126,6 @@ pub enum Request {
         /// Discard: bytes of partly covered blocks may be kept.
         discard: bool,
     },
-    /// Gives each element of an attached disk that holds data a row of the disk's own: it needs nothing of its
-    /// parents then. Any session may ask.
-    Inherit {
-        /// The session.
-        session: SessionId,
-        /// Byte offset.
-        offset: u64,
-        /// Bytes.
-        length: u64,
-    },
     /// Which ranges hold data. Where the answer would be long it is about the first part only.
     Extents {
         /// The session.
@@ -445,7 +435,6 @@ impl Client {
             | Request::Write { .. }
             | Request::Zero { .. }
             | Request::Extents { .. }
-            | Request::Inherit { .. }
             | Request::Detach { .. } => {
                 if self.waiting.len() >= CLIENT_REQUESTS_WAITING_MAX {
                     return self.answer(number, Err(RequestError::TooMany(self.waiting.len())));
@@ -516,10 +505,6 @@ impl Client {
                 let end = self.check(session, offset, length, true)?;
                 let (offset, end) = if discard { whole_blocks(offset, end) } else { (offset, end) };
                 self.begin_zero(number, session, since, cost, offset, end);
-            }
-            Request::Inherit { session, offset, length } => {
-                let end = self.check(session, offset, length, false)?;
-                self.begin_inherit(number, session, since, cost, (offset, end));
             }
             Request::Extents { session, offset, length, than } => {
                 let end = self.check(session, offset, length, false)?;

@@ -178,8 +178,7 @@ pub struct Write {
     pub data: Payload,
 }
 
-/// Make bytes of an element zero. Of no bytes: only give the element a row of the disk's own, with what it inherits
-/// (2.9, flatten), which changes nothing that anybody reads.
+/// Make bytes of an element zero; one at least.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Zero {
     /// Rights.

@@ -24,6 +24,8 @@ use stdx::{Duration, Instant};
 
 /// Time between two looks.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// What was refused is asked for again after so long, in the same hour, day or week.
+const AGAIN: Duration = Duration::from_secs(60);
 /// Commands that are under way at one time: with 10,000 disks that are due at one moment, a few seconds.
 const PROPOSED_MAX: usize = 64;
 /// Snapshots that one command deletes.
@@ -39,6 +41,8 @@ pub(crate) struct Policies {
     proposed: BTreeMap<VdiskId, CommandId>,
     /// The name of the last snapshot of each kind that was proposed: what was refused is not proposed all the time.
     made: BTreeMap<(VdiskId, Kind), String>,
+    /// Disks of which something was refused, and when that is tried again; none: at the next look it is known when.
+    refused: BTreeMap<VdiskId, Option<Instant>>,
 }
 
 impl Policies {
@@ -56,6 +60,12 @@ impl Policies {
         self.look_at = Some(now + LOOK_EVERY);
         let seconds = seconds + now.since(at).as_secs();
         self.proposed.retain(|_, id| !state.is_executed(id));
+        for (disk, again) in &mut self.refused {
+            if *again.get_or_insert(now + AGAIN) <= now {
+                self.made.retain(|(of, _), _| of != disk);
+            }
+        }
+        self.refused.retain(|_, again| again.is_some_and(|at| at > now));
         let with_policy = |disk: &VdiskId| state.vdisk(*disk).is_some_and(|d| !d.policy.is_empty());
         self.made.retain(|(disk, _), _| with_policy(disk));
         let mut automatic: BTreeMap<VdiskId, [Vec<&Vdisk>; 3]> = BTreeMap::new();
@@ -80,8 +90,9 @@ impl Policies {
                 continue;
             }
             let disk = state.vdisk(id).expect("just found");
-            // What an import has written a part of is no state to be kept.
-            let due = if disk.is_importing() { None } else { self.due(state, disk, seconds) };
+            // What an import has written a part of is no state to be kept; of what is flattened nothing is made.
+            let is_no_time = disk.is_importing() || state.flattening(id).is_some();
+            let due = if is_no_time { None } else { self.due(state, disk, seconds) };
             let command = due.or_else(|| over(disk, snapshots));
             wanted.extend(command.map(|command| (id, command)));
         }
@@ -116,9 +127,11 @@ impl Policies {
         let is_same = |(_, own): &(&VdiskId, &CommandId)| (own.proposer, own.number) == (id.proposer, id.number);
         let Some(disk) = self.proposed.iter().find(is_same).map(|(disk, _)| *disk) else { return };
         self.proposed.remove(&disk);
-        if *result == Err(CommandError::Overtaken) {
+        match result {
+            Ok(_) => {}
             // Somebody else made a snapshot of it at the same time: again, of its present epoch.
-            self.made.retain(|(of, _), _| *of != disk);
+            Err(CommandError::Overtaken) => self.made.retain(|(of, _), _| *of != disk),
+            Err(_) => drop(self.refused.insert(disk, None)),
         }
         // There may be more to do.
         self.look_at = None;
@@ -128,6 +141,7 @@ impl Policies {
     pub fn step_down(&mut self) -> Vec<CommandId> {
         self.look_at = None;
         self.made.clear();
+        self.refused.clear();
         std::mem::take(&mut self.proposed).into_values().collect()
     }
 }
@@ -309,6 +323,32 @@ mod tests {
         led.at(SUNDAY);
         led.at(SUNDAY + HOUR);
         assert_eq!(led.snapshots(), ["db@auto-hourly-2026-11-29T01", "db@auto-hourly-2026-11-29T03"]);
+    }
+
+    #[test]
+    fn what_was_refused_is_tried_again_within_its_hour() {
+        let mut led = Led::new();
+        let disk = led.disk("db", 1, 0, 0);
+        let epoch = led.f.state.vdisk(disk).unwrap().epoch;
+        let clone = Command::Clone { source: disk, epoch, name: "copy".into(), made: 0 };
+        let Ok(Outcome::Disk(copy)) = led.f.run(clone) else { panic!() };
+        led.f.run(Command::SetPolicy { vdisk: copy, policy: Policy { hourly: 1, daily: 0, weekly: 0 } }).unwrap();
+        led.f.run(Command::SetPolicy { vdisk: disk, policy: Policy::default() }).unwrap();
+        led.policies.on_wall_clock(led.now, SUNDAY);
+        let [(of, due)] = &led.look()[..] else { panic!("one is due") };
+        assert_eq!(*of, copy);
+        // Somebody else's command comes first, and it is refused.
+        let flatten = |wanted| Command::Flatten { vdisk: copy, wanted };
+        led.f.run(flatten(true)).unwrap();
+        let id = led.propose(copy);
+        let refused = led.f.run(due.clone());
+        assert!(matches!(refused, Err(CommandError::IsFlattened { .. })));
+        led.policies.on_executed(id, &refused);
+        assert_eq!(led.at(SUNDAY + 5), [], "while it is flattened nothing is asked for");
+        led.f.run(flatten(false)).unwrap();
+        assert_eq!(led.at(SUNDAY + 10), [], "not all the time");
+        led.now += AGAIN;
+        assert_eq!(led.at(SUNDAY + 70).len(), 1);
     }
 
     #[test]

@@ -732,6 +732,7 @@ impl DataAccess {
             }
         }
         self.silence.decided(decided);
+        self.flatten.decided(decided);
         self.joins_due = true;
         self.review_joiners(ctx);
     }

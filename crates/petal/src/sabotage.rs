@@ -105,6 +105,8 @@ pub enum Sabotage {
     NoGates,
     /// A copy of an element brings only the newest row of each lineage.
     NewestEpochOnly,
+    /// A clone that is flattened is cut off from its parents without rows of its own.
+    FlattenWithoutRows,
 
     // ---- the store
     /// Replay drops single records whose data does not match its CRC, wherever they are, and goes on
@@ -124,7 +126,7 @@ pub enum Sabotage {
 
 impl Sabotage {
     /// Every rule that can be left out.
-    pub const ALL: [Sabotage; 37] = [
+    pub const ALL: [Sabotage; 38] = [
         Sabotage::AckBeforeSecondary,
         Sabotage::NoSettlement,
         Sabotage::SettleByVersion,
@@ -157,6 +159,7 @@ impl Sabotage {
         Sabotage::LeaversServeOn,
         Sabotage::SplitLosesChanges,
         Sabotage::NewestEpochOnly,
+        Sabotage::FlattenWithoutRows,
         Sabotage::ReplayDropsRecords,
         Sabotage::AckBatchesOutOfOrder,
         Sabotage::NoChain,
@@ -200,6 +203,7 @@ impl Sabotage {
             Sabotage::LeaversServeOn => "leavers-serve-on",
             Sabotage::SplitLosesChanges => "split-loses-changes",
             Sabotage::NewestEpochOnly => "newest-epoch-only",
+            Sabotage::FlattenWithoutRows => "flatten-without-rows",
             Sabotage::ReplayDropsRecords => "replay-drops-records",
             Sabotage::AckBatchesOutOfOrder => "ack-batches-out-of-order",
             Sabotage::NoChain => "no-chain",

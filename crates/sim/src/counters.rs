@@ -226,6 +226,14 @@ kinds! {
     Protected => "a snapshot was protected or released",
     /// A policy was set.
     PolicySet => "a policy was set",
+    /// A clone was to need nothing of its parents any more.
+    FlattenBegun => "a clone was to be flattened",
+    /// And it came to its end.
+    Flattened => "a clone was flattened",
+    /// Somebody changed his mind.
+    FlattenStopped => "flattening was stopped",
+    /// Nothing is made of a clone meanwhile.
+    RefusedFlattened => "a snapshot or clone was refused because its disk was being flattened",
     /// An operator ended somebody's session.
     Evicted => "a session was ended by an operator",
     /// A read returned what a write had written.

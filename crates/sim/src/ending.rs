@@ -235,7 +235,11 @@ impl World {
         let waits = self.servers.iter().any(|s| s.lost);
         let under_way = state.reconfigurations.keys().chain(&state.replan);
         let moves = under_way.filter(|gmap| !waits || next_step(state, **gmap).is_some()).collect::<Vec<_>>();
-        (!moves.is_empty()).then(|| format!("{moves:?} are reconfigured"))
+        if !moves.is_empty() {
+            return Some(format!("{moves:?} are reconfigured"));
+        }
+        let flattened: Vec<_> = state.flattenings.iter().take(3).collect();
+        (!flattened.is_empty()).then(|| format!("{flattened:?} are flattened"))
     }
 
     fn unfinished(&self) -> Option<String> {
@@ -400,6 +404,7 @@ impl World {
         }
         let Some(state) = state else { return };
         self.counters.add(Kind::Moved, state.layouts.len() as u64);
+        self.counters.add(Kind::Flattened, self.checkers.families.flattened() as u64);
         let mut found = BTreeMap::new();
         for host in 0..self.servers.len() {
             let Some(id) = self.servers[host].id.filter(|_| !self.servers[host].has_failed()) else { continue };

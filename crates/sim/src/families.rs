@@ -71,6 +71,8 @@ pub struct Families {
     lines: BTreeMap<VdiskId, BTreeMap<StateIndex, Line>>,
     points: BTreeMap<VdiskId, Point>,
     parents: BTreeMap<Line, Point>,
+    /// Lines that need nothing of their parents any more.
+    flattened: BTreeSet<Line>,
 }
 
 impl Families {
@@ -87,13 +89,15 @@ impl Families {
                 self.lines.entry(disk.id).or_default().insert(disk.stands_on, line);
             }
         }
-        for (family, lineage, parent) in state
-            .families
-            .values()
-            .flat_map(|f| f.lineages.iter().filter_map(move |(lineage, l)| Some((f.id, *lineage, l.parent?))))
-        {
-            let point = Point { line: Line { family, lineage: parent.0 }, epoch: parent.1 };
-            self.parents.insert(Line { family, lineage }, point);
+        let lineages =
+            state.families.values().flat_map(|f| f.lineages.iter().map(move |(id, l)| (f.id, *id, l.parent)));
+        for (family, lineage, parent) in lineages {
+            let line = Line { family, lineage };
+            if let Some((lineage, epoch)) = parent {
+                self.parents.insert(line, Point { line: Line { family, lineage }, epoch });
+            } else if self.parents.contains_key(&line) {
+                self.flattened.insert(line);
+            }
         }
     }
 
@@ -114,6 +118,11 @@ impl Families {
     /// The first line of a disk.
     pub fn first_line(&self, disk: VdiskId) -> Option<Line> {
         self.lines.get(&disk)?.values().next().copied()
+    }
+
+    /// How many lines were cut off from their parents.
+    pub fn flattened(&self) -> usize {
+        self.flattened.len()
     }
 
     /// Where a line began.

@@ -69,6 +69,11 @@ pub enum Kept {
     Protect,
     /// Sets a policy.
     Policy,
+    /// Flattens, or stops that.
+    Flatten {
+        /// Which of these.
+        wanted: bool,
+    },
     /// Ends a session.
     Evict {
         /// Whose.
@@ -192,6 +197,7 @@ impl World {
             mix.protect,
             mix.policy,
             mix.evict,
+            mix.flatten,
         ];
         let choice = draw_weighted(&mut self.workload.prng, &weights);
         let choice = if made >= mix.most && choice < 4 { 5 } else { choice };
@@ -225,6 +231,7 @@ impl World {
                 self.ask_kept(host, Command::SetPolicy { vdisk: disk.id, policy }, Kept::Policy);
             }
             (9, _) => self.evict_somebody(host, state),
+            (10, _) => self.flatten_something(host, state, &disks),
             _ => {}
         }
     }
@@ -379,6 +386,19 @@ impl World {
         self.ask_kept(host, Command::Detach { session }, Kept::Evict { session });
     }
 
+    /// A disk that inherits, or now and then one that is being flattened: then that is stopped.
+    fn flatten_something(&mut self, host: usize, state: &State, disks: &[&Vdisk]) {
+        let inherits =
+            |disk: &&&Vdisk| state.family(disk.family).is_some_and(|f| f.ancestors(disk.lineage).count() > 0);
+        let able: Vec<VdiskId> = disks.iter().filter(inherits).map(|disk| disk.id).collect();
+        if able.is_empty() {
+            return;
+        }
+        let vdisk = *self.workload.prng.pick(&able);
+        let wanted = state.flattening(vdisk).is_none() || self.workload.prng.chance(1, 2);
+        self.ask_kept(host, Command::Flatten { vdisk, wanted }, Kept::Flatten { wanted });
+    }
+
     // --------------------------------------------------------------------------------------------
     // What became of it.
 
@@ -418,6 +438,8 @@ impl World {
             }
             (Kept::Protect, Outcome::Done) => self.counters.count(Kind::Protected),
             (Kept::Policy, Outcome::Done) => self.counters.count(Kind::PolicySet),
+            (Kept::Flatten { wanted: true }, Outcome::Done) => self.counters.count(Kind::FlattenBegun),
+            (Kept::Flatten { wanted: false }, Outcome::Done) => self.counters.count(Kind::FlattenStopped),
             (Kept::Evict { session }, Outcome::Done) => {
                 self.counters.count(Kind::Evicted);
                 if is_settled {
@@ -450,7 +472,10 @@ impl World {
                     CommandError::Overtaken => Some(Kind::EpochOver),
                     CommandError::InUse { .. } => Some(Kind::RefusedInUse),
                     CommandError::Protected { .. } => Some(Kind::RefusedProtected),
-                    CommandError::NoSuchDisk(_)
+                    CommandError::IsFlattened { .. } => Some(Kind::RefusedFlattened),
+                    CommandError::StandsByItself { .. }
+                    | CommandError::IsInherited { .. }
+                    | CommandError::NoSuchDisk(_)
                     | CommandError::NoSuchSession(_)
                     | CommandError::HasSnapshots { .. } => None,
                     why => return self.complain(format!("the keeper's {kept:?} was refused: {why} ({why:?})")),

@@ -212,6 +212,8 @@ pub struct SnapshotMix {
     pub policy: u64,
     /// End somebody's session.
     pub evict: u64,
+    /// Flatten a clone, or a disk that was rolled back.
+    pub flatten: u64,
     /// In so many of a hundred times somebody attaches what is being made before the call has returned.
     pub eager_percent: u64,
     /// Snapshots and clones at one time: with so many the next thing is to delete one.
@@ -633,6 +635,7 @@ impl SnapshotMix {
             every: Duration::from_millis(*prng.pick(&[20, 60, 200])),
             eager_percent: *prng.pick(&[0, 30, 100]),
             most: *prng.pick(&[3, 8, 20]),
+            flatten: *prng.pick(&[0, 1, 3]),
         }
     }
 

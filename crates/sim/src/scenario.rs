@@ -61,6 +61,11 @@ impl Scenario {
         }
     }
 
+    /// Waits until the newest state is such.
+    pub fn until_state(&mut self, what: &str, is_so: impl Fn(&State) -> bool) {
+        self.until(what, |world| world.newest_state().is_some_and(&is_so));
+    }
+
     /// Virtual time.
     pub fn now(&self) -> Instant {
         self.world.now

@@ -447,3 +447,48 @@ fn writes_go_on_and_gates_open_though_one_link_is_cut() {
         good(seed, s);
     }
 }
+
+/// A clone of which a part is written is flattened while clients write it, servers die and come back, and its parents are
+/// deleted; then all of it is read.
+fn flattened(seed: u64, sabotage: Sabotage) -> Vec<String> {
+    let mut s = Scenario::new(seed, &Overrides { sabotage, ..Overrides::default() });
+    let disk = s.create("vol", 192);
+    assert!(s.attach(1, "vol", Attachment::Exclusive));
+    (0..192).for_each(|e| s.begin_write(1, disk, e));
+    s.idle(1);
+    let (_, snapshot) = s.snapshot(disk);
+    (0..192).step_by(2).for_each(|e| s.begin_write(1, disk, e));
+    let (name, clone) = s.clone_of(snapshot);
+    assert!(s.attach(2, &name, Attachment::Exclusive));
+    (0..192).step_by(3).for_each(|e| s.begin_write(2, clone, e));
+    s.begin_execute(Command::Flatten { vdisk: clone, wanted: true });
+    s.until_state("it is being flattened", |state| state.flattening(clone).is_some());
+    let victim = (seed % 3) as usize;
+    s.crash(victim);
+    (0..192).step_by(5).for_each(|e| s.begin_write(2, clone, e));
+    s.down(victim);
+    s.start(victim);
+    s.ready(victim);
+    s.until_state("it is flattened", |state| state.flattening(clone).is_none());
+    s.idle(1);
+    s.idle(2);
+    s.detach(1, disk);
+    s.execute(Command::DeleteDisks { vdisks: vec![disk, snapshot] }).expect("nothing is in the way");
+    s.in_sync();
+    s.read(2, clone, 0..192);
+    s.finish()
+}
+
+#[test]
+fn a_clone_is_flattened_while_it_is_written_and_servers_die() {
+    for seed in 1..=8 {
+        let complaints = flattened(seed, Sabotage::None);
+        assert!(complaints.is_empty(), "seed {seed}: {complaints:#?}");
+    }
+}
+
+#[test]
+fn a_clone_that_is_cut_off_without_rows_is_noticed() {
+    let noticed = (1..=4).filter(|seed| !flattened(*seed, Sabotage::FlattenWithoutRows).is_empty()).count();
+    assert_eq!(noticed, 4);
+}

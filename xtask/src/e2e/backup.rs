@@ -354,20 +354,26 @@ fn interrupted_imports(cluster: &Cluster, other: &Cluster) -> Result<()> {
     let text = petal(other, &["disk", "info", "copy"])?;
     ensure!(text.contains("unfinished"), "disk info: {text}");
 
-    // Until it has ended only an import writes it, and nothing is made of it.
+    // Until it has ended only an import uses it, and nothing is made of it.
+    read_failure(nbdsh().args(["-u", &other.nbd_uri("copy")?, "-c", "h.pread(4096, 4 << 20)"]))?;
     read_failure(nbdsh().args(["-u", &other.nbd_uri("copy")?, "-c", "h.pwrite(b'x' * 4096, 4 << 20)"]))?;
     fails(other, &["bench", "copy", "--write", "--seconds", "1"], &["has not ended", "petal import FILE copy"])?;
     fails(other, &["snapshot", "create", "copy", "--name", "half"], &["has not ended"])?;
     fails(other, &["clone", "copy", "half"], &["has not ended"])?;
     fails(other, &["disk", "resize", "copy", "4MiB", "--shrink"], &["has not ended"])?;
 
-    // One that was killed stands in the way until it is told to be gone.
+    // One that was killed stands in the way until it is told to be gone. What it was known to have written need not be
+    // written again.
     let mut killed = begin()?;
+    let reached = || json(other, &["disk", "info", "copy"]).is_ok_and(|info| info["import_reached"].as_u64() > Some(0));
+    Cluster::wait_for("it is known how far the import has come", Duration::from_secs(20), reached)?;
     kill9(killed.id())?;
     killed.wait()?;
     ensure!(sessions(other, "copy")?.len() == 1, "the session of a dead import is gone by itself");
     fails(other, &["import", &stream, "copy"], &["attached by petal import", "--take-over"])?;
-    petal(other, &["import", &stream, "copy", "--take-over"])?;
+    let imported = json(other, &["import", &stream, "copy", "--take-over"])?;
+    let (bytes, before) = (imported["bytes"].as_u64(), imported["written_before"].as_u64());
+    ensure!(before > Some(0) && before < bytes, "{before:?} of {bytes:?} bytes had been written before");
     ensure!(!is_unfinished(other) && sessions(other, "copy")?.is_empty(), "the import has not ended");
     let from = image(cluster, "vol0@s0", "from.img")?;
     same(&from, &image(other, "copy@s0", "to.img")?)?;
@@ -430,8 +436,20 @@ pub fn flattened(cluster: &Cluster) -> Result<()> {
     let used = space("copy", "family")?;
     fails(cluster, &["disk", "flatten", "vol0"], &["no clone"])?;
     fails(cluster, &["disk", "flatten", "vol0@s"], &["snapshot", "name a disk"])?;
-    petal(cluster, &["disk", "flatten", "copy"])?;
+    // Nobody waits for it; another one is told that it goes on, and waits.
+    let begun = json(cluster, &["disk", "flatten", "copy", "--detach"])?;
+    ensure!(begun["flattening"] == true, "{begun}");
+    let is_done = || json(cluster, &["disk", "info", "copy"]).is_ok_and(|info| info["flattening"].is_null());
+    Cluster::wait_for("copy is flattened", Duration::from_secs(30), is_done)?;
     fails(cluster, &["disk", "flatten", "copy"], &["already"])?;
+    fails(cluster, &["disk", "flatten", "copy", "--stop"], &["not being flattened"])?;
+    ensure!(sessions(cluster, "copy")?.is_empty(), "flattening left a session");
+    petal(cluster, &["clone", "vol0@s", "second"])?;
+    let second = image(cluster, "second", "second.img")?;
+    let done = json(cluster, &["disk", "flatten", "second"])?;
+    ensure!(done["done"] == true, "{done}");
+    same(&second, &image(cluster, "second", "after.img")?)?;
+    petal(cluster, &["disk", "delete", "second", "--yes"])?;
     ensure!(space("copy", "family")? == used, "flattening took space: {used}, then {}", space("copy", "family")?);
     petal(cluster, &["snapshot", "create", "with-snapshot", "--name", "t"])?;
     fails(cluster, &["disk", "flatten", "with-snapshot"], &["with-snapshot@t"])?;

@@ -8,7 +8,7 @@ use crate::space::{Counting, FamilySpace};
 use crate::tree::Tree;
 use anyhow::{Result, anyhow, bail, ensure};
 use petal::global_state::{Attachment, Command as Change, Outcome, State};
-use petal::ids::{SessionId, VdiskId};
+use petal::ids::{ELEMENT_SIZE, SessionId, VdiskId};
 use petal::limits::STRIPE_UNIT_DEFAULT;
 use petal::message::no_such_disk;
 use petal::translator::gmap::Scheme;
@@ -88,10 +88,7 @@ pub enum Command {
         new_name: String,
     },
     /// Make a clone need nothing of its parents any more; nothing that anybody reads changes
-    Flatten {
-        /// Its name
-        name: String,
-    },
+    Flatten(super::flatten::Arguments),
     /// Delete a disk and its data
     Delete {
         /// Its name
@@ -136,7 +133,7 @@ pub fn run(place: &Place, command: Command) -> Result<()> {
                 println!("Disk {name} is called {new_name} now.");
                 Ok(())
             }
-            Command::Flatten { name } => super::flatten::flatten(&connection, &name).await,
+            Command::Flatten(arguments) => super::flatten::flatten(&connection, arguments).await,
             Command::Delete { name, yes, with_snapshots, dry_run, format } => {
                 delete(&connection, &name, yes, with_snapshots, dry_run, format).await
             }
@@ -208,6 +205,8 @@ fn describe_in(state: &State, tree: &Tree, disk: &Vdisk) -> Value {
         "origin": tree.origin(disk).json(),
         "protected": disk.protected,
         "import_unfinished": disk.is_importing(),
+        "import_reached": disk.is_importing().then_some(disk.imported.below.saturating_mul(ELEMENT_SIZE)),
+        "flattening": super::flatten::json(state, disk),
         "made": disk.made,
         "policy": snapshot::policy_json(disk.policy),
         "attached": sessions.map(|s| json!({
@@ -246,7 +245,8 @@ pub fn print_disks(state: &State) {
         let holders: Vec<String> = holders.collect();
         let protected = if disk.protected { "protected".into() } else { String::new() };
         let unfinished = if disk.is_importing() { "import unfinished".into() } else { String::new() };
-        let notes = [tree.origin(disk).words(), protected, unfinished].into_iter().filter(|n| !n.is_empty());
+        let notes = [tree.origin(disk).words(), protected, unfinished, super::flatten::note(state, disk)];
+        let notes = notes.into_iter().filter(|n| !n.is_empty());
         table.add_row([
             disk.name.clone(),
             output::size(disk.size),
@@ -291,6 +291,9 @@ async fn info(connection: &Connection, name: &str, with_space: bool, format: out
     }
     if disk.is_importing() {
         println!("import       unfinished: repeat `petal import FILE {name}`, roll back, or delete the disk");
+    }
+    if state.flattening(disk.id).is_some() {
+        println!("flatten      {}", super::flatten::note(&state, disk));
     }
     if disk.protected {
         println!("protected    `petal snapshot release {name}` takes that back");

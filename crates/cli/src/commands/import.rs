@@ -4,9 +4,10 @@
 //!  the disk is noted as begun -> elements are written -> end mark -> snapshot of the stream's name, whole: in one
 //! ```
 //!
-//! Nothing counts before the end mark: the snapshot appears then, and until then nobody else writes the disk. An import
-//! that was interrupted is begun again with the same stream, which writes the same once more. An increment goes only
-//! onto the very state that it starts from.
+//! Nothing counts before the end mark: the snapshot appears then, and until then nobody else reads or writes the disk. An
+//! import that was interrupted is repeated with the same stream: all of that is read and checked, and written from where
+//! the cluster was last told that everything had been written (`ImportReached`). An increment goes only onto the very
+//! state that it starts from.
 
 use super::diff;
 use super::disk::{create, find};
@@ -24,11 +25,14 @@ use petal_stream::{Fit, Header, Item, Kind, Point, Reader, StateId, StreamError,
 use std::fs::File;
 use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 /// Elements that are written side by side.
 const WRITES_MAX: usize = 32;
+/// Time between two marks of how far it has come.
+const MARK_EVERY: Duration = Duration::from_secs(2);
 
 /// `petal import`
 #[derive(clap::Args)]
@@ -39,7 +43,7 @@ Examples:
   zstd -dc monday.petal.zst | petal import - vol0
 
 The same command again goes on with an import that was interrupted; with --take-over if that was killed.
-Until it has ended nobody else writes the disk.")]
+Until it has ended nobody else uses the disk.")]
 pub struct Arguments {
     /// The stream; `-` is standard input
     file: PathBuf,
@@ -77,9 +81,9 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
             eprintln!("'{name}' has taken in this stream already, as {snapshot} (unless that was renamed).");
             return Ok(());
         };
-        let take_in = async |disk: &Disk| -> Result<Summary> {
-            begin(&connection, disk, &seen, &header).await?;
-            let written = write(disk, reader, length, &name, &what).await?;
+        let take_in = async |disk: &Disk| -> Result<Written> {
+            let below = begin(&connection, disk, &seen, &header).await?;
+            let written = write(&connection, disk, reader, (below, length), &name, &what).await?;
             disk.flush().await?;
             // The session is ended behind the snapshot: what anybody else writes is not in it.
             let (vdisk, session) = (disk.id(), disk.session());
@@ -87,17 +91,22 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
             connection.execute(Command::EndImport { vdisk, session, name: snapshot, made }).await?;
             Ok(written)
         };
-        let summary = match connection.attached(&name, Attachment::Import, "petal import", take_over, take_in).await {
-            Ok(summary) => summary,
-            Err(error) => return Err(explained(&connection, &name, error).await),
-        };
+        let Written { summary, skipped } =
+            match connection.attached(&name, Attachment::Import, "petal import", take_over, take_in).await {
+                Ok(written) => written,
+                Err(error) => return Err(explained(&connection, &name, error).await),
+            };
         if format.json {
             return output::print_json(&serde_json::json!({
                 "disk": name, "snapshot": format!("{name}@{}", header.snapshot), "bytes": summary.bytes,
-                "hash": summary.hash.to_string(),
+                "hash": summary.hash.to_string(), "written_before": skipped,
             }));
         }
-        println!("Imported {name}@{} ({}).", header.snapshot, output::size(summary.bytes));
+        let before = match skipped {
+            0 => String::new(),
+            skipped => format!(", {} of that before it was interrupted", output::size(skipped)),
+        };
+        println!("Imported {name}@{} ({}{before}).", header.snapshot, output::size(summary.bytes));
         Ok(())
     })
 }
@@ -193,8 +202,9 @@ async fn prepare(connection: &Connection, name: &str, header: &Header, copies: O
     Ok(Some(present.clone()))
 }
 
-/// Notes what is to come, and makes the disk as large as that.
-async fn begin(connection: &Connection, disk: &Disk, present: &Vdisk, header: &Header) -> Result<()> {
+/// Notes what is to come, and makes the disk as large as that. Of the elements below the returned one everything was written
+/// by an import that was interrupted.
+async fn begin(connection: &Connection, disk: &Disk, present: &Vdisk, header: &Header) -> Result<u64> {
     // Nobody else writes from here on.
     if present.imported == Imported::default() {
         ensure!(diff::extents(disk, None, disk.size()).await?.is_empty(), not_imported(&present.name));
@@ -214,7 +224,7 @@ async fn begin(connection: &Connection, disk: &Disk, present: &Vdisk, header: &H
         connection.execute(Command::ResizeDisk { vdisk, size: header.size, session }).await?;
         disk.refresh().await?;
     }
-    Ok(())
+    Ok(if present.imported.begun == Some(foreign(header.state())) { present.imported.below } else { 0 })
 }
 
 /// An increment is right only over exactly the state that it starts from.
@@ -241,13 +251,21 @@ enum Piece {
     End(Box<Summary>),
 }
 
+/// What came of it.
+struct Written {
+    summary: Summary,
+    /// Bytes that an import before had written.
+    skipped: u64,
+}
+
 async fn write(
+    connection: &Connection,
     disk: &Disk,
     mut reader: Reader<Box<dyn Read + Send>>,
-    length: u64,
+    (below, length): (u64, u64),
     name: &str,
     what: &str,
-) -> Result<Summary> {
+) -> Result<Written> {
     let (sender, mut receiver) = mpsc::channel::<Result<Piece, StreamError>>(64);
     // A thread of its own, which ends with the process: nobody waits for a pipe that is silent.
     std::thread::spawn(move || {
@@ -269,34 +287,58 @@ async fn write(
     });
     let mut progress = Progress::begin(format!("import {name}"), length);
     let mut writes: JoinSet<Result<()>> = JoinSet::new();
-    let mut summary = None;
-    let mut failed = None;
-    while let Some(piece) = receiver.recv().await {
+    let (mut skipped, mut begun, mut marked) = (0, below, below);
+    let mut mark_at = Instant::now() + MARK_EVERY;
+    let mut ended: Result<Option<Summary>> = Ok(None);
+    while matches!(ended, Ok(None)) {
+        // A stream that comes slowly is marked, too.
+        let piece = tokio::time::timeout_at(mark_at.into(), receiver.recv()).await;
+        if begun > marked && Instant::now() >= mark_at {
+            ended = mark(connection, disk, &mut writes, begun).await.map(|()| None);
+            marked = begun;
+        }
+        if Instant::now() >= mark_at {
+            mark_at = Instant::now() + MARK_EVERY;
+        }
         match piece {
-            Err(refused) => failed = Some(anyhow::Error::from(refused).context(what.to_string())),
-            Ok(Piece::End(end)) => summary = Some(*end),
-            Ok(Piece::Element { number, data, zero, bytes, at }) => {
+            Err(_) => {}
+            Ok(_) if ended.is_err() => {}
+            Ok(None) => ended = Err(anyhow::anyhow!("the stream ended without its end mark")),
+            Ok(Some(Err(refused))) => ended = Err(anyhow::Error::from(refused).context(what.to_string())),
+            Ok(Some(Ok(Piece::End(end)))) => ended = Ok(Some(*end)),
+            Ok(Some(Ok(Piece::Element { number, bytes, .. }))) if number < below => skipped += bytes.len() as u64,
+            Ok(Some(Ok(Piece::Element { number, data, zero, bytes, at }))) => {
                 progress.at(at);
                 if writes.len() >= WRITES_MAX {
-                    failed = writes.join_next().await.and_then(flat);
+                    ended = writes.join_next().await.and_then(flat).map_or(Ok(None), Err);
                 }
                 let disk = disk.clone();
                 writes.spawn_local(async move { element(&disk, number, data, zero, bytes).await });
+                begun = number + 1;
             }
-        }
-        if failed.is_some() {
-            break;
         }
     }
     drop(receiver);
+    let written = all_written(&mut writes).await;
+    progress.end();
+    let summary = ended?.context("the stream ended without its end mark")?;
+    written.map(|()| Written { summary, skipped })
+}
+
+/// Everything below is written: an import that goes on when this is interrupted begins there.
+async fn mark(connection: &Connection, disk: &Disk, writes: &mut JoinSet<Result<()>>, below: u64) -> Result<()> {
+    all_written(writes).await?;
+    let (vdisk, session) = (disk.id(), disk.session());
+    connection.execute(Command::ImportReached { vdisk, session, below }).await.map(drop)
+}
+
+/// Waits for all of them; the first error.
+async fn all_written(writes: &mut JoinSet<Result<()>>) -> Result<()> {
+    let mut failed = None;
     while let Some(done) = writes.join_next().await {
         failed = failed.or(flat(done));
     }
-    progress.end();
-    if let Some(error) = failed {
-        return Err(error);
-    }
-    summary.context("the stream ended without its end mark")
+    failed.map_or(Ok(()), Err)
 }
 
 fn flat(done: Result<Result<()>, tokio::task::JoinError>) -> Option<anyhow::Error> {

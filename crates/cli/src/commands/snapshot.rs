@@ -346,7 +346,7 @@ pub async fn tell_given_back(
 fn in_the_way(state: &State, going: &BTreeSet<VdiskId>) -> Vec<String> {
     let disks: Vec<&Vdisk> = going.iter().filter_map(|id| state.vdisk(*id)).collect();
     let protected = disks.iter().filter(|d| d.protected).map(|d| format!("{} is protected", d.name));
-    let attached = disks.iter().filter(|d| !d.sessions.is_empty()).map(|d| format!("{} is attached", d.name));
+    let attached = disks.iter().filter(|d| state.attached_by(d).is_some()).map(|d| format!("{} is attached", d.name));
     protected.chain(attached).collect()
 }
 

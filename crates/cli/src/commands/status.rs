@@ -1,7 +1,7 @@
 //! `petal status`: the whole cluster on one screen.
 
 use super::placement::is_full;
-use super::{disk, reconfigure, scrub};
+use super::{disk, flatten, reconfigure, scrub};
 use crate::cluster_folder::ClusterFolder;
 use crate::connect::{self, Connection};
 use crate::output;
@@ -323,6 +323,7 @@ impl Report {
         let true_ones = sentences.iter().filter(|l| is_served || *l != redundancy::NOTHING_UNAVAILABLE);
         true_ones.for_each(|l| println!("{l}"));
         reconfigure::sentences(&self.state).iter().for_each(|l| println!("{l}"));
+        flatten::sentences(&self.state).iter().for_each(|l| println!("{l}"));
         let scrubs = self.servers.iter().filter_map(|s| Some((s.id, s.scrub.as_ref()?)));
         scrub::sentences(scrubs, output::unix_seconds()).iter().for_each(|l| println!("{l}"));
         println!();

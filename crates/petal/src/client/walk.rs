@@ -42,8 +42,6 @@ pub(super) struct Walk {
     zeroed: BTreeSet<u64>,
     /// What the disk is compared with (for `Extents`).
     than: Option<VdiskId>,
-    /// Bytes of each element found that are made zero; none: it only gets a row (for `Inherit`).
-    zeroes: u32,
 }
 
 impl Walk {
@@ -59,7 +57,6 @@ impl Walk {
             found: Vec::new(),
             zeroed: BTreeSet::new(),
             than: None,
-            zeroes: ELEMENT_SIZE as u32,
         }
     }
     /// Nothing below the smallest cursor is left to be done.
@@ -110,20 +107,6 @@ impl Client {
         for piece in pieces(offset, first * ELEMENT_SIZE).chain(pieces(last * ELEMENT_SIZE, end)) {
             self.start(request, session, Task::Zero { number: 0, piece });
         }
-        self.started(request);
-    }
-
-    pub(super) fn begin_inherit(
-        &mut self,
-        number: RequestNumber,
-        session: SessionId,
-        since: Instant,
-        cost: u64,
-        (offset, end): (u64, u64),
-    ) {
-        let mut walk = Walk::new(offset / ELEMENT_SIZE, end.div_ceil(ELEMENT_SIZE).max(offset / ELEMENT_SIZE));
-        walk.zeroes = 0;
-        let request = self.add(number, session, since, cost, Work::Zero(walk));
         self.started(request);
     }
 
@@ -242,10 +225,9 @@ impl Client {
             walk.found.extend(elements);
         } else {
             let walk = self.walk(request).expect("a map is asked for by a walk");
-            let to = walk.zeroes;
             let fresh: Vec<u64> = elements.into_iter().map(|e| e.0).filter(|e| walk.zeroed.insert(*e)).collect();
             for element in fresh {
-                let piece = Piece { element, from: 0, to };
+                let piece = Piece { element, from: 0, to: ELEMENT_SIZE as u32 };
                 self.start(request, id, Task::Zero { number: 0, piece });
             }
         }

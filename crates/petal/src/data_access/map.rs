@@ -120,6 +120,9 @@ impl DataAccess {
         if self.reclaim.owns(scan) {
             return self.on_reclaim_scanned(ctx, elements);
         }
+        if self.flatten.owns(scan) {
+            return self.on_flatten_scanned(ctx, elements);
+        }
         if self.sweep.owns(scan) {
             return self.on_sweep_scanned(ctx, elements);
         }

@@ -22,6 +22,7 @@
 
 mod answers;
 mod counters;
+mod flatten;
 mod gates;
 mod leaving;
 mod map;
@@ -53,6 +54,7 @@ use crate::translator::vdir::Vdisk;
 pub(crate) use answers::Answer;
 use bytes::{Bytes, BytesMut};
 pub use counters::Counters;
+use flatten::FLATTENER;
 use queue::ElementQueue;
 use range::{ByteRange, block_mask, mask_range};
 use reclaim::has_unseen;
@@ -218,6 +220,7 @@ pub(crate) enum LoadWaiter {
     Repair,
     Drop,
     Reclaim,
+    Flatten,
     Verify,
     Scrub,
 }
@@ -330,6 +333,8 @@ pub struct DataAccess {
     pub leaving: leaving::Leaving,
     /// Rows that nobody can see, being dropped.
     reclaim: reclaim::Reclaim,
+    /// Rows that clones are given, to need no parents.
+    pub(crate) flatten: flatten::Flatten,
     /// Counters for status.
     pub counters: Counters,
 }
@@ -390,6 +395,7 @@ impl DataAccess {
             sweep: sweep::Sweep::default(),
             leaving: leaving::Leaving::default(),
             reclaim: reclaim::Reclaim::default(),
+            flatten: flatten::Flatten::default(),
             counters: Counters::default(),
         }
     }
@@ -454,9 +460,9 @@ impl DataAccess {
     }
 
     fn on_zero(&mut self, ctx: &mut Context, client: ClientId, m: Zero) -> Result<(), Refusal> {
-        // A row by itself waits for everything else in the element, and for copies of it.
+        // Of no bytes: only a row, with what it inherits (`flatten.rs`). It waits for everything else in the element.
         let (mask, last) = match m.length {
-            0 if m.offset > 0 => return Err(Refusal::Malformed),
+            0 if client != FLATTENER => return Err(Refusal::Malformed),
             0 => (WHOLE, 0),
             length => {
                 let range = ByteRange::new(m.offset, u64::from(length))?;
@@ -925,17 +931,20 @@ impl DataAccess {
         let op = self.operations.remove(&number).expect("an operation to finish exists");
         let Kind::Write(w) = &op.kind else { unreachable!("only writes finish as writes") };
         self.in_progress.remove(&w.id);
-        if result.is_ok() {
+        if result.is_ok() && op.client != FLATTENER {
             self.counters.writes += 1;
             self.pace.answered(ctx.now, true, ctx.now.since(op.since));
-        } else {
+        } else if result.is_err() {
             self.counters.refused += 1;
         }
         let need = self.need(ctx.state, op.access.vdisk, op.slot);
         let askers = std::iter::once((op.client, op.access.tag)).chain(op.joined.iter().copied());
         for (client, tag) in askers {
             self.answered(client);
-            ctx.reply(client, Body::WriteReply(WriteReply { tag, need, result }));
+            match client {
+                FLATTENER => self.flatten.answered(tag, self.slots[op.slot].id.slot, result.is_ok()),
+                _ => ctx.reply(client, Body::WriteReply(WriteReply { tag, need, result })),
+            }
         }
         self.leave_queue(ctx, number, op.element, op.mask, op.holds);
         self.operation_ended(ctx, number);
@@ -1083,6 +1092,7 @@ impl DataAccess {
                 LoadWaiter::Repair => self.look(ctx, element),
                 LoadWaiter::Drop => self.drop_element(ctx, element),
                 LoadWaiter::Reclaim => self.reclaim_element(ctx, element),
+                LoadWaiter::Flatten => self.flatten_element(ctx, element),
                 LoadWaiter::Verify => self.verify_element(ctx, element),
                 LoadWaiter::Scrub => self.on_scrub_loaded(ctx, element),
             }
@@ -1404,6 +1414,7 @@ impl DataAccess {
         }
         self.advance_sweep(ctx);
         self.advance_reclaim(ctx);
+        self.advance_flatten(ctx);
         self.advance_scrub(ctx);
     }
 
@@ -1428,8 +1439,8 @@ impl DataAccess {
     /// When something is due although nothing else happens.
     pub fn next_timeout(&self) -> Option<Instant> {
         let rooms = [self.silence.next_look(), self.repairs.next_timeout(), self.scrub.next_timeout()];
-        let rooms = rooms.into_iter().chain([self.reclaim.next_timeout(), self.pace.next_timeout()]);
-        rooms.chain([self.watermark_timer, self.wake_at]).flatten().min()
+        let rooms = rooms.into_iter().chain([self.reclaim.next_timeout(), self.flatten.next_timeout()]);
+        rooms.chain([self.pace.next_timeout(), self.watermark_timer, self.wake_at]).flatten().min()
     }
 
     /// A session is over: nothing of it will be asked again.

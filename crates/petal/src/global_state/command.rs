@@ -266,12 +266,23 @@ pub enum Command {
         /// How many of each kind are kept.
         policy: Policy,
     },
-    /// A clone needs nothing of its parents any more: every element that they have has a row of its own.
+    /// A clone is to need nothing of its parents any more: the servers see to that (`flatten.rs`).
     Flatten {
         /// The clone.
         vdisk: VdiskId,
-        /// Its lineage, as the caller saw it.
-        lineage: LineageId,
+        /// Begin, or stop.
+        wanted: bool,
+    },
+    /// A primary has seen to that in some slots: every element there has a row of the clone's own.
+    Inherited {
+        /// The clone.
+        vdisk: VdiskId,
+        /// The session under which that was done.
+        session: SessionId,
+        /// The GMap.
+        gmap: GmapId,
+        /// Its slots, each with the term in which that was done.
+        slots: Vec<(u32, Term)>,
     },
     /// What follows is written into a disk by an import, and is no state of it before its end (`petal import`).
     BeginImport {
@@ -283,6 +294,15 @@ pub enum Command {
         seen: Imported,
         /// Where it leads to.
         to: ForeignState,
+    },
+    /// So far an import has come: if it is interrupted, what is repeated begins there.
+    ImportReached {
+        /// The disk.
+        vdisk: VdiskId,
+        /// The import's.
+        session: SessionId,
+        /// Of the elements below this one everything was written.
+        below: u64,
     },
     /// Everything was written: the state gets its name.
     EndImport {
@@ -451,8 +471,19 @@ impl std::fmt::Display for Command {
                 policy.hourly, policy.daily, policy.weekly
             ),
             Command::BeginImport { vdisk, .. } => write!(f, "an import into {vdisk} begins"),
+            Command::ImportReached { vdisk, below, .. } => {
+                write!(
+                    f,
+                    "an import into {vdisk} has written what lies below {} MiB",
+                    below.saturating_mul(ELEMENT_SIZE) >> 20
+                )
+            }
             Command::EndImport { vdisk, name, .. } => write!(f, "an import into {vdisk} is whole: snapshot '{name}'"),
-            Command::Flatten { vdisk, .. } => write!(f, "{vdisk} needs nothing of its parents any more"),
+            Command::Flatten { vdisk, wanted: true } => write!(f, "{vdisk} is to need nothing of its parents any more"),
+            Command::Flatten { vdisk, wanted: false } => write!(f, "flattening of {vdisk} is stopped"),
+            Command::Inherited { vdisk, slots, .. } => {
+                write!(f, "{vdisk} needs nothing of its parents in {}", counted(slots.len(), "slot"))
+            }
             Command::Drain { server, drained: true } => write!(f, "{server} is drained: its data moves to the others"),
             Command::Drain { server, drained: false } => write!(f, "{server} is to hold its share of the data"),
             Command::Reconfigure { gmap, moves, .. } if moves.is_empty() => {
@@ -698,6 +729,30 @@ pub enum CommandError {
     ImportUnfinished {
         /// The disk.
         name: String,
+    },
+    /// Nothing is made of a disk while it is flattened.
+    #[error(
+        "'{name}' is being flattened; wait until that is done (`petal disk flatten {name}` shows how far it is), or stop it with `petal disk flatten {name} --stop`"
+    )]
+    IsFlattened {
+        /// The disk.
+        name: String,
+    },
+    /// A disk that has no parents.
+    #[error("'{name}' is no clone, or needs nothing of its parents already")]
+    StandsByItself {
+        /// The disk.
+        name: String,
+    },
+    /// Something else needs what a clone inherits.
+    #[error(
+        "'{by}' was made of '{name}' and needs what it inherits; delete it first, or, if it is a clone, flatten it: `petal snapshot list` shows them"
+    )]
+    IsInherited {
+        /// The clone that was to be flattened.
+        name: String,
+        /// What was made of it.
+        by: String,
     },
     /// More than an entry of the log may have.
     #[error("the command has {bytes} bytes, and {limit} are the most; name fewer disks at one time")]

@@ -6,6 +6,7 @@
 
 mod arguments;
 mod command;
+mod flatten;
 mod reconfiguration;
 mod ring;
 mod room;
@@ -15,6 +16,7 @@ mod state;
 
 pub use arguments::{check_name, check_size, split_name};
 pub use command::{Attachment, Command, CommandError, Entry, Genesis, GenesisServer, Outcome, SnapshotOf};
+pub use flatten::Flattening;
 pub use reconfiguration::{Move, Reconfiguration};
 pub use ring::RingDamaged;
 pub(crate) use room::check_length;

@@ -66,6 +66,7 @@ impl State {
         if !is_snapshot {
             self.disk_in_epoch(source, epoch)?;
             self.check_no_imports([source])?;
+            self.check_not_flattened([source])?;
         }
         let (family, size) = (from.family, from.size);
         self.check_room_in(family, 1)?;
@@ -106,8 +107,8 @@ impl State {
         effects: &mut Effects,
     ) -> Applied {
         let disk = self.disk_in_epoch(id, epoch)?;
-        if let Some(session) = disk.sessions.first() {
-            return Err(self.in_use(disk, *session));
+        if let Some(session) = self.attached_by(disk) {
+            return Err(self.in_use(disk, session));
         }
         let target = self.vdisks.get(&to).ok_or(CommandError::NoSuchDisk(to))?;
         if target.snapshot_of != Some(id) {
@@ -123,9 +124,11 @@ impl State {
             self.check_room_in(family, 1)?;
         }
         let lineage = self.branch(family, parent, &name)?;
+        self.stop_flattening(id, effects);
         // What an import had written is no longer there: one that goes on must not count on it; and what is kept of it
         // is not the state that it was to lead to.
-        self.vdisks.get_mut(&id).expect("found above").imported.begun = None;
+        let imported = &mut self.vdisks.get_mut(&id).expect("found above").imported;
+        (imported.begun, imported.below) = (None, 0);
         if let Some(keep) = keep {
             self.name_epoch(VdiskId::made_by(self.index, 0), id, keep, made, false);
         }
@@ -149,8 +152,8 @@ impl State {
         }
         for id in &going {
             let disk = self.vdisks.get(id).ok_or(CommandError::NoSuchDisk(*id))?;
-            if let Some(session) = disk.sessions.first() {
-                return Err(self.in_use(disk, *session));
+            if let Some(session) = self.attached_by(disk) {
+                return Err(self.in_use(disk, session));
             }
             if disk.protected {
                 return Err(CommandError::Protected { name: disk.name.clone() });
@@ -167,6 +170,7 @@ impl State {
         }
         let mut concerned = BTreeSet::new();
         for id in &going {
+            self.stop_flattening(*id, effects);
             let disk = self.vdisks.remove(id).expect("checked above");
             self.derived.names.remove(&disk.name);
             self.derived.members.entry(disk.family).or_default().remove(id);
@@ -226,11 +230,25 @@ impl State {
         to: ForeignState,
     ) -> Applied {
         self.check_importer(id, session)?;
+        self.check_not_flattened([id])?;
         let imported = &mut self.vdisks.get_mut(&id).expect("just checked").imported;
         if *imported != seen {
             return Err(CommandError::Overtaken);
         }
-        imported.begun = Some(to);
+        if imported.begun != Some(to) {
+            (imported.begun, imported.below) = (Some(to), 0);
+        }
+        Ok(Outcome::Done)
+    }
+
+    /// What lies below is as it is to be, and nobody else writes it.
+    pub(super) fn import_reached(&mut self, id: VdiskId, session: SessionId, below: u64) -> Applied {
+        self.check_importer(id, session)?;
+        let imported = &mut self.vdisks.get_mut(&id).expect("just checked").imported;
+        if imported.begun.is_none() {
+            return Err(CommandError::Overtaken);
+        }
+        imported.below = imported.below.max(below);
         Ok(Outcome::Done)
     }
 
@@ -249,7 +267,8 @@ impl State {
         let begun = disk.imported.begun.ok_or(CommandError::Overtaken)?;
         let of = [SnapshotOf { vdisk: id, epoch: disk.epoch, name: name.into() }];
         let made = self.snapshot(&of, made, false, effects)?;
-        self.vdisks.get_mut(&id).expect("just snapshotted").imported = Imported { newest: Some(begun), begun: None };
+        self.vdisks.get_mut(&id).expect("just snapshotted").imported =
+            Imported { newest: Some(begun), begun: None, below: 0 };
         Ok(made)
     }
 
@@ -264,30 +283,6 @@ impl State {
     fn check_importer(&self, id: VdiskId, session: SessionId) -> Result<(), CommandError> {
         let is_own = |s: &Session| s.vdisk == id && s.mode == Attachment::Import;
         self.sessions.get(&session).is_some_and(is_own).then_some(()).ok_or(CommandError::NoSuchSession(session))
-    }
-
-    /// Of everything that its parents have the clone has a row of its own by now (its caller has seen to that, with a
-    /// session of its own on it), so nothing that anybody reads changes.
-    pub(super) fn flatten(&mut self, id: VdiskId, lineage: LineageId, effects: &mut Effects) -> Applied {
-        let disk = self.vdisks.get(&id).ok_or(CommandError::NoSuchDisk(id))?;
-        if disk.is_snapshot() {
-            return Err(CommandError::IsSnapshot { name: disk.name.clone() });
-        }
-        // Snapshots of the clone from before would lose what they inherit.
-        if let Some(first) = self.members(disk.family).find(|m| m.is_snapshot() && m.lineage == lineage) {
-            let (name, first) = (disk.name.clone(), first.name.clone());
-            return Err(CommandError::HasSnapshots { name, count: self.snapshots_of(disk).count(), first });
-        }
-        let (family, own) = (disk.family, disk.lineage);
-        let others = self.families[&family].lineages.values().any(|l| l.parent.is_some_and(|(p, _)| p == lineage));
-        if own != lineage || others {
-            return Err(CommandError::Overtaken);
-        }
-        let lineages = &mut self.families.get_mut(&family).expect("a disk has a family").lineages;
-        lineages.get_mut(&lineage).expect("a disk has a lineage").parent = None;
-        self.look_anew(family);
-        effects.families_narrowed.push(family);
-        Ok(Outcome::Done)
     }
 
     /// Disks of which writes of a new epoch may have to wait until everybody knows the epoch: several clients may
@@ -348,6 +343,7 @@ impl State {
             made,
             policy: Policy::default(),
             automatic: Automatic::default(),
+            imported: Imported { below: 0, ..disk.imported },
             revision: self.index,
             sessions: Vec::new(),
             ..disk.clone()
@@ -459,8 +455,7 @@ mod tests {
             }
             assert_eq!(take(&mut f, disk, "half"), Err(refused()));
             assert_eq!(clone(&mut f, disk, "half"), Err(refused()));
-            let reader = f.attach(disk, Attachment::ReadOnly, false).unwrap();
-            f.run(Command::Detach { session: reader }).unwrap();
+            assert_eq!(f.attach(disk, Attachment::ReadOnly, false), Err(refused()), "half of it is nothing to be read");
             if !is_gone {
                 assert!(f.attach(disk, Attachment::Import, false).is_err(), "one at a time");
                 f.run(Command::Detach { session }).unwrap();
@@ -470,7 +465,7 @@ mod tests {
         let Ok(Outcome::Disks(made)) = end(&mut f, disk, session, "monday") else { panic!() };
         let (snapshot, db) = (f.state.vdisk(made[0]).unwrap(), f.state.vdisk(disk).unwrap());
         assert_eq!((snapshot.name.as_str(), snapshot.imported.begun), ("db@monday", Some(foreign(4))));
-        assert_eq!(db.imported, Imported { newest: Some(foreign(4)), begun: None });
+        assert_eq!(db.imported, Imported { newest: Some(foreign(4)), ..Imported::default() });
         assert_eq!((snapshot.epoch, db.epoch), (Epoch(1), Epoch(2)));
         assert!(f.effects.narrows && !f.effects.concerned.is_empty());
         f.run(Command::Detach { session }).unwrap();
@@ -515,8 +510,39 @@ mod tests {
         f.run(Command::Rollback { vdisk: disk, epoch, to: monday[0], keep, made: 0 }).unwrap();
         let half = f.state.vdisk_named("db@half").unwrap();
         assert_eq!(half.imported.begun, None);
-        assert_eq!(f.state.vdisk(disk).unwrap().imported, Imported { newest: Some(foreign(4)), begun: None });
+        assert_eq!(f.state.vdisk(disk).unwrap().imported, Imported { newest: Some(foreign(4)), ..Imported::default() });
         f.attach(disk, Attachment::Exclusive, false).unwrap();
+    }
+
+    #[test]
+    fn an_import_of_the_same_state_goes_on_where_the_last_one_was_told_to_have_come() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let below = |f: &Fixture| f.state.vdisk(disk).unwrap().imported.below;
+        let own = begin(&mut f, disk, 4);
+        f.run(Command::ImportReached { vdisk: disk, session: own, below: 7 }).unwrap();
+        f.run(Command::ImportReached { vdisk: disk, session: own, below: 5 }).unwrap();
+        assert_eq!(below(&f), 7);
+        f.run(Command::Detach { session: own }).unwrap();
+        let late = Command::ImportReached { vdisk: disk, session: own, below: 9 };
+        assert_eq!(f.run(late), Err(CommandError::NoSuchSession(own)));
+        let again = begin(&mut f, disk, 4);
+        assert_eq!(below(&f), 7);
+        let Ok(Outcome::Disks(made)) = end(&mut f, disk, again, "monday") else { panic!() };
+        assert_eq!((below(&f), f.state.vdisk(made[0]).unwrap().imported.below), (0, 0));
+        let nothing = Command::ImportReached { vdisk: disk, session: again, below: 9 };
+        assert_eq!(f.run(nothing), Err(CommandError::Overtaken));
+        f.run(Command::Detach { session: again }).unwrap();
+        // Of another state it begins anew.
+        for state in [5, 6] {
+            let own = begin(&mut f, disk, state);
+            assert_eq!(below(&f), 0);
+            f.run(Command::ImportReached { vdisk: disk, session: own, below: 7 }).unwrap();
+            f.run(Command::Detach { session: own }).unwrap();
+        }
+        let epoch = f.state.vdisk(disk).unwrap().epoch;
+        f.run(Command::Rollback { vdisk: disk, epoch, to: made[0], keep: None, made: 0 }).unwrap();
+        assert_eq!(below(&f), 0);
     }
 
     #[test]
@@ -576,14 +602,21 @@ mod tests {
             assert_eq!((done, depth), (Ok(Outcome::Done), n));
             last = Some(to);
         }
-        let (to, refused, depth, lineage) = back(last);
+        let (to, refused, depth, _) = back(last);
         let too_deep = CommandError::TooDeep { name: "db".into(), depth: ANCESTORS_MAX + 1 };
         assert_eq!((refused, depth), (Err(too_deep), ANCESTORS_MAX));
         f.run(Command::DeleteDisks { vdisks: vec![to] }).unwrap();
-        f.run(Command::Flatten { vdisk, lineage }).unwrap();
+        flatten(&mut f, vdisk);
         let to = take(&mut f, vdisk, "c").unwrap();
         let epoch = f.state.vdisk(vdisk).unwrap().epoch;
         f.run(Command::Rollback { vdisk, epoch, to, keep: None, made: 0 }).unwrap();
+    }
+
+    /// To its end.
+    fn flatten(f: &mut Fixture, vdisk: VdiskId) {
+        f.run(Command::Flatten { vdisk, wanted: true }).unwrap();
+        let inherited = f.inherited(vdisk, u32::MAX);
+        f.run(inherited).unwrap();
     }
 
     #[test]
@@ -656,23 +689,8 @@ mod tests {
             .kept([(LineageId(1), Epoch(1)), (LineageId(1), Epoch(2)), (LineageId(2), Epoch(1))].into_iter())
             .collect();
         assert_eq!(kept, [true, false, true]);
-        f.run(Command::Flatten { vdisk: copy.id, lineage: copy.lineage }).unwrap();
+        flatten(&mut f, copy.id);
         assert_eq!(f.state.family(copy.family).unwrap().lineages.len(), 1);
-    }
-
-    #[test]
-    fn a_clone_is_flattened_when_its_snapshots_are_gone() {
-        let mut f = Fixture::up(3);
-        let disk = f.disk("db");
-        let copy = clone(&mut f, disk, "copy").unwrap();
-        let snapshot = take(&mut f, copy, "a").unwrap();
-        let lineage = f.state.vdisk(copy).unwrap().lineage;
-        let flatten = Command::Flatten { vdisk: copy, lineage };
-        assert!(matches!(f.run(flatten.clone()), Err(CommandError::HasSnapshots { count: 1, .. })));
-        f.run(Command::DeleteDisks { vdisks: vec![snapshot] }).unwrap();
-        f.run(flatten).unwrap();
-        let copy = f.state.vdisk(copy).unwrap();
-        assert_eq!(f.state.family(copy.family).unwrap().ancestors(copy.lineage).count(), 0);
     }
 
     #[test]

@@ -26,6 +26,7 @@
 
 use super::arguments::{check_name, check_size, conflict, split_name, valid_stripe_unit};
 use super::command::{Attachment, Command, CommandError, Entry, Genesis, Outcome};
+use super::flatten::Flattening;
 use super::reconfiguration::Reconfiguration;
 use crate::ids::*;
 use crate::limits::*;
@@ -38,7 +39,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Version of the encoding of a [`State`]: its first byte.
-const STATE_VERSION: u8 = 9;
+const STATE_VERSION: u8 = 10;
 
 /// The first lineage of a family, and the first epoch of a lineage.
 const FIRST_LINEAGE: LineageId = LineageId(1);
@@ -83,6 +84,8 @@ pub struct State {
     pub vdisks: BTreeMap<VdiskId, Vdisk>,
     /// Sessions.
     pub sessions: BTreeMap<SessionId, Session>,
+    /// Clones that are being flattened (`flatten.rs`).
+    pub flattenings: BTreeMap<VdiskId, Flattening>,
     /// Commands executed, per proposer: low-water mark, and outcomes at or above it.
     pub executed: BTreeMap<u64, Executed>,
     /// Look-ups that follow from the rest.
@@ -342,6 +345,7 @@ impl State {
             families: BTreeMap::new(),
             vdisks: BTreeMap::new(),
             sessions: BTreeMap::new(),
+            flattenings: BTreeMap::new(),
             executed: BTreeMap::new(),
             derived: Derived::default(),
         }
@@ -463,7 +467,7 @@ impl State {
             here(*id == session.id && id.0 <= self.index, id, "has another id inside")?;
             here(disk.is_some_and(|d| d.sessions.contains(id)), id, "is not known to its disk")?;
         }
-        Ok(())
+        self.check_flattenings()
     }
 
     /// Every server that is a member of some slot: those that settle commands about data.
@@ -701,6 +705,7 @@ impl State {
             Command::DiskFailed { server, incarnation, why: _ } => self.goodbye(*server, *incarnation, effects),
             Command::Snapshot { of, made, protected } => {
                 self.check_no_imports(of.iter().map(|one| one.vdisk))?;
+                self.check_not_flattened(of.iter().map(|one| one.vdisk))?;
                 self.snapshot(of, *made, *protected, effects)
             }
             Command::Clone { source, epoch, name, made } => self.clone_of(*source, *epoch, name, *made, effects),
@@ -710,8 +715,12 @@ impl State {
             Command::DeleteDisks { vdisks } => self.delete_disks(vdisks, effects),
             Command::Protect { vdisk, protected } => self.protect(*vdisk, *protected),
             Command::SetPolicy { vdisk, policy } => self.set_policy(*vdisk, *policy),
-            Command::Flatten { vdisk, lineage } => self.flatten(*vdisk, *lineage, effects),
+            Command::Flatten { vdisk, wanted } => self.flatten(*vdisk, *wanted, effects),
+            Command::Inherited { vdisk, session, gmap, slots } => {
+                self.inherited(*vdisk, *session, *gmap, slots, effects)
+            }
             Command::BeginImport { vdisk, session, seen, to } => self.begin_import(*vdisk, *session, *seen, *to),
+            Command::ImportReached { vdisk, session, below } => self.import_reached(*vdisk, *session, *below),
             Command::EndImport { vdisk, session, name, made } => {
                 self.end_import(*vdisk, *session, name, *made, effects)
             }
@@ -902,7 +911,8 @@ impl State {
         if disk.is_snapshot() && mode != Attachment::ReadOnly {
             return Err(CommandError::IsSnapshot { name: disk.name.clone() });
         }
-        if matches!(mode, Attachment::Exclusive | Attachment::Shared) {
+        // Half of what an import has written is no state of a disk: nobody reads it either.
+        if mode != Attachment::Import {
             self.check_no_imports([id])?;
         }
         let in_the_way = |s: &&SessionId| self.sessions.get(s).is_some_and(|s| conflict(mode, s.mode));
@@ -936,6 +946,7 @@ impl State {
 
     fn detach(&mut self, id: SessionId, effects: &mut Effects) -> Applied {
         let session = self.sessions.remove(&id).ok_or(CommandError::NoSuchSession(id))?;
+        self.flattenings.retain(|_, f| f.session != id);
         let disk = self.vdisks.get_mut(&session.vdisk).expect("a session has a disk");
         disk.sessions.retain(|s| *s != id);
         disk.revision = self.index;

@@ -57,6 +57,27 @@ impl Fixture {
             other => panic!("{other:?}"),
         }
     }
+    /// What the primaries of the slots below `end` say who have flattened a clone.
+    pub(crate) fn inherited(&self, vdisk: VdiskId, end: u32) -> Command {
+        inherited(&self.state, vdisk, end)
+    }
+}
+
+fn inherited(state: &State, vdisk: VdiskId, end: u32) -> Command {
+    let gmap = state.vdisk(vdisk).and_then(|v| state.family(v.family)).map_or(GmapId(1), |f| f.gmap);
+    let slots = state.slots.get(&gmap).map_or(&[][..], |slots| slots);
+    let slots = (0..end).zip(slots).map(|(number, slot)| (number, slot.term)).collect();
+    let session = state.flattenings.get(&vdisk).map_or(SessionId(1), |f| f.session);
+    Command::Inherited { vdisk, session, gmap, slots }
+}
+
+fn some_flatten(state: &State, prng: &mut Prng, vdisk: VdiskId) -> Command {
+    let being = state.flattenings.keys().next().copied();
+    match (prng.below(8), being) {
+        (0, _) => Command::Flatten { vdisk, wanted: false },
+        (1..4, Some(being)) => inherited(state, being, prng.below(400) as u32),
+        _ => Command::Flatten { vdisk, wanted: true },
+    }
 }
 
 fn server_up(server: u16, incarnation: u64, disks: &[(u128, u64)]) -> Command {
@@ -416,7 +437,7 @@ fn hints_name_the_acting_primary_first() {
 fn the_bytes_of_a_small_state_never_change() {
     let mut f = Fixture::new(1);
     f.run(server_up(1, 1, &[(10, 0)])).unwrap();
-    expect!["09 01 c1 01 04 74 65 73 74 01 00 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 01 00 01 0a 01 80 80 80 80 04 00 01 00 80 80 80 80 04 00 00 00 00 00 00 00 01 d8 04 00 00 00 00 00 00 01 07 01 01 01 01 01 00 00"]
+    expect!["0a 01 c1 01 04 74 65 73 74 01 00 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 01 00 01 0a 01 80 80 80 80 04 00 01 00 80 80 80 80 04 00 00 00 00 00 00 00 01 d8 04 00 00 00 00 00 00 00 01 07 01 01 01 01 01 00 00"]
         .assert_eq(&hex(&f.state.encode()));
     let entry = Entry { id: CommandId { proposer: 300, number: 2, finished_below: 1 }, command: create("vol0") };
     expect![[r#"ac 02 02 01 03 04 76 6f 6c 30 80 80 80 80 04 01 80 80 40"#]]
@@ -590,7 +611,7 @@ fn random_command(prng: &mut Prng, state: &State) -> Command {
         22 => Command::DeleteDisks { vdisks: vec![vdisk, other] },
         23 => Command::Protect { vdisk, protected: prng.chance(1, 4) },
         24 => Command::SetPolicy { vdisk, policy: Policy { hourly: 1, daily: 0, weekly: prng.below(2000) as u16 } },
-        25 => Command::Flatten { vdisk, lineage: state.vdisk(vdisk).map_or(LineageId(1), |v| v.lineage) },
+        25 => some_flatten(state, prng, vdisk),
         17 => Command::ReplaceDisks {
             server: server_id,
             incarnation,

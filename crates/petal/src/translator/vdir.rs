@@ -178,6 +178,8 @@ pub struct Imported {
     pub newest: Option<ForeignState>,
     /// The state that an import was to lead to which has not ended; of a snapshot, the state that it is.
     pub begun: Option<ForeignState>,
+    /// What that has written: everything in the elements below this one.
+    pub below: u64,
 }
 
 /// A disk with all its snapshots and clones.

@@ -35,7 +35,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use stdx::checksum::crc32c;
 
 /// Version of the durable records: their first byte.
-const RECORD_VERSION: u8 = 2;
+const RECORD_VERSION: u8 = 3;
 
 const LOG_PREFIX: &str = "ring/log/";
 const PART_PREFIX: &str = "ring/part/";

@@ -180,7 +180,7 @@ fn the_bytes_of_a_durable_record_never_change() {
     m.persist_all();
     let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" ");
     let records: Vec<_> = m.disk.content().iter().map(|(k, v)| format!("{k:?} {}", hex(v))).collect();
-    expect![[r#"b"ring/log/0000000000000001" 02 01 00 00 b0 81 8c b5 09 01 00 00 01 01 01 01 00"#]]
+    expect![[r#"b"ring/log/0000000000000001" 03 01 00 00 b0 81 8c b5 09 01 00 00 01 01 01 01 00"#]]
         .assert_eq(&records.join("\n"));
     m.ring.as_ref().unwrap().log.get().need_reset();
     m.settle();
@@ -188,7 +188,7 @@ fn the_bytes_of_a_durable_record_never_change() {
     m.settle();
     m.persist_all();
     let records: Vec<_> = m.disk.content().iter().map(|(k, v)| format!("{k:?} {}", hex(v))).collect();
-    expect![[r#"b"ring/log/0000000000000002" 02 01 01 00 85 bc f4 c1 0a 00 00 00 00 00 00 00 00 00 01 00 36 09 00 c1 01 04 74 65 73 74 01 00 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 00 00 00 00 00 00 00 00 00 00 00 00 00 00 01 d8 04 00 00 00 00 00 00 00 01 01 01 01 00"#]].assert_eq(&records.join("\n"));
+    expect![[r#"b"ring/log/0000000000000002" 03 01 01 00 9c df 8e ed 0c 00 00 00 00 00 00 00 00 00 01 00 37 0a 00 c1 01 04 74 65 73 74 01 00 01 01 01 01 01 01 0c 75 6e 69 78 3a 73 31 2e 73 6f 63 6b 00 00 00 00 00 00 00 00 00 00 00 00 00 00 01 d8 04 00 00 00 00 00 00 00 00 01 01 01 01 00"#]].assert_eq(&records.join("\n"));
 }
 
 #[test]
