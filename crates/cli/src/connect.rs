@@ -17,7 +17,7 @@ use petal::message::{
 use petal::space::{SpacePart, SpaceQuestion};
 use petal::translator::vdir::Vdisk;
 pub use petal_io::client::Disk;
-use petal_io::client::{Client, Config, ConnectError};
+use petal_io::client::{Client, Config, ConnectError, Executed};
 use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -213,11 +213,16 @@ impl Connection {
     /// Executes a command. One that is not settled everywhere in time is a note, not an error: it is
     /// decided, and completes by itself.
     pub async fn execute(&self, command: Command) -> Result<Outcome> {
+        Ok(self.executed(command).await?.outcome)
+    }
+
+    /// The same, with its state index.
+    pub async fn executed(&self, command: Command) -> Result<Executed> {
         let executed = self.client.execute(command, SETTLE_DEADLINE).await?;
         if !executed.unsettled.is_empty() {
-            eprintln!("{}", NotSettled(executed.unsettled));
+            eprintln!("{}", NotSettled(executed.unsettled.clone()));
         }
-        Ok(executed.outcome)
+        Ok(executed)
     }
 
     /// The same for a command on whose effect the caller relies at once (a fence): not settled in time is an error.

@@ -170,8 +170,7 @@ fn of(space: &BTreeMap<FamilyId, FamilySpace>, disk: &Vdisk) -> (u64, u64) {
 }
 
 fn notes(state: &State, tree: &Tree, disk: &Vdisk) -> String {
-    let holders = disk.sessions.iter().filter_map(|id| state.session(*id)).map(|s| s.holder.as_str());
-    let holders: Vec<&str> = holders.collect();
+    let holders: Vec<&str> = state.attachments(disk).map(|s| s.holder.as_str()).collect();
     let origin = match tree.origin(disk) {
         // It stands below it.
         Origin::Clone(_) => "clone".into(),
@@ -202,7 +201,7 @@ pub fn json(state: &State, root: Option<&Vdisk>, space: Option<&BTreeMap<FamilyI
             "made": disk.made,
             "protected": disk.protected,
             "import_unfinished": disk.is_importing(),
-            "attached": disk.sessions.len(),
+            "attached": state.attachments(disk).count(),
         });
         if let Some(space) = space {
             let (used, exclusive) = of(space, disk);

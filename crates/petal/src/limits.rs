@@ -15,6 +15,8 @@ pub const CLIENT_REQUESTS_MAX: usize = 1024;
 pub const CLIENT_WINDOW: usize = 512;
 /// Blocks that a replica promises to one primary ahead (2-fold the largest NBD request).
 pub const CREDIT_BLOCKS_MAX: u64 = 16384;
+/// And so many at least while there is room: four elements.
+pub const CREDIT_BLOCKS_MIN: u64 = 64;
 /// Largest frame body (without payload) that a peer may send: the global state's snapshot is the
 /// largest, 10,000 disks and 256 slots per GMap fit into 8 MiB.
 pub const FRAME_BODY_MAX: usize = 16 << 20;

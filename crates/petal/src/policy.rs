@@ -24,7 +24,7 @@ use stdx::{Duration, Instant};
 
 /// Time between two looks.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
-/// What was refused is asked for again after so long, in the same hour, day or week.
+/// What was refused for a reason that passes is asked for again after so long, in the same hour, day or week.
 const AGAIN: Duration = Duration::from_secs(60);
 /// Commands that are under way at one time: with 10,000 disks that are due at one moment, a few seconds.
 const PROPOSED_MAX: usize = 64;
@@ -131,7 +131,11 @@ impl Policies {
             Ok(_) => {}
             // Somebody else made a snapshot of it at the same time: again, of its present epoch.
             Err(CommandError::Overtaken) => self.made.retain(|(of, _), _| *of != disk),
-            Err(_) => drop(self.refused.insert(disk, None)),
+            // These pass by themselves.
+            Err(CommandError::IsFlattened { .. } | CommandError::ImportUnfinished { .. }) => {
+                self.refused.insert(disk, None);
+            }
+            Err(_) => {}
         }
         // There may be more to do.
         self.look_at = None;

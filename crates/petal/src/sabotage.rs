@@ -107,6 +107,8 @@ pub enum Sabotage {
     NewestEpochOnly,
     /// A clone that is flattened is cut off from its parents without rows of its own.
     FlattenWithoutRows,
+    /// A row that a write has made counts for a clone that is flattened before the write is complete.
+    FlattenCountsUnfinished,
 
     // ---- the store
     /// Replay drops single records whose data does not match its CRC, wherever they are, and goes on
@@ -126,7 +128,7 @@ pub enum Sabotage {
 
 impl Sabotage {
     /// Every rule that can be left out.
-    pub const ALL: [Sabotage; 38] = [
+    pub const ALL: [Sabotage; 39] = [
         Sabotage::AckBeforeSecondary,
         Sabotage::NoSettlement,
         Sabotage::SettleByVersion,
@@ -160,6 +162,7 @@ impl Sabotage {
         Sabotage::SplitLosesChanges,
         Sabotage::NewestEpochOnly,
         Sabotage::FlattenWithoutRows,
+        Sabotage::FlattenCountsUnfinished,
         Sabotage::ReplayDropsRecords,
         Sabotage::AckBatchesOutOfOrder,
         Sabotage::NoChain,
@@ -204,6 +207,7 @@ impl Sabotage {
             Sabotage::SplitLosesChanges => "split-loses-changes",
             Sabotage::NewestEpochOnly => "newest-epoch-only",
             Sabotage::FlattenWithoutRows => "flatten-without-rows",
+            Sabotage::FlattenCountsUnfinished => "flatten-counts-unfinished",
             Sabotage::ReplayDropsRecords => "replay-drops-records",
             Sabotage::AckBatchesOutOfOrder => "ack-batches-out-of-order",
             Sabotage::NoChain => "no-chain",

@@ -492,3 +492,41 @@ fn a_clone_that_is_cut_off_without_rows_is_noticed() {
     let noticed = (1..=4).filter(|seed| !flattened(*seed, Sabotage::FlattenWithoutRows).is_empty()).count();
     assert_eq!(noticed, 4);
 }
+
+/// A write to a clone has not come to the secondary when the primary looks for what the clone inherits. Who acts dies.
+fn flattened_behind_a_write(seed: u64, sabotage: Sabotage) -> Vec<String> {
+    let mut s = Scenario::new(seed, &Overrides { sabotage, ..Overrides::default() });
+    let disk = s.create("vol", 1);
+    s.fill_hot(disk, 4);
+    assert!(s.attach(1, "vol", Attachment::Exclusive));
+    (0..4).for_each(|block| s.begin_write_block(1, disk, block));
+    s.idle(1);
+    let (name, clone) = s.clone_of(disk);
+    assert!(s.attach(2, &name, Attachment::Exclusive));
+    let hosts = s.hosts_of(clone, 0);
+    s.hold(hosts[0], hosts[1], HELD);
+    s.begin_write_block(2, clone, 0);
+    s.pass(Duration::from_millis(3));
+    s.begin_execute(Command::Flatten { vdisk: clone, wanted: true });
+    s.pass(HELD - Duration::from_millis(50));
+    s.crash(hosts[0]);
+    s.down(hosts[0]);
+    s.start(hosts[0]);
+    s.ready(hosts[0]);
+    s.finish()
+}
+
+#[test]
+fn a_clone_is_flattened_behind_writes_that_are_not_complete() {
+    for seed in 1..=12 {
+        let complaints = flattened_behind_a_write(seed, Sabotage::None);
+        assert!(complaints.is_empty(), "seed {seed}: {complaints:#?}");
+    }
+}
+
+#[test]
+fn rows_of_writes_that_are_not_complete_are_noticed() {
+    let caught = (1..=12).filter(|seed| !flattened_behind_a_write(*seed, Sabotage::FlattenCountsUnfinished).is_empty());
+    let caught: Vec<u64> = caught.collect();
+    assert!(caught.len() >= 3, "only in seeds {caught:?}");
+}

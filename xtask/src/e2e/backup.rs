@@ -333,8 +333,9 @@ pub fn interrupted(cluster: &Cluster) -> Result<()> {
 fn interrupted_imports(cluster: &Cluster, other: &Cluster) -> Result<()> {
     let stream = file(cluster, "0.petal");
     let whole = std::fs::read(&stream)?;
+    // With one check mark.
     let begin = || -> Result<Child> {
-        let child = held(other, &["import", "-", "copy"], &whole[..whole.len() / 2])?;
+        let child = held(other, &["import", "-", "copy"], &whole[..whole.len() * 9 / 10])?;
         is_attached(other, "copy")?;
         Cluster::wait_for("the import has begun", Duration::from_secs(20), || is_unfinished(other))?;
         Ok(child)

@@ -191,7 +191,7 @@ pub fn describe(state: &State, disk: &Vdisk) -> Value {
 fn describe_in(state: &State, tree: &Tree, disk: &Vdisk) -> Value {
     let family = state.families.get(&disk.family);
     let scheme = family.and_then(|f| state.gmaps.get(&f.gmap)).map(|g| g.scheme);
-    let sessions = disk.sessions.iter().filter_map(|id| state.sessions.get(id));
+    let sessions = state.attachments(disk);
     json!({
         "name": disk.name,
         "id": disk.id.to_string(),
@@ -205,7 +205,7 @@ fn describe_in(state: &State, tree: &Tree, disk: &Vdisk) -> Value {
         "origin": tree.origin(disk).json(),
         "protected": disk.protected,
         "import_unfinished": disk.is_importing(),
-        "import_reached": disk.is_importing().then_some(disk.imported.below.saturating_mul(ELEMENT_SIZE)),
+        "import_reached": disk.is_importing().then(|| disk.reached.map_or(0, |r| r.below.saturating_mul(ELEMENT_SIZE))),
         "flattening": super::flatten::json(state, disk),
         "made": disk.made,
         "policy": snapshot::policy_json(disk.policy),
@@ -241,8 +241,7 @@ pub fn print_disks(state: &State) {
     let mut table = output::table(&["disk", "size", "copies", "snapshots", "attached by", ""]);
     for disk in disks {
         let about = describe_in(state, &tree, disk);
-        let holders = disk.sessions.iter().filter_map(|id| state.sessions.get(id)).map(|s| s.holder.clone());
-        let holders: Vec<String> = holders.collect();
+        let holders: Vec<String> = state.attachments(disk).map(|s| s.holder.clone()).collect();
         let protected = if disk.protected { "protected".into() } else { String::new() };
         let unfinished = if disk.is_importing() { "import unfinished".into() } else { String::new() };
         let notes = [tree.origin(disk).words(), protected, unfinished, super::flatten::note(state, disk)];

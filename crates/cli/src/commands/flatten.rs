@@ -9,6 +9,7 @@ use crate::output;
 use crate::progress::Progress;
 use anyhow::{Result, bail, ensure};
 use petal::global_state::{Command, State};
+use petal::ids::StateIndex;
 use petal::translator::vdir::Vdisk;
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -47,7 +48,7 @@ pub async fn flatten(connection: &Connection, arguments: Arguments) -> Result<()
     if stop {
         ensure!(state.flattening(disk.id).is_some(), "'{name}' is not being flattened");
     }
-    connection.execute(Command::Flatten { vdisk: disk.id, wanted: !stop }).await?;
+    let begun = connection.executed(Command::Flatten { vdisk: disk.id, wanted: !stop }).await?;
     if stop || detach {
         let what = if stop { "no longer flattened" } else { "being flattened, in the background" };
         if format.json {
@@ -56,7 +57,7 @@ pub async fn flatten(connection: &Connection, arguments: Arguments) -> Result<()
         println!("Disk {name} is {what}.");
         return Ok(());
     }
-    wait(connection, &disk).await?;
+    wait(connection, &disk, begun.index).await?;
     if format.json {
         return output::print_json(&json!({ "disk": name, "flattening": false, "done": true }));
     }
@@ -64,11 +65,16 @@ pub async fn flatten(connection: &Connection, arguments: Arguments) -> Result<()
     Ok(())
 }
 
-async fn wait(connection: &Connection, disk: &Vdisk) -> Result<()> {
+async fn wait(connection: &Connection, disk: &Vdisk, begun: StateIndex) -> Result<()> {
     let name = &disk.name;
     let mut progress: Option<Progress> = None;
     loop {
         let state = connection.state().await?;
+        if state.index < begun {
+            // From a server that is behind.
+            tokio::time::sleep(LOOK_EVERY).await;
+            continue;
+        }
         let Some((all, left)) = state.flattening(disk.id) else {
             if let Some(progress) = progress {
                 progress.end();

@@ -5,8 +5,8 @@
 //! ```
 //!
 //! Nothing counts before the end mark: the snapshot appears then, and until then nobody else reads or writes the disk. An
-//! import that was interrupted is repeated with the same stream: all of that is read and checked, and written from where
-//! the cluster was last told that everything had been written (`ImportReached`). An increment goes only onto the very
+//! import that was interrupted is repeated with the same stream: all of that is read and checked, and written from the check
+//! mark on which the cluster was told last (`ImportReached`), if its hash is the same. An increment goes only onto the very
 //! state that it starts from.
 
 use super::diff;
@@ -20,7 +20,7 @@ use petal::client::RequestError;
 use petal::global_state::{Attachment, Command, State, check_name, split_name};
 use petal::ids::{BLOCK_SIZE, ClusterId, ELEMENT_SIZE, Epoch, FamilyId, LineageId};
 use petal::message::Refusal;
-use petal::translator::vdir::{ForeignState, Imported, Vdisk};
+use petal::translator::vdir::{ForeignState, Imported, Reached, Vdisk};
 use petal_stream::{Fit, Header, Item, Kind, Point, Reader, StateId, StreamError, Summary, Target};
 use std::fs::File;
 use std::io::{IsTerminal, Read};
@@ -31,7 +31,7 @@ use tokio::task::JoinSet;
 
 /// Elements that are written side by side.
 const WRITES_MAX: usize = 32;
-/// Time between two marks of how far it has come.
+/// Time between two of them that the cluster is told.
 const MARK_EVERY: Duration = Duration::from_secs(2);
 
 /// `petal import`
@@ -82,8 +82,8 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
             return Ok(());
         };
         let take_in = async |disk: &Disk| -> Result<Written> {
-            let below = begin(&connection, disk, &seen, &header).await?;
-            let written = write(&connection, disk, reader, (below, length), &name, &what).await?;
+            let reached = begin(&connection, disk, &seen, &header).await?;
+            let written = write(&connection, disk, reader, (reached, length), &name, &what).await?;
             disk.flush().await?;
             // The session is ended behind the snapshot: what anybody else writes is not in it.
             let (vdisk, session) = (disk.id(), disk.session());
@@ -202,9 +202,8 @@ async fn prepare(connection: &Connection, name: &str, header: &Header, copies: O
     Ok(Some(present.clone()))
 }
 
-/// Notes what is to come, and makes the disk as large as that. Of the elements below the returned one everything was written
-/// by an import that was interrupted.
-async fn begin(connection: &Connection, disk: &Disk, present: &Vdisk, header: &Header) -> Result<u64> {
+/// Notes what is to come, and makes the disk as large as that. Returns how far an import came that was interrupted.
+async fn begin(connection: &Connection, disk: &Disk, present: &Vdisk, header: &Header) -> Result<Option<Reached>> {
     // Nobody else writes from here on.
     if present.imported == Imported::default() {
         ensure!(diff::extents(disk, None, disk.size()).await?.is_empty(), not_imported(&present.name));
@@ -212,10 +211,10 @@ async fn begin(connection: &Connection, disk: &Disk, present: &Vdisk, header: &H
     if present.imported.begun.is_none() {
         unchanged(disk, &connection.state().await?, present, header).await?;
     }
-    let (vdisk, session) = (present.id, disk.session());
-    connection
-        .execute(Command::BeginImport { vdisk, session, seen: present.imported, to: foreign(header.state()) })
-        .await?;
+    let (vdisk, session, to) = (present.id, disk.session(), foreign(header.state()));
+    connection.execute(Command::BeginImport { vdisk, session, seen: present.imported, to }).await?;
+    // From a server that is behind it is less at most.
+    let now = connection.state().await?.vdisk(vdisk).cloned();
     let size = disk.size();
     if header.size != size {
         if header.size < size {
@@ -224,7 +223,7 @@ async fn begin(connection: &Connection, disk: &Disk, present: &Vdisk, header: &H
         connection.execute(Command::ResizeDisk { vdisk, size: header.size, session }).await?;
         disk.refresh().await?;
     }
-    Ok(if present.imported.begun == Some(foreign(header.state())) { present.imported.below } else { 0 })
+    Ok(now.filter(|now| now.imported.begun == Some(to)).and_then(|now| now.reached))
 }
 
 /// An increment is right only over exactly the state that it starts from.
@@ -247,7 +246,15 @@ async fn unchanged(attached: &Disk, state: &State, disk: &Vdisk, header: &Header
 }
 
 enum Piece {
-    Element { number: u64, data: u16, zero: u16, bytes: Vec<u8>, at: u64 },
+    Element {
+        number: u64,
+        data: u16,
+        zero: u16,
+        bytes: Vec<u8>,
+        at: u64,
+    },
+    /// Everything before was as the writer wrote it.
+    Mark(Reached),
     End(Box<Summary>),
 }
 
@@ -258,78 +265,106 @@ struct Written {
     skipped: u64,
 }
 
-async fn write(
-    connection: &Connection,
-    disk: &Disk,
-    mut reader: Reader<Box<dyn Read + Send>>,
-    (below, length): (u64, u64),
-    name: &str,
-    what: &str,
-) -> Result<Written> {
-    let (sender, mut receiver) = mpsc::channel::<Result<Piece, StreamError>>(64);
-    // A thread of its own, which ends with the process: nobody waits for a pipe that is silent.
+/// Reads the stream, in a thread of its own that ends with the process: nobody waits for a pipe that is silent.
+fn read_ahead(mut reader: Reader<Box<dyn Read + Send>>) -> mpsc::Receiver<Result<Piece, StreamError>> {
+    let (sender, receiver) = mpsc::channel(64);
     std::thread::spawn(move || {
         loop {
             let at = reader.offset();
             let piece = match reader.next_item() {
                 Err(refused) => Err(refused),
-                Ok(Item::Mark(_)) => continue,
+                Ok(Item::Mark(mark)) => {
+                    let below = mark.last_element.map_or(0, |last| last + 1);
+                    Ok(Piece::Mark(Reached { below, hash: mark.hash.0 }))
+                }
                 Ok(Item::End(summary)) => Ok(Piece::End(Box::new(summary))),
                 Ok(Item::Element(e)) => {
                     Ok(Piece::Element { number: e.number, data: e.data, zero: e.zero, bytes: e.bytes.to_vec(), at })
                 }
             };
-            let is_last = !matches!(piece, Ok(Piece::Element { .. }));
+            let is_last = matches!(piece, Err(_) | Ok(Piece::End(_)));
             if sender.blocking_send(piece).is_err() || is_last {
                 return;
             }
         }
     });
+    receiver
+}
+
+async fn write(
+    connection: &Connection,
+    disk: &Disk,
+    reader: Reader<Box<dyn Read + Send>>,
+    (reached, length): (Option<Reached>, u64),
+    name: &str,
+    what: &str,
+) -> Result<Written> {
+    let mut receiver = read_ahead(reader);
     let mut progress = Progress::begin(format!("import {name}"), length);
     let mut writes: JoinSet<Result<()>> = JoinSet::new();
-    let (mut skipped, mut begun, mut marked) = (0, below, below);
-    let mut mark_at = Instant::now() + MARK_EVERY;
-    let mut ended: Result<Option<Summary>> = Ok(None);
-    while matches!(ended, Ok(None)) {
-        // A stream that comes slowly is marked, too.
-        let piece = tokio::time::timeout_at(mark_at.into(), receiver.recv()).await;
-        if begun > marked && Instant::now() >= mark_at {
-            ended = mark(connection, disk, &mut writes, begun).await.map(|()| None);
-            marked = begun;
-        }
-        if Instant::now() >= mark_at {
-            mark_at = Instant::now() + MARK_EVERY;
-        }
-        match piece {
-            Err(_) => {}
-            Ok(_) if ended.is_err() => {}
-            Ok(None) => ended = Err(anyhow::anyhow!("the stream ended without its end mark")),
-            Ok(Some(Err(refused))) => ended = Err(anyhow::Error::from(refused).context(what.to_string())),
-            Ok(Some(Ok(Piece::End(end)))) => ended = Ok(Some(*end)),
-            Ok(Some(Ok(Piece::Element { number, bytes, .. }))) if number < below => skipped += bytes.len() as u64,
-            Ok(Some(Ok(Piece::Element { number, data, zero, bytes, at }))) => {
+    let mut skipped = 0;
+    // What was written before, until its mark comes again.
+    let mut before = reached;
+    let mut told_at: Option<Instant> = None;
+    let mut failed = None;
+    let mut summary = None;
+    while failed.is_none() && summary.is_none() {
+        match receiver.recv().await {
+            None => break,
+            Some(Err(refused)) => failed = Some(anyhow::Error::from(refused).context(what.to_string())),
+            Some(Ok(Piece::Mark(mark))) if before == Some(mark) => before = None,
+            Some(Ok(Piece::Element { number, bytes, .. })) if before.is_some_and(|b| number < b.below) => {
+                skipped += bytes.len() as u64;
+            }
+            Some(Ok(Piece::Mark(mark))) if before.is_some_and(|b| mark.below < b.below) => {}
+            // It ought to have come by now.
+            Some(Ok(_)) if before.is_some() => failed = Some(other_stream(connection, disk, name).await),
+            Some(Ok(Piece::Mark(mark))) => {
+                if told_at.is_none_or(|at| at.elapsed() >= MARK_EVERY) {
+                    failed = all_written(&mut writes).await.err();
+                    if failed.is_none() {
+                        tell(connection, disk, Some(mark)).await;
+                    }
+                    told_at = Some(Instant::now());
+                }
+            }
+            Some(Ok(Piece::End(end))) => summary = Some(*end),
+            Some(Ok(Piece::Element { number, data, zero, bytes, at })) => {
                 progress.at(at);
                 if writes.len() >= WRITES_MAX {
-                    ended = writes.join_next().await.and_then(flat).map_or(Ok(None), Err);
+                    failed = writes.join_next().await.and_then(flat);
                 }
                 let disk = disk.clone();
                 writes.spawn_local(async move { element(&disk, number, data, zero, bytes).await });
-                begun = number + 1;
             }
         }
     }
     drop(receiver);
     let written = all_written(&mut writes).await;
     progress.end();
-    let summary = ended?.context("the stream ended without its end mark")?;
-    written.map(|()| Written { summary, skipped })
+    match failed {
+        Some(error) => Err(error),
+        None => written
+            .and_then(|()| Ok(Written { summary: summary.context("the stream ended without its end mark")?, skipped })),
+    }
 }
 
-/// Everything below is written: an import that goes on when this is interrupted begins there.
-async fn mark(connection: &Connection, disk: &Disk, writes: &mut JoinSet<Result<()>>, below: u64) -> Result<()> {
-    all_written(writes).await?;
+/// Everything before the mark is written: an import that goes on when this one is interrupted begins there. No more than
+/// advice: whoever is not told writes it again.
+async fn tell(connection: &Connection, disk: &Disk, reached: Option<Reached>) {
     let (vdisk, session) = (disk.id(), disk.session());
-    connection.execute(Command::ImportReached { vdisk, session, below }).await.map(drop)
+    if let Err(error) = connection.execute(Command::ImportReached { vdisk, session, reached }).await {
+        tracing::debug!("{error:#}");
+    }
+}
+
+/// Another stream of the same state: what it says of what was skipped is not known.
+async fn other_stream(connection: &Connection, disk: &Disk, name: &str) -> anyhow::Error {
+    tell(connection, disk, None).await;
+    anyhow::anyhow!(
+        "this is not the stream with which the import into '{name}' was begun, though it leads to the same state; repeat \
+         the command, and all of it is written"
+    )
 }
 
 /// Waits for all of them; the first error.

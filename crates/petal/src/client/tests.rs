@@ -75,6 +75,7 @@ impl World {
             made: 0,
             policy: Policy::default(),
             imported: Imported::default(),
+            reached: None,
             automatic: Automatic::default(),
             revision: 5,
             sessions: vec![],

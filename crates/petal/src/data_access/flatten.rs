@@ -18,8 +18,9 @@ use stdx::Duration;
 const STEP: usize = 64;
 /// Time between two steps while clients work.
 const PACE: Duration = Duration::from_millis(20);
-/// Time between two looks for what is to be done.
+/// Time between two looks for what is to be done; it grows while nothing comes of them.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
+const LOOK_EVERY_MAX: Duration = Duration::from_secs(8);
 /// Slots in one command.
 const SLOTS_PER_COMMAND: usize = 512;
 /// Asks for the rows; no client of the network has this number.
@@ -29,6 +30,8 @@ pub(super) const FLATTENER: ClientId = ClientId::MAX >> 1;
 #[derive(Debug, Default)]
 pub(crate) struct Flatten {
     look_at: Option<Instant>,
+    /// Passes in a row that ended with nothing to report.
+    in_vain: u32,
     pass: Option<Pass>,
     /// Commands that are not decided yet.
     proposed: BTreeSet<u64>,
@@ -144,13 +147,15 @@ impl DataAccess {
         };
         let done = slots.into_iter().filter(|(_, (index, term))| goes_on(*index, *term));
         let done: Vec<(u32, Term)> = done.map(|(slot, (_, term))| (slot, term)).collect();
+        let flatten = &mut self.flatten;
+        flatten.in_vain = if done.is_empty() { (flatten.in_vain + 1).min(5) } else { 0 };
+        flatten.look_at = Some(ctx.now + (LOOK_EVERY * (1 << flatten.in_vain)).min(LOOK_EVERY_MAX));
         for slots in done.chunks(SLOTS_PER_COMMAND) {
             self.next_job += 1;
             let key = self.next_job - 1;
             self.flatten.proposed.insert(key);
             self.proposals.push((key, Command::Inherited { vdisk, session, gmap, slots: slots.to_vec() }));
         }
-        self.flatten.look_at = Some(ctx.now + LOOK_EVERY);
     }
 
     pub(super) fn on_flatten_scanned(
@@ -158,7 +163,7 @@ impl DataAccess {
         ctx: &mut Context,
         elements: Result<Vec<(ElementKey, Version)>, crate::store::DiskError>,
     ) {
-        let is_busy = self.operations() > 0;
+        let is_busy = self.pace.is_busy(ctx.now, self.operations());
         let Some(pass) = &mut self.flatten.pass else { return };
         pass.scan = None;
         let Ok(elements) = elements else {
@@ -196,13 +201,14 @@ impl DataAccess {
         let Some(disk) = ctx.state.vdisk(vdisk) else { return self.flatten.answered(key.element, slot, false) };
         let is_read = ctx.stores.load(key) == Loaded::Ready;
         let has_row = is_read && ctx.stores.row_ids(key).iter().any(|(lineage, _)| *lineage == disk.lineage);
+        let inherits_nothing = is_read && ctx.stores.mask(key, &views::view_of(ctx.state, vdisk)) == 0;
         // What lies beyond the end nobody reads: who made the disk smaller has discarded it.
         let is_beyond = key.element.saturating_mul(ELEMENT_SIZE) >= disk.size;
-        if has_row || is_beyond {
-            return self.flatten.answered(key.element, slot, true);
-        }
-        let inherits_nothing = is_read && ctx.stores.mask(key, &views::view_of(ctx.state, vdisk)) == 0;
-        if inherits_nothing || self.is_sabotaged(Sabotage::FlattenWithoutRows) {
+        // What a write that is not complete has done here the others may not have. Behind it the row is looked for again.
+        let is_unfinished = self.queues.get(&key).is_some_and(|queue| queue.held() != 0);
+        let counts = !is_unfinished || self.is_sabotaged(Sabotage::FlattenCountsUnfinished);
+        let needs_none = counts && (has_row || inherits_nothing);
+        if needs_none || is_beyond || self.is_sabotaged(Sabotage::FlattenWithoutRows) {
             return self.flatten.answered(key.element, slot, true);
         }
         let need = Need { revision: 0, term: self.slots[index].term };

@@ -934,7 +934,7 @@ impl DataAccess {
         if result.is_ok() && op.client != FLATTENER {
             self.counters.writes += 1;
             self.pace.answered(ctx.now, true, ctx.now.since(op.since));
-        } else if result.is_err() {
+        } else if op.client != FLATTENER {
             self.counters.refused += 1;
         }
         let need = self.need(ctx.state, op.access.vdisk, op.slot);

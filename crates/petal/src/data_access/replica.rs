@@ -276,9 +276,11 @@ impl DataAccess {
     }
 
     fn window_target(&self, ctx: &Context) -> u64 {
-        // Half of what is free, shared by the peers: the rest is for this server's own writes.
+        // Half of what is free, shared by the peers: the rest is for this server's own writes. And an eighth of all: what
+        // is granted to a peer that sends nothing stays granted while the disk fills up, and nobody has it.
         let peers = self.windows.len().max(1) as u64;
-        (ctx.stores.free_blocks() / (2 * peers)).min(CREDIT_BLOCKS_MAX)
+        let (free, all) = (ctx.stores.free_blocks(), ctx.stores.capacity_blocks());
+        (free / (2 * peers)).min((all / (8 * peers)).max(CREDIT_BLOCKS_MIN)).min(CREDIT_BLOCKS_MAX)
     }
 
     /// The window to tell a peer now.

@@ -6,7 +6,7 @@ use crate::ids::*;
 use crate::limits::ANCESTORS_MAX;
 use crate::message::CommandId;
 use crate::translator::gmap::Scheme;
-use crate::translator::vdir::{ForeignState, Imported, Policy};
+use crate::translator::vdir::{ForeignState, Imported, Policy, Reached};
 use serde::{Deserialize, Serialize};
 
 /// One entry of the log.
@@ -301,8 +301,8 @@ pub enum Command {
         vdisk: VdiskId,
         /// The import's.
         session: SessionId,
-        /// Of the elements below this one everything was written.
-        below: u64,
+        /// So far; nothing: what was said before does not hold for the stream that is there now.
+        reached: Option<Reached>,
     },
     /// Everything was written: the state gets its name.
     EndImport {
@@ -471,13 +471,10 @@ impl std::fmt::Display for Command {
                 policy.hourly, policy.daily, policy.weekly
             ),
             Command::BeginImport { vdisk, .. } => write!(f, "an import into {vdisk} begins"),
-            Command::ImportReached { vdisk, below, .. } => {
-                write!(
-                    f,
-                    "an import into {vdisk} has written what lies below {} MiB",
-                    below.saturating_mul(ELEMENT_SIZE) >> 20
-                )
+            Command::ImportReached { vdisk, reached: Some(Reached { below, .. }), .. } => {
+                write!(f, "an import into {vdisk} has come to {} MiB", below.saturating_mul(ELEMENT_SIZE) >> 20)
             }
+            Command::ImportReached { vdisk, reached: None, .. } => write!(f, "an import into {vdisk} begins anew"),
             Command::EndImport { vdisk, name, .. } => write!(f, "an import into {vdisk} is whole: snapshot '{name}'"),
             Command::Flatten { vdisk, wanted: true } => write!(f, "{vdisk} is to need nothing of its parents any more"),
             Command::Flatten { vdisk, wanted: false } => write!(f, "flattening of {vdisk} is stopped"),
@@ -784,7 +781,9 @@ fn name_taken(name: &str) -> String {
 
 fn until_detached(name: &str, session: SessionId) -> String {
     match split_name(name) {
-        (_, None) => "detach it there, or take it over with --take-over".into(),
+        (_, None) => format!(
+            "detach it there, take it over with --take-over, or, where it only reads, end its session with `petal detach --session {session}`"
+        ),
         // Readers stand in nobody's way but a deletion's.
         (_, Some(_)) => format!(
             "detach it there, or, if that program is gone, end its session with `petal detach --session {session}`"

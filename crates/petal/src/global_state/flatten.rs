@@ -134,8 +134,13 @@ impl State {
 
     /// Who has a disk attached: a rollback or deletion waits for that. Flattening does not hold it up.
     pub fn attached_by(&self, disk: &Vdisk) -> Option<SessionId> {
+        self.attachments(disk).next().map(|session| session.id)
+    }
+
+    /// Those who have a disk attached; that it is flattened does not count.
+    pub fn attachments<'a>(&'a self, disk: &'a Vdisk) -> impl Iterator<Item = &'a Session> {
         let own = self.flattenings.get(&disk.id).map(|f| f.session);
-        disk.sessions.iter().copied().find(|session| Some(*session) != own)
+        disk.sessions.iter().filter(move |session| Some(**session) != own).filter_map(|id| self.sessions.get(id))
     }
 
     /// Slots of a clone that is being flattened, and how many of them are left.

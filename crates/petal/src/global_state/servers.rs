@@ -194,7 +194,7 @@ impl State {
         }
         let index = self.index;
         let keeps = disks.iter().any(|disk| server.disks.contains_key(disk));
-        let servers = &self.servers;
+        let (servers, flattenings) = (&self.servers, &mut self.flattenings);
         let is_live = |s: ServerId| servers.get(&s).is_some_and(|s| !s.down && s.suspect.is_none());
         for (gmap, slots) in &mut self.slots {
             for (number, slot) in (0..).zip(slots) {
@@ -202,6 +202,11 @@ impl State {
                 (own.since, own.out, own.in_sync) = (index, index, false);
                 if slot.in_sync().next().is_none() {
                     slot.go_on_without(id, keeps, is_live);
+                    // Rows that a clone was given may be among what is lost.
+                    let in_map = flattenings.values_mut().filter(|f| f.gmap == *gmap);
+                    in_map.for_each(|f| {
+                        f.left.insert(number);
+                    });
                 }
                 slot.term = index;
                 effects.slots.push(SlotId { gmap: *gmap, slot: number });

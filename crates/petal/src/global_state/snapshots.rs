@@ -12,7 +12,7 @@ use super::command::{Attachment, CommandError, Outcome, SnapshotOf};
 use super::state::{Applied, Effects, FIRST_EPOCH, Session, State};
 use crate::ids::*;
 use crate::limits::*;
-use crate::translator::vdir::{Automatic, ForeignState, Imported, Kind, Lineage, Policy, Vdisk};
+use crate::translator::vdir::{Automatic, ForeignState, Imported, Kind, Lineage, Policy, Reached, Vdisk};
 use std::collections::BTreeSet;
 
 impl State {
@@ -86,6 +86,7 @@ impl State {
             made,
             policy: Policy::default(),
             imported: Imported::default(),
+            reached: None,
             automatic: Automatic::default(),
             revision: self.index,
             sessions: Vec::new(),
@@ -127,8 +128,8 @@ impl State {
         self.stop_flattening(id, effects);
         // What an import had written is no longer there: one that goes on must not count on it; and what is kept of it
         // is not the state that it was to lead to.
-        let imported = &mut self.vdisks.get_mut(&id).expect("found above").imported;
-        (imported.begun, imported.below) = (None, 0);
+        let disk = self.vdisks.get_mut(&id).expect("found above");
+        (disk.imported.begun, disk.reached) = (None, None);
         if let Some(keep) = keep {
             self.name_epoch(VdiskId::made_by(self.index, 0), id, keep, made, false);
         }
@@ -231,24 +232,29 @@ impl State {
     ) -> Applied {
         self.check_importer(id, session)?;
         self.check_not_flattened([id])?;
-        let imported = &mut self.vdisks.get_mut(&id).expect("just checked").imported;
-        if *imported != seen {
+        let disk = &self.vdisks[&id];
+        // Who reads it would see half of what comes.
+        if let Some(other) = disk.sessions.iter().find(|s| **s != session) {
+            return Err(self.in_use(disk, *other));
+        }
+        let disk = self.vdisks.get_mut(&id).expect("just checked");
+        if disk.imported != seen {
             return Err(CommandError::Overtaken);
         }
-        if imported.begun != Some(to) {
-            (imported.begun, imported.below) = (Some(to), 0);
+        if disk.imported.begun != Some(to) {
+            (disk.imported.begun, disk.reached) = (Some(to), None);
         }
         Ok(Outcome::Done)
     }
 
     /// What lies below is as it is to be, and nobody else writes it.
-    pub(super) fn import_reached(&mut self, id: VdiskId, session: SessionId, below: u64) -> Applied {
+    pub(super) fn import_reached(&mut self, id: VdiskId, session: SessionId, reached: Option<Reached>) -> Applied {
         self.check_importer(id, session)?;
-        let imported = &mut self.vdisks.get_mut(&id).expect("just checked").imported;
-        if imported.begun.is_none() {
+        let disk = self.vdisks.get_mut(&id).expect("just checked");
+        if disk.imported.begun.is_none() {
             return Err(CommandError::Overtaken);
         }
-        imported.below = imported.below.max(below);
+        disk.reached = reached;
         Ok(Outcome::Done)
     }
 
@@ -267,8 +273,8 @@ impl State {
         let begun = disk.imported.begun.ok_or(CommandError::Overtaken)?;
         let of = [SnapshotOf { vdisk: id, epoch: disk.epoch, name: name.into() }];
         let made = self.snapshot(&of, made, false, effects)?;
-        self.vdisks.get_mut(&id).expect("just snapshotted").imported =
-            Imported { newest: Some(begun), begun: None, below: 0 };
+        let disk = self.vdisks.get_mut(&id).expect("just snapshotted");
+        (disk.imported, disk.reached) = (Imported { newest: Some(begun), begun: None }, None);
         Ok(made)
     }
 
@@ -343,7 +349,7 @@ impl State {
             made,
             policy: Policy::default(),
             automatic: Automatic::default(),
-            imported: Imported { below: 0, ..disk.imported },
+            reached: None,
             revision: self.index,
             sessions: Vec::new(),
             ..disk.clone()
@@ -465,7 +471,7 @@ mod tests {
         let Ok(Outcome::Disks(made)) = end(&mut f, disk, session, "monday") else { panic!() };
         let (snapshot, db) = (f.state.vdisk(made[0]).unwrap(), f.state.vdisk(disk).unwrap());
         assert_eq!((snapshot.name.as_str(), snapshot.imported.begun), ("db@monday", Some(foreign(4))));
-        assert_eq!(db.imported, Imported { newest: Some(foreign(4)), ..Imported::default() });
+        assert_eq!(db.imported, Imported { newest: Some(foreign(4)), begun: None });
         assert_eq!((snapshot.epoch, db.epoch), (Epoch(1), Epoch(2)));
         assert!(f.effects.narrows && !f.effects.concerned.is_empty());
         f.run(Command::Detach { session }).unwrap();
@@ -493,6 +499,7 @@ mod tests {
         let seen = f.state.vdisk(disk).unwrap().imported;
         let by_reader = Command::BeginImport { vdisk: disk, session: reader, seen, to: foreign(5) };
         assert_eq!(f.run(by_reader), Err(CommandError::NoSuchSession(reader)));
+        f.run(Command::Detach { session: reader }).unwrap();
         let of_before = Command::BeginImport { vdisk: disk, session: own, seen: Imported::default(), to: foreign(5) };
         assert_eq!(f.run(of_before), Err(CommandError::Overtaken), "another one has ended meanwhile");
     }
@@ -510,7 +517,7 @@ mod tests {
         f.run(Command::Rollback { vdisk: disk, epoch, to: monday[0], keep, made: 0 }).unwrap();
         let half = f.state.vdisk_named("db@half").unwrap();
         assert_eq!(half.imported.begun, None);
-        assert_eq!(f.state.vdisk(disk).unwrap().imported, Imported { newest: Some(foreign(4)), ..Imported::default() });
+        assert_eq!(f.state.vdisk(disk).unwrap().imported, Imported { newest: Some(foreign(4)), begun: None });
         f.attach(disk, Attachment::Exclusive, false).unwrap();
     }
 
@@ -518,31 +525,44 @@ mod tests {
     fn an_import_of_the_same_state_goes_on_where_the_last_one_was_told_to_have_come() {
         let mut f = Fixture::up(3);
         let disk = f.disk("db");
-        let below = |f: &Fixture| f.state.vdisk(disk).unwrap().imported.below;
+        let reached = |f: &Fixture| f.state.vdisk(disk).unwrap().reached;
+        let at = |below: u64| Some(Reached { below, hash: [below as u8; 32] });
+        let say = |session, reached| Command::ImportReached { vdisk: disk, session, reached };
         let own = begin(&mut f, disk, 4);
-        f.run(Command::ImportReached { vdisk: disk, session: own, below: 7 }).unwrap();
-        f.run(Command::ImportReached { vdisk: disk, session: own, below: 5 }).unwrap();
-        assert_eq!(below(&f), 7);
+        f.run(say(own, at(7))).unwrap();
         f.run(Command::Detach { session: own }).unwrap();
-        let late = Command::ImportReached { vdisk: disk, session: own, below: 9 };
-        assert_eq!(f.run(late), Err(CommandError::NoSuchSession(own)));
+        assert_eq!(f.run(say(own, at(9))), Err(CommandError::NoSuchSession(own)));
         let again = begin(&mut f, disk, 4);
-        assert_eq!(below(&f), 7);
+        assert_eq!(reached(&f), at(7));
+        f.run(say(again, None)).unwrap();
+        assert_eq!(reached(&f), None, "it is another stream");
+        f.run(say(again, at(8))).unwrap();
         let Ok(Outcome::Disks(made)) = end(&mut f, disk, again, "monday") else { panic!() };
-        assert_eq!((below(&f), f.state.vdisk(made[0]).unwrap().imported.below), (0, 0));
-        let nothing = Command::ImportReached { vdisk: disk, session: again, below: 9 };
-        assert_eq!(f.run(nothing), Err(CommandError::Overtaken));
+        assert_eq!((reached(&f), f.state.vdisk(made[0]).unwrap().reached), (None, None));
+        assert_eq!(f.run(say(again, at(9))), Err(CommandError::Overtaken));
         f.run(Command::Detach { session: again }).unwrap();
         // Of another state it begins anew.
         for state in [5, 6] {
             let own = begin(&mut f, disk, state);
-            assert_eq!(below(&f), 0);
-            f.run(Command::ImportReached { vdisk: disk, session: own, below: 7 }).unwrap();
+            assert_eq!(reached(&f), None);
+            f.run(say(own, at(7))).unwrap();
             f.run(Command::Detach { session: own }).unwrap();
         }
         let epoch = f.state.vdisk(disk).unwrap().epoch;
         f.run(Command::Rollback { vdisk: disk, epoch, to: made[0], keep: None, made: 0 }).unwrap();
-        assert_eq!(below(&f), 0);
+        assert_eq!(reached(&f), None);
+    }
+
+    #[test]
+    fn an_import_does_not_begin_while_somebody_reads_the_disk() {
+        let mut f = Fixture::up(3);
+        let disk = f.disk("db");
+        let reader = f.attach(disk, Attachment::ReadOnly, false).unwrap();
+        let session = f.attach(disk, Attachment::Import, false).unwrap();
+        let begin = Command::BeginImport { vdisk: disk, session, seen: Imported::default(), to: foreign(4) };
+        assert!(matches!(f.run(begin.clone()), Err(CommandError::InUse { session, .. }) if session == reader));
+        f.run(Command::Detach { session: reader }).unwrap();
+        f.run(begin).unwrap();
     }
 
     #[test]

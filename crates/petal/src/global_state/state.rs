@@ -720,7 +720,7 @@ impl State {
                 self.inherited(*vdisk, *session, *gmap, slots, effects)
             }
             Command::BeginImport { vdisk, session, seen, to } => self.begin_import(*vdisk, *session, *seen, *to),
-            Command::ImportReached { vdisk, session, below } => self.import_reached(*vdisk, *session, *below),
+            Command::ImportReached { vdisk, session, reached } => self.import_reached(*vdisk, *session, *reached),
             Command::EndImport { vdisk, session, name, made } => {
                 self.end_import(*vdisk, *session, name, *made, effects)
             }
@@ -788,6 +788,7 @@ impl State {
             made: 0,
             policy: Policy::default(),
             imported: Imported::default(),
+            reached: None,
             automatic: Automatic::default(),
             revision: self.index,
             sessions: Vec::new(),

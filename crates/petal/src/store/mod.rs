@@ -957,6 +957,11 @@ impl Stores {
         self.disks.iter().map(disk::Disk::free_blocks).min().unwrap_or(0)
     }
 
+    /// Blocks of the smallest disk.
+    pub fn capacity_blocks(&self) -> u64 {
+        self.disks.iter().map(|d| d.allocator.capacity()).min().unwrap_or(0)
+    }
+
     /// What each disk tells of itself.
     pub fn status(&self) -> Vec<crate::message::DiskStatus> {
         let of = |d: &disk::Disk| crate::message::DiskStatus {

@@ -48,6 +48,8 @@ pub struct Vdisk {
     pub automatic: Automatic,
     /// What was imported into it.
     pub imported: Imported,
+    /// How far an import has come that has not ended.
+    pub reached: Option<Reached>,
     /// State index of the last command that changed what its data messages may do.
     pub revision: Revision,
     /// Who has it attached.
@@ -178,8 +180,15 @@ pub struct Imported {
     pub newest: Option<ForeignState>,
     /// The state that an import was to lead to which has not ended; of a snapshot, the state that it is.
     pub begun: Option<ForeignState>,
-    /// What that has written: everything in the elements below this one.
+}
+
+/// How far an import has come, by a check mark of its stream.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Reached {
+    /// Everything in the elements below this one was written.
     pub below: u64,
+    /// Stands for every byte of the stream before the check mark: only the same stream goes on here.
+    pub hash: [u8; 32],
 }
 
 /// A disk with all its snapshots and clones.

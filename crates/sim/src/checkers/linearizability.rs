@@ -68,7 +68,46 @@ pub enum Verdict {
 /// More configurations than this are not searched.
 const CONFIGURATIONS_MAX: usize = 300_000;
 /// Open operations at one time at most.
-const OPEN_MAX: usize = 128;
+const OPEN_MAX: usize = 512;
+
+/// Some of the slots of open operations.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+struct Slots([u128; OPEN_MAX / 128]);
+
+impl Slots {
+    fn one(slot: usize) -> Slots {
+        let mut slots = Slots::default();
+        slots.0[slot / 128] = 1 << (slot % 128);
+        slots
+    }
+    fn with(self, other: Slots) -> Slots {
+        Slots(std::array::from_fn(|i| self.0[i] | other.0[i]))
+    }
+    fn and(self, other: Slots) -> Slots {
+        Slots(std::array::from_fn(|i| self.0[i] & other.0[i]))
+    }
+    fn without(self, other: Slots) -> Slots {
+        Slots(std::array::from_fn(|i| self.0[i] & !other.0[i]))
+    }
+    fn is_empty(self) -> bool {
+        self.0.iter().all(|bits| *bits == 0)
+    }
+    fn has(self, other: Slots) -> bool {
+        !self.and(other).is_empty()
+    }
+    fn count(self) -> u32 {
+        self.0.iter().map(|bits| bits.count_ones()).sum()
+    }
+    fn iter(self) -> impl Iterator<Item = usize> {
+        (0..).zip(self.0).flat_map(|(i, mut bits)| {
+            std::iter::from_fn(move || {
+                let slot = bits.trailing_zeros() as usize;
+                bits &= bits.checked_sub(1)?;
+                Some(i * 128 + slot)
+            })
+        })
+    }
+}
 
 /// Judges the history of one cell that holds `initial` at first.
 pub fn check(history: &[Operation], initial: Value) -> Verdict {
@@ -77,9 +116,9 @@ pub fn check(history: &[Operation], initial: Value) -> Verdict {
         history,
         reads_to_come: reads(history),
         slots: [usize::MAX; OPEN_MAX],
-        configurations: vec![Configuration { value: initial, open: 0 }],
-        reads: 0,
-        optional: 0,
+        configurations: vec![Configuration { value: initial, open: Slots::default() }],
+        reads: Slots::default(),
+        optional: Slots::default(),
     };
     for step in steps {
         let verdict = match step.what {
@@ -196,7 +235,7 @@ pub const SPENT: Value = u64::MAX;
 struct Configuration {
     value: Value,
     /// Slots of operations that are invoked and have not taken effect.
-    open: u128,
+    open: Slots,
 }
 
 struct Search<'a> {
@@ -207,29 +246,29 @@ struct Search<'a> {
     slots: [usize; OPEN_MAX],
     configurations: Vec<Configuration>,
     /// Slots that hold reads.
-    reads: u128,
+    reads: Slots,
     /// Slots that hold operations that may never take effect.
-    optional: u128,
+    optional: Slots,
 }
 
 impl Search<'_> {
     fn invoke(&mut self, operation: usize) -> Verdict {
         let Some(slot) = self.slots.iter().position(|s| *s == usize::MAX) else { return Verdict::TooHard };
-        let bit = 1u128 << slot;
+        let bit = Slots::one(slot);
         self.slots[slot] = operation;
         match self.history[operation].action {
             Action::Read(value) => {
-                self.reads |= bit;
+                self.reads = self.reads.with(bit);
                 *self.reads_to_come.get_mut(&value).expect("it was counted") -= 1;
             }
             Action::Write(_) => {}
         }
         if self.history[operation].optional {
-            self.optional |= bit;
+            self.optional = self.optional.with(bit);
         }
         for i in 0..self.configurations.len() {
             let mut c = self.configurations[i];
-            c.open |= bit;
+            c.open = c.open.with(bit);
             self.configurations[i] = self.settle_reads(c);
         }
         Verdict::Linearizable
@@ -237,9 +276,9 @@ impl Search<'_> {
 
     fn finish(&mut self, operation: usize) -> Verdict {
         let slot = self.slots.iter().position(|s| *s == operation).expect("invoked before it returned");
-        let bit = 1u128 << slot;
+        let bit = Slots::one(slot);
         let before = std::mem::take(&mut self.configurations);
-        let after = if self.optional & bit != 0 { self.give_up(&before, bit) } else { self.take_effect(&before, bit) };
+        let after = if self.optional.has(bit) { self.give_up(&before, bit) } else { self.take_effect(&before, bit) };
         let Some(after) = after else { return Verdict::TooHard };
         if after.is_empty() {
             let mut possible: Vec<Value> = before.iter().map(|c| c.value).collect();
@@ -248,32 +287,32 @@ impl Search<'_> {
             return Verdict::Violation { at: operation, possible };
         }
         self.slots[slot] = usize::MAX;
-        self.reads &= !bit;
-        self.optional &= !bit;
+        self.reads = self.reads.without(bit);
+        self.optional = self.optional.without(bit);
         self.configurations = after;
         Verdict::Linearizable
     }
 
     /// Its last moment passes: it has taken effect or never will.
-    fn give_up(&self, before: &[Configuration], bit: u128) -> Option<Vec<Configuration>> {
+    fn give_up(&self, before: &[Configuration], bit: Slots) -> Option<Vec<Configuration>> {
         let mut after = self.reach(before, bit)?;
-        after.extend(before.iter().map(|c| Configuration { value: c.value, open: c.open & !bit }));
+        after.extend(before.iter().map(|c| Configuration { value: c.value, open: c.open.without(bit) }));
         Some(self.distinct(after))
     }
 
     /// It returns: every configuration in which it has not taken effect goes on to those in which it has.
-    fn take_effect(&self, before: &[Configuration], bit: u128) -> Option<Vec<Configuration>> {
+    fn take_effect(&self, before: &[Configuration], bit: Slots) -> Option<Vec<Configuration>> {
         self.reach(before, bit).map(|after| self.distinct(after))
     }
 
     /// Configurations without `bit` that can be reached by letting open writes take effect.
-    fn reach(&self, before: &[Configuration], bit: u128) -> Option<Vec<Configuration>> {
+    fn reach(&self, before: &[Configuration], bit: Slots) -> Option<Vec<Configuration>> {
         let whole = self.whole();
         let mut after = Vec::new();
         let mut seen = BTreeSet::new();
         let mut todo: Vec<Configuration> = before.to_vec();
         while let Some(c) = todo.pop() {
-            if c.open & bit == 0 {
+            if !c.open.has(bit) {
                 after.push(c);
                 continue;
             }
@@ -286,16 +325,13 @@ impl Search<'_> {
             if self.is_needed(c.value) {
                 continue;
             }
-            let open = c.open & !whole;
-            if c.open & whole != 0 {
+            let open = c.open.without(whole);
+            if c.open.has(whole) {
                 todo.push(Configuration { value: SPENT, open });
             }
-            let mut writes = self.worth_trying(open & !self.reads);
-            while writes != 0 {
-                let slot = writes.trailing_zeros();
-                writes &= writes - 1;
-                let Action::Write(value) = self.history[self.slots[slot as usize]].action else { unreachable!() };
-                todo.push(self.settle_reads(Configuration { value, open: open & !(1u128 << slot) }));
+            for slot in self.worth_trying(open.without(self.reads)).iter() {
+                let Action::Write(value) = self.history[self.slots[slot]].action else { unreachable!() };
+                todo.push(self.settle_reads(Configuration { value, open: open.without(Slots::one(slot)) }));
             }
         }
         Some(after)
@@ -308,8 +344,8 @@ impl Search<'_> {
 
     /// Open writes that no read to come needs, and their reads. Where such a write has not taken effect its
     /// reads have not either; where it has, they have.
-    fn whole(&self) -> u128 {
-        let mut writes = 0u128;
+    fn whole(&self) -> Slots {
+        let mut writes = Slots::default();
         let mut values = BTreeSet::new();
         let open = || self.slots.iter().enumerate().filter(|(_, o)| **o != usize::MAX);
         for (slot, operation) in open() {
@@ -317,41 +353,38 @@ impl Search<'_> {
                 && value != ZEROS
                 && !self.is_needed(value)
             {
-                writes |= 1u128 << slot;
+                writes = writes.with(Slots::one(slot));
                 values.insert(value);
             }
         }
         let read = |o: usize| matches!(self.history[o].action, Action::Read(value) if values.contains(&value));
-        open().filter(|(_, o)| read(**o)).fold(writes, |bits, (slot, _)| bits | 1u128 << slot)
+        open().filter(|(_, o)| read(**o)).fold(writes, |all, (slot, _)| all.with(Slots::one(slot)))
     }
 
     /// Of several open writes of zeros only the one with the nearest end is tried: another one can take
     /// its place later, since it has more time. But one that has to take effect must be tried beside
     /// one that need not.
-    fn worth_trying(&self, writes: u128) -> u128 {
+    fn worth_trying(&self, writes: Slots) -> Slots {
         let mut tried = writes;
-        let mut nearest: [Option<(u64, u128)>; 2] = [None; 2];
-        for slot in (0..OPEN_MAX).filter(|s| writes & (1u128 << s) != 0) {
-            let (bit, operation) = (1u128 << slot, &self.history[self.slots[slot]]);
+        let mut nearest: [Option<(u64, Slots)>; 2] = [None; 2];
+        for slot in writes.iter() {
+            let (bit, operation) = (Slots::one(slot), &self.history[self.slots[slot]]);
             if operation.action == Action::Write(ZEROS) {
-                tried &= !bit;
+                tried = tried.without(bit);
                 let best = &mut nearest[usize::from(operation.optional)];
                 if best.is_none_or(|(returned, _)| operation.returned < returned) {
                     *best = Some((operation.returned, bit));
                 }
             }
         }
-        tried | nearest.iter().flatten().fold(0, |bits, (_, bit)| bits | bit)
+        nearest.iter().flatten().fold(tried, |all, (_, bit)| all.with(*bit))
     }
 
     /// Lets every open read of the present value take effect.
     fn settle_reads(&self, mut c: Configuration) -> Configuration {
-        let mut reads = c.open & self.reads;
-        while reads != 0 {
-            let slot = reads.trailing_zeros();
-            reads &= reads - 1;
-            if self.history[self.slots[slot as usize]].action == Action::Read(c.value) {
-                c.open &= !(1u128 << slot);
+        for slot in c.open.and(self.reads).iter() {
+            if self.history[self.slots[slot]].action == Action::Read(c.value) {
+                c.open = c.open.without(Slots::one(slot));
             }
         }
         if c.value != ZEROS && !self.is_needed(c.value) {
@@ -366,10 +399,10 @@ impl Search<'_> {
         all.sort_unstable();
         all.dedup();
         let mut best: Vec<Configuration> = Vec::with_capacity(all.len());
-        let duty = |c: &Configuration| (c.value, c.open & !self.optional);
-        all.sort_by_key(|c| (duty(c), std::cmp::Reverse((c.open & self.optional).count_ones()), c.open));
+        let duty = |c: &Configuration| (c.value, c.open.without(self.optional));
+        all.sort_by_key(|c| (duty(c), std::cmp::Reverse(c.open.and(self.optional).count()), c.open));
         for c in all {
-            let beaten = |b: &&Configuration| b.open & c.open == c.open;
+            let beaten = |b: &&Configuration| b.open.and(c.open) == c.open;
             let rivals = best.iter().rev().take_while(|b| duty(b) == duty(&c));
             if rivals.filter(beaten).count() == 0 {
                 best.push(c);
@@ -454,6 +487,21 @@ mod tests {
         let lost_zero = |at| Operation { optional: true, ..zero(at, u64::MAX) };
         good(&[lost_zero(1), lost_zero(2), write(1, 3, 4), read(0, 5, 6), write(2, 7, 8), read(0, 9, 10)]);
         bad(&[lost_zero(1), write(1, 3, 4), read(0, 5, 6), write(2, 7, 8), read(0, 9, 10)]);
+    }
+
+    #[test]
+    fn hundreds_of_zeros_without_an_answer_are_judged() {
+        let mut history: Vec<Operation> =
+            (1..=300).map(|at| Operation { optional: true, ..write(ZEROS, at, u64::MAX) }).collect();
+        for n in 0..100 {
+            let at = 301 + 4 * n;
+            history.extend([write(n + 1, at, at + 1), read(ZEROS, at + 2, at + 3)]);
+        }
+        good(&history);
+        history.truncate(400);
+        let first = history.iter().position(|o| !o.optional).unwrap();
+        history.drain(49..first);
+        bad(&history);
     }
 
     #[test]
