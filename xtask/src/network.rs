@@ -62,7 +62,19 @@ impl Network {
     /// A program as it would run on that machine. Its process is the program's own.
     pub fn on(&self, machine: &str, program: &Command) -> Command {
         let mut on = command("ip");
-        on.args(["netns", "exec", &self.namespace(machine)]).arg(program.get_program()).args(program.get_args());
+        on.args(["netns", "exec", &self.namespace(machine)]);
+        Network::with(on, program)
+    }
+
+    /// The same, where it shares what is mounted with this process: `ip` gives each program mounts of its own.
+    pub fn on_with_mounts(&self, machine: &str, program: &Command) -> Command {
+        let mut on = command("nsenter");
+        on.arg(format!("--net=/run/netns/{}", self.namespace(machine)));
+        Network::with(on, program)
+    }
+
+    fn with(mut on: Command, program: &Command) -> Command {
+        on.arg(program.get_program()).args(program.get_args());
         if let Some(folder) = program.get_current_dir() {
             on.current_dir(folder);
         }

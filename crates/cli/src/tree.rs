@@ -25,7 +25,9 @@ pub enum Origin<'a> {
     Clone(&'a Vdisk),
     /// It went back to this snapshot of its own.
     RolledBack(&'a Vdisk),
-    /// What it came from has no name (any more): a clone of a disk, or its snapshot was deleted.
+    /// A clone of this disk as it was at a moment that has no name.
+    CloneOfDisk(&'a Vdisk),
+    /// What it came from has no name any more: its snapshot or its disk was deleted.
     Unnamed,
 }
 
@@ -36,7 +38,8 @@ impl Origin<'_> {
             Origin::None => String::new(),
             Origin::Clone(of) => format!("clone of {}", of.name),
             Origin::RolledBack(to) => format!("rolled back to @{}", short_name(to)),
-            Origin::Unnamed => "came from what has no name any more".into(),
+            Origin::CloneOfDisk(of) => format!("clone of {} as it was", of.name),
+            Origin::Unnamed => "began with a state whose name was deleted".into(),
         }
     }
 
@@ -46,6 +49,7 @@ impl Origin<'_> {
             Origin::None => Value::Null,
             Origin::Clone(of) => json!({"how": "clone", "of": of.name}),
             Origin::RolledBack(to) => json!({"how": "rollback", "of": to.name}),
+            Origin::CloneOfDisk(of) => json!({"how": "clone", "of": of.name}),
             Origin::Unnamed => json!({"how": null, "of": null}),
         }
     }
@@ -94,7 +98,10 @@ impl<'a> Tree<'a> {
         match self.by_epoch.get(&(disk.family, parent, epoch)) {
             Some(from) if from.snapshot_of == Some(disk.id) => Origin::RolledBack(from),
             Some(from) => Origin::Clone(from),
-            None => Origin::Unnamed,
+            None => {
+                let is_it = |d: &&Vdisk| !d.is_snapshot() && d.lineage == parent && d.id != disk.id;
+                self.state.members(disk.family).find(is_it).map_or(Origin::Unnamed, Origin::CloneOfDisk)
+            }
         }
     }
 

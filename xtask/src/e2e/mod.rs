@@ -14,6 +14,7 @@ mod partitions;
 mod placement;
 mod postgres;
 mod processes;
+mod readme;
 mod real_data;
 mod slow;
 mod snapshots;
@@ -59,6 +60,7 @@ const SCENARIOS: &[Scenario] = &[
     ("a_busy_nbd_port_is_said_and_the_socket_serves", processes::busy_port),
     ("two_disks_per_server_and_three_copies", processes::two_disks_three_copies),
     ("a_real_deployment_by_init_and_join", processes::init_and_join),
+    ("the_readmes_deployment_on_machines_of_their_own_word_for_word", readme::deployment),
     ("two_machines_and_a_witness_go_on_without_any_one_of_them", processes::two_machines_and_a_witness),
     ("an_image_survives_kill_9_of_all_servers_under_load", real_data::image_survives_kill_9),
     ("a_file_system_lives_on_an_attached_disk", real_data::attached_file_system),

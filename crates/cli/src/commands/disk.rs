@@ -267,7 +267,10 @@ async fn info(connection: &Connection, name: &str, with_space: bool, format: out
         let space = Counting::new(connection).family(disk.family, &BTreeSet::from([disk.id])).await?;
         let (used, _) = space.members.get(&disk.id).copied().unwrap_or_default();
         let FamilySpace { used: family, copies, back: exclusive, .. } = space;
-        about["space"] = json!({"used": used, "exclusive": exclusive, "family": family, "pool": family * copies});
+        about["space"] = json!({
+            "used": used, "exclusive": exclusive, "family": family, "pool": family * copies,
+            "hidden": if disk.is_snapshot() { 0 } else { exclusive.saturating_sub(used) },
+        });
         Some((used, exclusive, space))
     } else {
         None

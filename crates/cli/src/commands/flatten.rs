@@ -4,18 +4,20 @@
 //! it is done, and may be interrupted: it goes on.
 
 use super::disk::find;
-use crate::connect::Connection;
+use crate::connect::{Connection, refusal};
 use crate::output;
 use crate::progress::Progress;
 use anyhow::{Result, bail, ensure};
-use petal::global_state::{Command, State};
+use petal::global_state::{Command, CommandError, State};
 use petal::ids::StateIndex;
 use petal::translator::vdir::Vdisk;
 use serde_json::{Value, json};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Time between two looks.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// Where nothing is done for so long, that is said; and again after six times that.
+const TELL_AFTER: Duration = Duration::from_secs(10);
 
 /// `petal disk flatten`
 #[derive(clap::Args)]
@@ -45,10 +47,17 @@ pub async fn flatten(connection: &Connection, arguments: Arguments) -> Result<()
     let state = connection.state().await?;
     let disk = find(&state, &name)?.clone();
     ensure!(!disk.is_snapshot(), "'{name}' is a snapshot, and never changes; name a disk");
-    if stop {
-        ensure!(state.flattening(disk.id).is_some(), "'{name}' is not being flattened");
-    }
-    let begun = connection.executed(Command::Flatten { vdisk: disk.id, wanted: !stop }).await?;
+    let begun = match connection.executed(Command::Flatten { vdisk: disk.id, wanted: !stop }).await {
+        // As good as done: whoever says it again after an interruption need not know whether it was.
+        Err(error) if matches!(refusal(&error), Some(CommandError::StandsByItself { .. })) => {
+            if format.json {
+                return output::print_json(&json!({ "disk": name, "flattening": false, "done": true }));
+            }
+            println!("Disk {name} is no clone, or needs nothing of its parents already.");
+            return Ok(());
+        }
+        begun => begun?,
+    };
     if stop || detach {
         let what = if stop { "no longer flattened" } else { "being flattened, in the background" };
         if format.json {
@@ -68,6 +77,8 @@ pub async fn flatten(connection: &Connection, arguments: Arguments) -> Result<()
 async fn wait(connection: &Connection, disk: &Vdisk, begun: StateIndex) -> Result<()> {
     let name = &disk.name;
     let mut progress: Option<Progress> = None;
+    // Since when so many are left.
+    let mut stands = (usize::MAX, Instant::now());
     loop {
         let state = connection.state().await?;
         if state.index < begun {
@@ -81,6 +92,15 @@ async fn wait(connection: &Connection, disk: &Vdisk, begun: StateIndex) -> Resul
             }
             return ended(&state, disk);
         };
+        if left != stands.0 {
+            stands = (left, Instant::now());
+        } else if stands.1.elapsed() >= TELL_AFTER {
+            eprintln!(
+                "{}: {left} of {all} slots wait; nobody serves them, or they are slow: see `petal status`",
+                disk.name
+            );
+            stands.1 = Instant::now() + TELL_AFTER * 5;
+        }
         let of = all as u64;
         let progress = progress.get_or_insert_with(|| Progress::begin_counted(format!("flatten {name}"), of, "slots"));
         progress.at(of - left as u64);

@@ -8,7 +8,7 @@ use crate::place::Place;
 use anyhow::{Result, ensure};
 use petal::global_state::{Command, State, split_name};
 use serde_json::json;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 /// `petal rollback`
 #[derive(clap::Args)]
@@ -18,7 +18,8 @@ Examples:
   petal rollback vol0 --to monday --keep broken
   petal rollback vol0 --to monday --discard    what vol0 holds now is gone
 
-Nobody may have the disk attached. No snapshot is lost: newer ones stay, too.")]
+Nobody may have the disk attached. No snapshot is lost: newer ones stay, too. The disk gets the size that the
+snapshot has.")]
 pub struct Arguments {
     /// The disk
     disk: String,
@@ -55,6 +56,7 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
         let connection = Connection::open(&place).await?;
         let made = output::unix_seconds();
         let kept = RefCell::new(None);
+        let sizes = Cell::new((0, 0));
         let command = |state: &State| {
             let (vdisk, snapshot) = (find_disk(state, &disk)?, find_snapshot(state, &to)?);
             let keep = match (&keep, discard) {
@@ -63,12 +65,18 @@ pub fn run(place: &Place, arguments: Arguments) -> Result<()> {
                 (None, false) => Some(free_name(state, std::slice::from_ref(&disk), "before-rollback-", made)),
             };
             kept.replace(keep.clone());
+            sizes.set((vdisk.size, snapshot.size));
             Ok(Command::Rollback { vdisk: vdisk.id, epoch: vdisk.epoch, to: snapshot.id, keep, made })
         };
         connection.execute_on_present(command, false).await.map_err(not_while_attached)?;
         let kept = kept.into_inner().map(|name| format!("{disk}@{name}"));
         if format.json {
-            return output::print_json(&json!({"disk": disk, "to": to, "kept": kept}));
+            return output::print_json(&json!({"disk": disk, "to": to, "kept": kept, "size": sizes.get().1}));
+        }
+        if let (before, now) = sizes.get()
+            && before != now
+        {
+            println!("{disk} has {} again, as {to} has; it had {}.", output::size(now), output::size(before));
         }
         match kept {
             Some(kept) => println!("{disk} holds what {to} holds; what it held before is {kept}."),

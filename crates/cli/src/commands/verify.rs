@@ -182,7 +182,8 @@ async fn online(place: &Place) -> Result<Findings> {
             leaks.insert(behind);
         }
         findings.add(&behind.to_string(), part);
-        for element in differing(&state, &mut walks) {
+        // By who is in sync now: slots may be moving.
+        for element in differing(&connection.state().await?, &mut walks) {
             findings.complaints.extend(look_again(&connection, &state, element).await?);
         }
     }
