@@ -290,7 +290,7 @@ mod tests {
         assert_eq!(c.tree(), all);
         let origin = |name: &str| Tree::new(&c.state).origin(&c.named(name)).words();
         assert_eq!(origin("copy2"), "clone of copy@s");
-        assert_eq!(origin("of-a"), "came from what has no name any more");
+        assert_eq!(origin("of-a"), "clone of a as it was");
         assert_eq!((origin("a"), origin("a@monday")), (String::new(), String::new()));
     }
 
