@@ -28,7 +28,7 @@ pub struct Target {
 pub enum Fit {
     /// It is what comes next.
     Begin,
-    /// It was begun before: the same elements are written again.
+    /// It was begun before: it is read from its beginning, and written from where the target knows that it came.
     Continue,
     /// The target has this state already: there is nothing to do.
     Present,

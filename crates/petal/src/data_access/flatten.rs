@@ -116,7 +116,7 @@ impl DataAccess {
             let of_gmap = SlotId { gmap, slot: 0 }..=SlotId { gmap, slot: u32::MAX };
             let here = self.by_id.range(of_gmap).filter(|(id, index)| {
                 let acts = self.slots[**index].acting.as_ref().is_some_and(|a| a.is_serving());
-                acts && ctx.state.is_left(flattening, **id)
+                acts && flattening.is_left(**id)
             });
             let slots: BTreeMap<_, _> = here.map(|(id, index)| (id.slot, (*index, self.slots[*index].term))).collect();
             let (vdisk, session, family) = (*vdisk, flattening.session, family.id);

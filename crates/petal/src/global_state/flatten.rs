@@ -33,6 +33,13 @@ pub struct Flattening {
     pub left: BTreeSet<u32>,
 }
 
+impl Flattening {
+    /// True if this slot may have elements that the clone inherits still.
+    pub(crate) fn is_left(&self, slot: SlotId) -> bool {
+        self.gmap != slot.gmap || self.left.contains(&slot.slot)
+    }
+}
+
 impl State {
     /// Begins, if it has not begun; or stops.
     pub(super) fn flatten(&mut self, id: VdiskId, wanted: bool, effects: &mut Effects) -> Applied {
@@ -148,11 +155,6 @@ impl State {
         let flattening = self.flattenings.get(&id)?;
         let all = self.slots.get(&flattening.gmap).map_or(0, Vec::len);
         Some((all, flattening.left.len().min(all)))
-    }
-
-    /// True if this slot may have elements that a clone inherits still.
-    pub(crate) fn is_left(&self, flattening: &Flattening, slot: SlotId) -> bool {
-        flattening.gmap != slot.gmap || flattening.left.contains(&slot.slot)
     }
 
     pub(super) fn check_flattenings(&self) -> Result<(), String> {
