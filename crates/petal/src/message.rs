@@ -82,6 +82,8 @@ pub enum Body {
     Replicate(Replicate),
     /// What is stable of streams, and the window.
     StreamAck(StreamAck),
+    /// Unused parts of a window are given back.
+    CreditReturned(CreditReturned),
     /// Watermarks told without a write to carry them.
     Watermarks(Watermarks),
     /// Asks to promise terms.
@@ -524,6 +526,8 @@ pub struct DiskStatus {
     pub used: u64,
     /// Elements.
     pub elements: u64,
+    /// Writes of new blocks are refused; overwrites, discards and reads are not.
+    pub full: bool,
     /// None: works. Else why it does not.
     pub error: Option<String>,
 }
@@ -703,10 +707,40 @@ pub struct StreamAck {
     pub slots: Vec<SlotAck>,
     /// Slots whose stream came damaged in these terms, so that it does not go on: it is to be opened again.
     pub again: Vec<(SlotId, Term)>,
-    /// Blocks that the receiver keeps free for writes of this primary that it has not yet answered.
+    /// Room for writes.
+    pub credit: Credit,
+}
+
+/// Room that a receiver has for a primary's writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Credit {
+    /// Blocks kept free for writes that are not answered yet.
     pub window: u64,
-    /// True if the window is small because the receiver is full, not because it is busy.
-    pub full: bool,
+    /// Blocks that the primary has given back, as far as the receiver knows: `window` is without them.
+    pub returned: u64,
+    /// What the primary has beyond this and does not use the receiver asks back.
+    pub keep: Option<u64>,
+    /// What is taken.
+    pub takes: Takes,
+}
+
+/// What writes a receiver has room for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Takes {
+    /// All, within the window.
+    #[default]
+    Everything,
+    /// It is full: only those that give back as much as they take.
+    Overwrites,
+    /// Not even those, and nothing is on its way that would help.
+    Nothing,
+}
+
+/// What a primary has given back of a receiver's window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreditReturned {
+    /// Blocks in all, since either began its present life.
+    pub blocks: u64,
 }
 
 /// How far one stream is stable.
@@ -756,10 +790,8 @@ pub struct Promise {
 pub struct Promised {
     /// One per slot; the watermark is the promiser's own.
     pub slots: Vec<(SlotId, Term, Version)>,
-    /// The window, as in `StreamAck`.
-    pub window: u64,
     /// As in `StreamAck`.
-    pub full: bool,
+    pub credit: Credit,
 }
 
 /// Asks for elements newer than a version, in a promised term.

@@ -365,17 +365,15 @@ impl DataAccess {
     /// Promises given in this round, one message per primary.
     pub(crate) fn send_promised(&mut self, ctx: &mut Context) {
         for (to, slots) in std::mem::take(&mut self.promised_due) {
-            let (window, full) = self.grant(ctx, to);
-            ctx.send(Peer::Server(to), Body::Promised(Promised { slots, window, full }));
+            let credit = self.credit(ctx, to);
+            ctx.send(Peer::Server(to), Body::Promised(Promised { slots, credit }));
         }
     }
 
     /// Promises have come.
     pub fn on_promised(&mut self, ctx: &mut Context, from: ServerId, m: Promised) {
         self.silence.heard(from);
-        let window = self.windows.entry(from).or_default();
-        window.limit = m.window;
-        window.full = m.full;
+        self.on_credit(ctx, from, m.credit);
         for (id, term, watermark) in m.slots {
             let Some(&index) = self.by_id.get(&id) else { continue };
             let slot = &mut self.slots[index];

@@ -378,11 +378,10 @@ impl DataAccess {
         // The rest in another round.
         repair.is_missing |= repair.data.len() > AT_ONCE_MAX;
         repair.data.truncate(AT_ONCE_MAX);
-        // What is promised to others stays free for them, for ever if they ask for nothing. But a repair gives back what
-        // it takes, so that a little may come out of the store's reserve.
+        // What is promised to others stays free for them. But a repair gives back what it takes, so that a little may
+        // come out of the store's reserve.
         let blocks = repair.data.len() as u64;
-        let reserved: u64 = self.windows.values().map(crate::data_access::Window::reserved).sum();
-        let has_room = ctx.stores.free_blocks() >= reserved + blocks || self.repairs.writing() == 0;
+        let has_room = self.unreserved(ctx) >= blocks || self.repairs.writing() == 0;
         if !has_room || !ctx.stores.is_ready_for(blocks) {
             return;
         }

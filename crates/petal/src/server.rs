@@ -472,6 +472,7 @@ impl Server {
             }
             (Peer::Server(s), Body::Replicate(m)) => data.on_replicate(ctx, s, m),
             (Peer::Server(s), Body::StreamAck(m)) => data.on_stream_ack(ctx, s, m),
+            (Peer::Server(s), Body::CreditReturned(m)) => data.on_credit_returned(s, m),
             (Peer::Server(s), Body::Watermarks(m)) => data.on_watermarks(ctx, s, m),
             (Peer::Server(s), Body::Promise(m)) => data.on_promise(ctx, s, m),
             (Peer::Server(s), Body::Promised(m)) => data.on_promised(ctx, s, m),

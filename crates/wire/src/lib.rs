@@ -24,6 +24,6 @@ pub use hello::{Hello, Reject, RejectCode, Role, check_hello};
 pub use validate::validate;
 
 /// Version of the protocol that this program speaks best.
-pub const VERSION: u16 = 5;
+pub const VERSION: u16 = 6;
 /// Oldest version that it still speaks.
-pub const VERSION_MIN: u16 = 5;
+pub const VERSION_MIN: u16 = 6;

@@ -35,6 +35,7 @@ pub fn name(body: &Body) -> &'static str {
         Body::AdminReply(_) => "AdminReply",
         Body::Replicate(_) => "Replicate",
         Body::StreamAck(_) => "StreamAck",
+        Body::CreditReturned(_) => "CreditReturned",
         Body::Watermarks(_) => "Watermarks",
         Body::Promise(_) => "Promise",
         Body::Promised(_) => "Promised",
@@ -74,17 +75,24 @@ fn check(body: &Body) -> Check {
         Body::WriteReply(m) => need(&m.need),
         Body::MapReply(m) => map_reply(m),
         Body::Replicate(m) => replicate(m),
-        Body::StreamAck(m) => m.slots.iter().try_for_each(|s| {
-            counters(&[s.term, s.stream, s.through])?;
-            version(s.durable_watermark)
-        }),
+        Body::StreamAck(m) => {
+            credit(&m.credit)?;
+            m.slots.iter().try_for_each(|s| {
+                counters(&[s.term, s.stream, s.through])?;
+                version(s.durable_watermark)
+            })
+        }
+        Body::CreditReturned(m) => counters(&[m.blocks]),
         Body::Watermarks(m) => m.slots.iter().try_for_each(|s| {
             counters(&[s.term])?;
             version(s.watermark)?;
             version(s.lowest)
         }),
         Body::Promise(m) => m.slots.iter().try_for_each(|(_, term)| counters(&[*term])),
-        Body::Promised(m) => terms_and_versions(&m.slots),
+        Body::Promised(m) => {
+            credit(&m.credit)?;
+            terms_and_versions(&m.slots)
+        }
         Body::List(m) => {
             counters(&[m.term])?;
             version(m.above)?;
@@ -140,6 +148,10 @@ fn check(body: &Body) -> Check {
 
 fn require(holds: bool, why: &'static str) -> Check {
     if holds { Ok(()) } else { Err(why) }
+}
+
+fn credit(m: &Credit) -> Check {
+    counters(&[m.window, m.returned, m.keep.unwrap_or(0)])
 }
 
 fn counters(numbers: &[u64]) -> Check {

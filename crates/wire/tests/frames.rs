@@ -512,8 +512,9 @@ prop_compose! {
 prop_compose! {
     fn any_acks()(
         numbers in prop::collection::vec((any::<u64>(), any::<u32>(), 0..1u64 << 62, 0..1u64 << 62), 0..300),
-        window in any::<u64>(),
-        full in any::<bool>(),
+        window in 0..1u64 << 62,
+        returned in 0..1u64 << 62,
+        takes in prop::sample::select(vec![Takes::Everything, Takes::Overwrites, Takes::Nothing]),
     ) -> Message {
         let slots = numbers.into_iter().map(|(gmap, slot, a, b)| SlotAck {
             slot: SlotId { gmap: GmapId(gmap), slot },
@@ -522,7 +523,8 @@ prop_compose! {
             through: a,
             durable_watermark: Version { term: b, sequence: a },
         });
-        Message { state_index: 5, body: Body::StreamAck(StreamAck { slots: slots.collect(), again: Vec::new(), window, full }) }
+        let credit = Credit { window, returned, keep: Some(window / 2), takes };
+        Message { state_index: 5, body: Body::StreamAck(StreamAck { slots: slots.collect(), again: Vec::new(), credit }) }
     }
 }
 

@@ -10,7 +10,6 @@ use crate::place::Place;
 use anyhow::{Context, Result, bail, ensure};
 use petal::global_state::{Command, CommandError, ServerState, State};
 use petal::ids::ServerId;
-use petal::message::DiskStatus;
 use petal::replan::{copies_to_move, replan};
 use petal::translator::gmap::Gmap;
 use serde_json::{Value, json};
@@ -124,16 +123,6 @@ pub(super) fn copy_size(tuple: &[ServerId], held: &BTreeMap<ServerId, Held>) -> 
     sizes.iter().sum::<u64>() / sizes.len().max(1) as u64
 }
 
-/// What a disk keeps free (`store/disk.rs`), with what may be promised to others of the rest.
-fn kept_free(capacity: u64) -> u64 {
-    2 * (capacity / 256).clamp(256 << 10, 64 << 20)
-}
-
-/// Writes that need room there are refused, or wait.
-pub(super) fn is_full(disk: &DiskStatus) -> bool {
-    disk.capacity > 0 && disk.capacity - disk.used.min(disk.capacity) <= kept_free(disk.capacity)
-}
-
 pub(super) async fn held(connection: &Connection, state: &State) -> Result<BTreeMap<ServerId, Held>> {
     let connection = connection.to_all(state).await?;
     let mut all = BTreeMap::new();
@@ -143,7 +132,7 @@ pub(super) async fn held(connection: &Connection, state: &State) -> Result<BTree
         if let Ok(status) = connection.server_status(*server, ANSWER_LIMIT).await {
             held.bytes = status.disks.iter().map(|d| d.used).sum();
             held.capacity = status.disks.iter().map(|d| d.capacity).sum();
-            held.is_full = status.disks.iter().any(is_full);
+            held.is_full = status.disks.iter().any(|d| d.full);
         }
         all.insert(*server, held);
     }

@@ -1,6 +1,5 @@
 //! `petal status`: the whole cluster on one screen.
 
-use super::placement::is_full;
 use super::{disk, flatten, reconfigure, scrub};
 use crate::cluster_folder::ClusterFolder;
 use crate::connect::{self, Connection};
@@ -269,7 +268,7 @@ impl Report {
     fn full_disks(&self) -> impl Iterator<Item = (ServerId, &DiskStatus)> {
         let all =
             self.servers.iter().flat_map(|s| s.status.iter().flat_map(move |st| st.disks.iter().map(|d| (s.id, d))));
-        all.filter(|(_, disk)| is_full(disk))
+        all.filter(|(_, disk)| disk.full)
     }
 
     /// Why the copies of a server are missing.
@@ -400,7 +399,7 @@ impl ServerReport {
         let disk = |d: &petal::message::DiskStatus| {
             json!({
                 "id": d.disk.to_string(), "path": d.path, "capacity": d.capacity, "used": d.used,
-                "elements": d.elements, "full": is_full(d), "error": d.error,
+                "elements": d.elements, "full": d.full, "error": d.error,
             })
         };
         let counters = |s: &ServerStatus| -> serde_json::Map<String, Value> {

@@ -227,7 +227,7 @@ impl DataAccess {
 
     /// One acknowledgement per peer, for all streams that got on since the last one.
     pub(super) fn send_acks(&mut self, ctx: &mut Context) {
-        self.offer_windows(ctx);
+        self.review_windows(ctx);
         if self.acks_due.is_empty() && self.window_due.is_empty() && self.again_due.is_empty() {
             return;
         }
@@ -256,42 +256,10 @@ impl DataAccess {
             });
         }
         for (to, slots) in told {
-            let (window, full) = self.grant(ctx, to);
+            let credit = self.credit(ctx, to);
             let again = again.remove(&to).unwrap_or_default();
-            ctx.send(Peer::Server(to), Body::StreamAck(StreamAck { slots, again, window, full }));
+            ctx.send(Peer::Server(to), Body::StreamAck(StreamAck { slots, again, credit }));
         }
-    }
-
-    /// A peer whose window had shrunk to nothing learns by itself that there is room again.
-    fn offer_windows(&mut self, ctx: &mut Context) {
-        let target = self.window_target(ctx);
-        if target < WINDOW_USEFUL {
-            return;
-        }
-        for (server, window) in &self.windows {
-            if window.told_full && self.connected.contains(server) {
-                self.window_due.insert(*server);
-            }
-        }
-    }
-
-    fn window_target(&self, ctx: &Context) -> u64 {
-        // Half of what is free, shared by the peers: the rest is for this server's own writes. And an eighth of all: what
-        // is granted to a peer that sends nothing stays granted while the disk fills up, and nobody has it.
-        let peers = self.windows.len().max(1) as u64;
-        let (free, all) = (ctx.stores.free_blocks(), ctx.stores.capacity_blocks());
-        (free / (2 * peers)).min((all / (8 * peers)).max(CREDIT_BLOCKS_MIN)).min(CREDIT_BLOCKS_MAX)
-    }
-
-    /// The window to tell a peer now.
-    pub(crate) fn grant(&mut self, ctx: &Context, to: ServerId) -> (u64, bool) {
-        let target = self.window_target(ctx);
-        let others: u64 = self.windows.iter().filter(|(s, _)| **s != to).map(|(_, w)| w.reserved()).sum();
-        let available = ctx.stores.free_blocks().saturating_sub(others);
-        let window = self.windows.entry(to).or_default();
-        let granted = window.grant(target, available);
-        window.told_full = granted < WINDOW_USEFUL;
-        (granted, window.told_full)
     }
 
     /// What a receiver has made stable.
@@ -333,9 +301,7 @@ impl DataAccess {
             self.settle_more(ctx, index);
             self.settlement_may_be_done(ctx, index);
         }
-        let window = self.windows.entry(from).or_default();
-        window.limit = m.window;
-        window.full = m.full;
+        self.on_credit(ctx, from, m.credit);
         for (id, term) in m.again {
             let index = self.by_id.get(&id).copied().filter(|index| self.slots[*index].term == term);
             if let Some(index) = index.filter(|_| self.connected.contains(&from)) {
@@ -382,7 +348,10 @@ impl DataAccess {
         self.window_due.insert(server);
         let window = self.windows.entry(server).or_default();
         if window.incarnation != incarnation {
-            *window = Window { incarnation, ..Window::default() };
+            *window = Window::new(incarnation);
+        } else if window.returned > 0 {
+            let blocks = window.returned;
+            ctx.send(Peer::Server(server), Body::CreditReturned(CreditReturned { blocks }));
         }
         let mut promises = Vec::new();
         for index in 0..self.slots.len() {
@@ -403,12 +372,10 @@ impl DataAccess {
     /// A connection to a server is gone, with what was on it.
     pub fn on_disconnected(&mut self, server: ServerId) {
         self.connected.remove(&server);
+        self.windows.entry(server).or_default().on_disconnected();
         self.joins_due = true;
     }
 }
-
-/// A window below this is told as full: the largest write has 16 blocks, and four of them should fit.
-const WINDOW_USEFUL: u64 = 64;
 
 fn part_element(part: &Part) -> Option<ElementKey> {
     match part {

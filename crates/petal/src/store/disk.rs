@@ -39,9 +39,6 @@ use stdx::{FastMap, FastSet};
 /// Dirty entries at which a checkpoint begins although the journal has room: bounds memory and the work
 /// of one checkpoint.
 const DIRTY_MAX: usize = 65536;
-/// Bytes of the PMap region that an element's head may need, and each of its rows, with the store's own overhead.
-const PMAP_BYTES_PER_HEAD: u64 = 512;
-const PMAP_BYTES_PER_ROW: u64 = 512;
 
 /// Blocks, `(row, block)`, whose data is written with the batch.
 type Fresh = Vec<(u16, u8)>;
@@ -407,20 +404,6 @@ impl Disk {
 
     // --------------------------------------------------------------------------------------------
     // Staging.
-
-    /// Blocks that may be handed out, beyond the reserve.
-    pub fn free_blocks(&self) -> u64 {
-        if self.elements * PMAP_BYTES_PER_HEAD + self.rows * PMAP_BYTES_PER_ROW >= self.superblock.layout.pmap.length {
-            return 0;
-        }
-        let free = if self.host_full.is_some() { self.allocator.free_below_frontier() } else { self.allocator.free() };
-        free.saturating_sub(self.reserve())
-    }
-
-    /// Blocks kept for settlements and for what keeps a full disk going.
-    fn reserve(&self) -> u64 {
-        (self.allocator.capacity() / 256).clamp(64, 16384)
-    }
 
     /// True if a change with so many blocks can be staged now, as far as waiting helps: for the file to
     /// grow, or for a checkpoint to make room in the journal.

@@ -122,6 +122,14 @@ impl Entry {
         Some(&self.rows[at])
     }
 
+    /// True if a write of these blocks takes more than it gives back: one of them has no place of its own in that row.
+    pub fn grows(&self, lineage: LineageId, epoch: Epoch, first_block: u8, blocks: usize) -> bool {
+        let Some(row) = self.row(lineage, epoch) else { return true };
+        let others = || self.rows.iter().filter(|r| (r.lineage, r.epoch) != (lineage, epoch));
+        let mut written = row.addresses.iter().skip(usize::from(first_block)).take(blocks);
+        written.any(|a| *a == NOWHERE || others().any(|r| r.addresses.contains(a)))
+    }
+
     /// What an entry with so many rows takes of the room for entries, in quarters of one with a single row: a further row
     /// takes a quarter of the memory.
     pub fn weight(rows: usize) -> usize {

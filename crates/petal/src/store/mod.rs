@@ -20,6 +20,7 @@ pub mod layout;
 mod model_tests;
 mod place;
 mod recovery;
+mod room;
 pub mod superblock;
 
 use crate::ids::*;
@@ -703,7 +704,8 @@ impl Stores {
 
     fn emptiest(&self) -> Result<usize, StageError> {
         let working = (0..self.disks.len()).filter(|d| self.disks[*d].failed.is_none());
-        working.max_by_key(|d| (self.disks[*d].free_blocks(), usize::MAX - d)).ok_or(StageError::DiskFailed)
+        let room = |d: &usize| (self.disks[*d].growth(), self.disks[*d].free_blocks(), usize::MAX - d);
+        working.max_by_key(room).ok_or(StageError::DiskFailed)
     }
 
     /// The other disks are told now and then, so that none of them makes the slot's watermark look old after a
@@ -952,16 +954,6 @@ impl Stores {
         self.disks.iter().map(|d| d.elements).sum()
     }
 
-    /// Free blocks on the fullest disk, beyond the reserve for deletes, settlements and metadata.
-    pub fn free_blocks(&self) -> u64 {
-        self.disks.iter().map(disk::Disk::free_blocks).min().unwrap_or(0)
-    }
-
-    /// Blocks of the smallest disk.
-    pub fn capacity_blocks(&self) -> u64 {
-        self.disks.iter().map(|d| d.allocator.capacity()).min().unwrap_or(0)
-    }
-
     /// What each disk tells of itself.
     pub fn status(&self) -> Vec<crate::message::DiskStatus> {
         let of = |d: &disk::Disk| crate::message::DiskStatus {
@@ -970,6 +962,7 @@ impl Stores {
             capacity: d.superblock.data_capacity(),
             used: d.allocator.referenced() * BLOCK_SIZE,
             elements: d.elements,
+            full: d.growth() == 0,
             error: d.failed.clone(),
         };
         self.disks.iter().map(of).collect()

@@ -143,14 +143,14 @@ pub fn samples() -> Vec<Message> {
         Body::StreamAck(StreamAck {
             slots: vec![SlotAck { slot: slot(), term: 12, stream: 1, through: 8, durable_watermark: version(12, 6) }],
             again: vec![(slot(), 12)],
-            window: 1024,
-            full: false,
+            credit: Credit { window: 1024, returned: 64, keep: Some(512), takes: Takes::Everything },
         }),
+        Body::CreditReturned(CreditReturned { blocks: 576 }),
         Body::Watermarks(Watermarks {
             slots: vec![SlotWatermark { slot: slot(), term: 12, watermark: version(12, 6), lowest: version(10, 4) }],
         }),
         Body::Promise(Promise { slots: vec![(slot(), 12)] }),
-        Body::Promised(Promised { slots: vec![(slot(), 12, version(10, 4))], window: 512, full: true }),
+        Body::Promised(Promised { slots: vec![(slot(), 12, version(10, 4))], credit: full_credit() }),
         Body::List(List { slot: slot(), term: 12, above: version(10, 4), after: Some(element()), attempt: 0 }),
         Body::Listed(Listed { slot: slot(), term: 12, elements: vec![(element(), image())], next: None, attempt: 7 }),
         Body::Fetch(Fetch {
@@ -180,4 +180,8 @@ pub fn samples() -> Vec<Message> {
         Body::Compared(Compared { slot: slot(), term: 12, elements: vec![(element(), image())], attempt: 7 }),
     ];
     bodies.into_iter().map(|body| Message { state_index: 13, body }).collect()
+}
+
+fn full_credit() -> Credit {
+    Credit { window: 32, returned: 0, keep: None, takes: Takes::Overwrites }
 }

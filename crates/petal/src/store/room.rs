@@ -1,0 +1,72 @@
+//! How much room there is on the disks, and for what.
+//!
+//! ```text
+//!   free blocks of a disk:  | reserve | only overwrites | writes of new blocks |
+//! ```
+//! The reserve is for settlements and for what keeps a full disk going. Overwrites give back as much as they take, once
+//! they are stable: what they need is kept from everything that grows.
+
+use super::disk::Disk;
+use super::*;
+
+/// Bytes of the PMap region that an element's head may need, and each of its rows, with the store's own overhead.
+const PMAP_BYTES_PER_HEAD: u64 = 512;
+const PMAP_BYTES_PER_ROW: u64 = 512;
+
+impl Disk {
+    /// Blocks that may be handed out, beyond the reserve.
+    pub fn free_blocks(&self) -> u64 {
+        let free = if self.host_full.is_some() { self.allocator.free_below_frontier() } else { self.allocator.free() };
+        free.saturating_sub(self.reserve())
+    }
+
+    /// Free blocks that writes of new blocks may take: what overwrites may take is left, since those give back as
+    /// much when they are stable. None if there is no room for another entry.
+    pub fn growth(&self) -> u64 {
+        if self.has_room_for_entries() { self.free_blocks().saturating_sub(self.overwrite_reserve()) } else { 0 }
+    }
+
+    /// True if the PMap has room for another one.
+    pub fn has_room_for_entries(&self) -> bool {
+        let entries = self.elements * PMAP_BYTES_PER_HEAD + self.rows * PMAP_BYTES_PER_ROW;
+        entries < self.superblock.layout.pmap.length
+    }
+
+    /// Blocks that only overwrites may take.
+    pub fn overwrite_reserve(&self) -> u64 {
+        let all = self.allocator.capacity();
+        (all / 64).max((all / 8).min(512)).min(16384)
+    }
+
+    /// Blocks kept for settlements and for what keeps a full disk going.
+    fn reserve(&self) -> u64 {
+        (self.allocator.capacity() / 256).clamp(64, 16384)
+    }
+}
+
+impl Stores {
+    /// Free blocks on the fullest disk, beyond the reserve for deletes, settlements and metadata.
+    pub fn free_blocks(&self) -> u64 {
+        self.disks.iter().map(disk::Disk::free_blocks).min().unwrap_or(0)
+    }
+
+    /// Blocks that writes of new blocks may take on the fullest disk, and how many only overwrites may take there.
+    pub fn growth(&self) -> (u64, u64) {
+        self.disks.iter().map(|d| (d.growth(), d.overwrite_reserve())).min().unwrap_or_default()
+    }
+
+    /// True if every disk has room for another entry.
+    pub fn has_room_for_entries(&self) -> bool {
+        self.disks.iter().all(disk::Disk::has_room_for_entries)
+    }
+
+    /// True if a write of these blocks of a loaded element takes more than it gives back when it is stable.
+    pub fn grows(&self, element: ElementKey, lineage: LineageId, epoch: Epoch, first_block: u8, blocks: usize) -> bool {
+        self.entry(element).is_none_or(|e| e.grows(lineage, epoch, first_block, blocks))
+    }
+
+    /// Blocks of the smallest disk.
+    pub fn capacity_blocks(&self) -> u64 {
+        self.disks.iter().map(|d| d.allocator.capacity()).min().unwrap_or(0)
+    }
+}
