@@ -442,6 +442,7 @@ impl DataAccess {
         let attempt = joiner.attempt;
         let window = self.windows.entry(server).or_default();
         let has_room = joiner.outgoing.cost() < BLOCKS_MAX && window.admits(BLOCKS_PER_ELEMENT as u64);
+        let is_full = window.takes != Takes::Everything;
         let Stage::Copying { stale, todo, comparing, active } = &mut joiner.stage else { return };
         // A fair share: this slot's copies and everybody's.
         while has_room && *active + comparing.len() < COPIES_BUSY.max(most / SLOTS_MAX) {
@@ -457,6 +458,11 @@ impl DataAccess {
                 continue;
             }
             match stale.get(&element) {
+                // What a full member does not have at all would take what its overwrites need.
+                Some(Theirs::Image(image)) if is_full && image.rows.is_empty() => {
+                    todo.push_back(element);
+                    break;
+                }
                 Some(Theirs::Image(_)) => {
                     self.pace.element(ctx.now);
                     *active += 1;

@@ -167,6 +167,12 @@ impl Scenario {
         self.world.write_range(client, held, block * 4096, (block + 1) * 4096);
     }
 
+    /// Begins to write several blocks of one element.
+    pub fn begin_write_blocks(&mut self, client: usize, vdisk: VdiskId, first: u64, blocks: u64) {
+        let held = self.held(client, vdisk).expect("it is attached");
+        self.world.write_range(client, held, first * 4096, (first + blocks) * 4096);
+    }
+
     /// Begins to read the hot block of an element.
     pub fn begin_read(&mut self, client: usize, vdisk: VdiskId, element: u64) {
         let held = self.held(client, vdisk).expect("it is attached");

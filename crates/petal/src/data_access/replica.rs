@@ -350,6 +350,7 @@ impl DataAccess {
         if window.incarnation != incarnation {
             *window = Window::new(incarnation);
         } else if window.returned > 0 {
+            window.on_disconnected();
             let blocks = window.returned;
             ctx.send(Peer::Server(server), Body::CreditReturned(CreditReturned { blocks }));
         }

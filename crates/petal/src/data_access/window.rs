@@ -66,6 +66,13 @@ pub struct Offer {
     pub may_free: bool,
 }
 
+impl Offer {
+    /// To one who has so much already.
+    pub fn to(&self, window: &Window) -> Offer {
+        Offer { available: self.available + window.reserved(), ..*self }
+    }
+}
+
 impl Default for Window {
     fn default() -> Self {
         Window::new(Incarnation(0))
@@ -108,7 +115,7 @@ impl Window {
         self.takes = credit.takes;
         let back = self.limit.saturating_sub(credit.keep?.max(self.in_flight));
         self.limit -= back;
-        self.returned += back;
+        self.returned = self.returned.saturating_add(back);
         Some(self.returned)
     }
 
@@ -161,14 +168,20 @@ impl Window {
     pub fn is_due(&mut self, offer: &Offer) -> bool {
         let has_too_much = self.reserved() * 2 > offer.target * 3;
         self.ask_due = has_too_much && offer.target * 4 <= self.asked_for.saturating_mul(3);
-        let may_wait = self.granted < WINDOW_USEFUL;
-        let more = may_wait && self.would_have(offer) >= 2 * self.granted.max(WINDOW_MIN / 2);
-        self.ask_due || more || self.told != self.takes(offer)
+        let (has, would_have) = (self.granted, self.would_have(offer));
+        let is_large_enough_now = has < WINDOW_MIN && would_have >= WINDOW_MIN;
+        let more = has < WINDOW_USEFUL && would_have >= 2 * has.max(WINDOW_MIN / 2);
+        self.ask_due || is_large_enough_now || more || self.told != self.takes(offer)
     }
 
     /// As replica: the other was asked not long ago, and has not answered.
     pub fn may_return(&self, now: Instant) -> bool {
         self.asked.is_some_and(|at| now.since(at) < RETURN_WITHIN)
+    }
+
+    /// As replica: the other was asked, and has not answered in time.
+    pub fn is_silent(&self, now: Instant) -> bool {
+        self.asked.is_some() && !self.may_return(now)
     }
 
     /// The connection is gone, and what was asked on it.
@@ -198,10 +211,14 @@ pub enum Room {
 pub struct Space {
     /// Blocks that are free, also what is reserved.
     pub free: u64,
-    /// What it takes.
-    pub takes: Takes,
+    /// Of these, what writes of new blocks may take.
+    pub growth: u64,
+    /// It is full, and takes only overwrites.
+    pub is_full: bool,
     /// Something is on its way after which more may be free.
     pub may_free: bool,
+    /// The write has waited so long that it is refused, if anybody is full.
+    pub is_late: bool,
 }
 
 /// Room for a write of `cost` blocks here and at every receiver. `grows` tells whether it takes more than it gives back.
@@ -222,18 +239,21 @@ pub fn room(
     }
     let others = || receivers.iter().filter(|r| **r != me);
     let is_full = |r: &ServerId| windows.get(r).is_some_and(|w| w.takes != Takes::Everything);
-    if (space.takes != Takes::Everything || others().any(is_full)) && grows() {
-        return Room::No;
-    }
     let reserved: u64 = windows.values().map(Window::reserved).sum();
+    let wait = if space.may_free && !space.is_late { Room::Later } else { Room::No };
+    let is_full = space.is_full || others().any(is_full);
+    if (is_full || space.growth < reserved + cost) && grows() {
+        return if is_full { Room::No } else { wait };
+    }
     if space.free < reserved + cost {
-        return if space.may_free { Room::Later } else { Room::No };
+        return wait;
     }
     for receiver in others() {
         let Some(window) = windows.get(receiver) else { return Room::Later };
         if !window.admits(cost) {
             let is_hopeless = window.takes == Takes::Nothing && window.in_flight == 0;
-            return if is_hopeless { Room::No } else { Room::Later };
+            let is_late = window.takes != Takes::Everything && space.is_late;
+            return if is_hopeless || is_late { Room::No } else { Room::Later };
         }
     }
     Room::Yes
@@ -297,22 +317,37 @@ mod tests {
     #[test]
     fn a_full_disk_takes_overwrites_and_nothing_else() {
         let mut windows = BTreeMap::from([(OTHER, Window::new(Incarnation(1)))]);
-        let room_for = |windows: &BTreeMap<ServerId, Window>, takes, may_free, cost, grows| {
-            room(windows, ME, &[ME, OTHER], 0, Space { free: 100, takes, may_free }, cost, || grows)
+        let space = Space { free: 100, growth: 100, is_full: false, may_free: false, is_late: false };
+        let room_for = |windows: &BTreeMap<ServerId, Window>, space, cost, grows| {
+            room(windows, ME, &[ME, OTHER], 0, space, cost, || grows)
         };
         let credit = |window, takes| Credit { window, returned: 0, keep: None, takes };
+        let full = Space { growth: 8, ..space };
         windows.get_mut(&OTHER).unwrap().on_credit(credit(20, Takes::Everything));
-        assert_eq!(room_for(&windows, Takes::Everything, false, 16, true), Room::Yes);
-        assert_eq!(room_for(&windows, Takes::Overwrites, false, 16, true), Room::No);
-        assert_eq!(room_for(&windows, Takes::Overwrites, false, 16, false), Room::Yes);
+        assert_eq!(room_for(&windows, space, 16, true), Room::Yes);
+        assert_eq!(room_for(&windows, full, 16, true), Room::No);
+        assert_eq!(room_for(&windows, Space { may_free: true, ..full }, 16, true), Room::Later);
+        assert_eq!(room_for(&windows, full, 16, false), Room::Yes);
+        assert_eq!(room_for(&windows, Space { is_full: true, may_free: true, ..space }, 16, true), Room::No);
+        assert_eq!(room_for(&windows, Space { is_full: true, ..space }, 16, false), Room::Yes);
         windows.get_mut(&OTHER).unwrap().on_credit(credit(20, Takes::Overwrites));
-        assert_eq!(room_for(&windows, Takes::Everything, false, 16, true), Room::No);
-        assert_eq!(room_for(&windows, Takes::Everything, false, 16, false), Room::Yes);
-        assert_eq!(room_for(&windows, Takes::Overwrites, false, 101, false), Room::No);
-        assert_eq!(room_for(&windows, Takes::Overwrites, true, 101, false), Room::Later);
+        assert_eq!(room_for(&windows, space, 16, true), Room::No);
+        assert_eq!(room_for(&windows, space, 16, false), Room::Yes);
+        assert_eq!(room_for(&windows, full, 101, false), Room::No);
+        assert_eq!(room_for(&windows, Space { may_free: true, ..full }, 101, false), Room::Later);
+        assert_eq!(room_for(&windows, Space { may_free: true, is_late: true, ..full }, 101, false), Room::No);
         windows.get_mut(&OTHER).unwrap().on_credit(credit(8, Takes::Overwrites));
-        assert_eq!(room_for(&windows, Takes::Everything, false, 16, false), Room::Later, "it may get more");
+        assert_eq!(room_for(&windows, space, 16, false), Room::Later, "it may get more");
+        assert_eq!(room_for(&windows, Space { is_late: true, ..space }, 16, false), Room::No);
         windows.get_mut(&OTHER).unwrap().on_credit(credit(8, Takes::Nothing));
-        assert_eq!(room_for(&windows, Takes::Everything, false, 16, false), Room::No);
+        assert_eq!(room_for(&windows, space, 16, false), Room::No);
+    }
+
+    #[test]
+    fn who_waits_for_more_than_it_has_hears_of_it() {
+        let mut w = Window::new(Incarnation(1));
+        assert_eq!(told(&mut w, 15, 15).window, 15);
+        assert!(!w.is_due(&offer(15, 100)));
+        assert!(w.is_due(&offer(16, 100)), "one write of sixteen blocks");
     }
 }

@@ -80,7 +80,7 @@ impl DataAccess {
 
     /// Step 2 and 3 of 2.6: the write gets its version, is staged here, and sent to the others.
     pub(super) fn assign(&mut self, ctx: &mut Context, number: OpNumber) {
-        let space = self.space(ctx);
+        let space = self.space(ctx, self.operations[&number].since);
         let op = self.operations.get_mut(&number).expect("an operation to assign exists");
         let Kind::Write(w) = &op.kind else { unreachable!("only writes get versions") };
         if ctx.liveness.lease(ctx.now).is_none() {

@@ -7,12 +7,6 @@ impl Server {
         let counters = &self.data.counters;
         let counter = |name: &str, value: u64| (name.to_string(), value);
         let [disk_read, disk_write] = self.disk_times.worst(self.now);
-        let mut disks = self.stores.status();
-        if self.data.is_full()
-            && let Some(fullest) = disks.iter_mut().min_by_key(|d| d.capacity.saturating_sub(d.used))
-        {
-            fullest.full = true;
-        }
         ServerStatus {
             server: self.me,
             incarnation: self.incarnation,
@@ -21,7 +15,7 @@ impl Server {
             lease: self.liveness.lease(self.now).is_some(),
             connected: self.connected.keys().copied().collect(),
             slots_acting: self.data.acting(),
-            disks,
+            disks: self.stores.status(self.data.is_full()),
             counters: vec![
                 counter("reads", counters.reads),
                 counter("writes", counters.writes),

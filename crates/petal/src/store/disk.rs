@@ -173,9 +173,9 @@ pub(super) struct Disk {
     pub tail: Position,
     checkpoint: Option<Checkpoint>,
     /// Freed by a batch, waiting for a durable batch that vouches for it.
-    freed: VecDeque<(u64, Vec<Address>)>,
+    pub(super) freed: VecDeque<(u64, Vec<Address>)>,
     /// Vouched for, waiting for readers that began before.
-    unpinned: VecDeque<(u64, Vec<Address>)>,
+    pub(super) unpinned: VecDeque<(u64, Vec<Address>)>,
     next_pin: u64,
     pins: BTreeSet<u64>,
     reads: FastMap<ReadId, ReadJob>,
@@ -857,8 +857,7 @@ impl Disk {
     /// batch vouches for the one that freed them.
     fn push_frees_on(&mut self) {
         let idle = self.batches.is_empty() && self.open.is_empty() && self.closed.is_empty();
-        let short = self.allocator.free() < self.allocator.capacity() / 8;
-        if short && idle && !self.freed.is_empty() && self.has_journal_room(BLOCK_SIZE, self.ring() / 16) {
+        if self.is_short() && idle && !self.freed.is_empty() && self.has_journal_room(BLOCK_SIZE, self.ring() / 16) {
             self.issue_batch(OpenBatch::default());
         }
     }

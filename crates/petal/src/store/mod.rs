@@ -954,15 +954,16 @@ impl Stores {
         self.disks.iter().map(|d| d.elements).sum()
     }
 
-    /// What each disk tells of itself.
-    pub fn status(&self) -> Vec<crate::message::DiskStatus> {
+    /// What each disk tells of itself. Where writes of new blocks are refused, the fullest is why.
+    pub fn status(&self, is_full: bool) -> Vec<crate::message::DiskStatus> {
+        let fullest = self.disks.iter().map(disk::Disk::growth).min().filter(|_| is_full);
         let of = |d: &disk::Disk| crate::message::DiskStatus {
             disk: d.superblock.disk,
             path: d.path.clone(),
             capacity: d.superblock.data_capacity(),
             used: d.allocator.referenced() * BLOCK_SIZE,
             elements: d.elements,
-            full: d.growth() == 0,
+            full: fullest == Some(d.growth()),
             error: d.failed.clone(),
         };
         self.disks.iter().map(of).collect()

@@ -14,16 +14,32 @@ const PMAP_BYTES_PER_HEAD: u64 = 512;
 const PMAP_BYTES_PER_ROW: u64 = 512;
 
 impl Disk {
-    /// Blocks that may be handed out, beyond the reserve.
+    /// Blocks that may be handed out, beyond the reserve. None if there is no room for another entry.
     pub fn free_blocks(&self) -> u64 {
         let free = if self.host_full.is_some() { self.allocator.free_below_frontier() } else { self.allocator.free() };
-        free.saturating_sub(self.reserve())
+        if self.has_room_for_entries() { free.saturating_sub(self.reserve()) } else { 0 }
     }
 
     /// Free blocks that writes of new blocks may take: what overwrites may take is left, since those give back as
-    /// much when they are stable. None if there is no room for another entry.
+    /// much when they are stable. What is about to be given back counts as free.
     pub fn growth(&self) -> u64 {
-        if self.has_room_for_entries() { self.free_blocks().saturating_sub(self.overwrite_reserve()) } else { 0 }
+        let free = if self.host_full.is_some() {
+            self.allocator.free_below_frontier()
+        } else {
+            self.allocator.capacity() - self.allocator.referenced()
+        };
+        let kept = self.reserve() + self.overwrite_reserve();
+        if self.has_room_for_entries() { free.saturating_sub(kept) } else { 0 }
+    }
+
+    /// So little is free that what was given back is made fit to be handed out without anybody's doing.
+    pub fn is_short(&self) -> bool {
+        self.growth() < self.allocator.capacity() / 8
+    }
+
+    /// Blocks were given back that cannot be handed out yet, and will be soon.
+    fn has_frees(&self) -> bool {
+        !self.unpinned.is_empty() || self.is_short() && !self.freed.is_empty()
     }
 
     /// True if the PMap has room for another one.
@@ -35,7 +51,7 @@ impl Disk {
     /// Blocks that only overwrites may take.
     pub fn overwrite_reserve(&self) -> u64 {
         let all = self.allocator.capacity();
-        (all / 64).max((all / 8).min(512)).min(16384)
+        (all / 64).max((all / 4).min(512)).min(16384)
     }
 
     /// Blocks kept for settlements and for what keeps a full disk going.
@@ -50,19 +66,30 @@ impl Stores {
         self.disks.iter().map(disk::Disk::free_blocks).min().unwrap_or(0)
     }
 
-    /// Blocks that writes of new blocks may take on the fullest disk, and how many only overwrites may take there.
-    pub fn growth(&self) -> (u64, u64) {
-        self.disks.iter().map(|d| (d.growth(), d.overwrite_reserve())).min().unwrap_or_default()
+    /// Blocks that writes of new blocks may take on the fullest disk. Another disk may have less that can be handed
+    /// out at the moment (`free_blocks`).
+    pub fn growth(&self) -> u64 {
+        self.disks.iter().map(Disk::growth).min().unwrap_or(0)
     }
 
-    /// True if every disk has room for another entry.
-    pub fn has_room_for_entries(&self) -> bool {
-        self.disks.iter().all(disk::Disk::has_room_for_entries)
+    /// Blocks that only overwrites may take, on the disk with the fewest of them.
+    pub fn overwrite_reserve(&self) -> u64 {
+        self.disks.iter().map(Disk::overwrite_reserve).min().unwrap_or(0)
+    }
+
+    /// Blocks will be free that are not yet.
+    pub fn has_frees(&self) -> bool {
+        self.disks.iter().any(Disk::has_frees)
     }
 
     /// True if a write of these blocks of a loaded element takes more than it gives back when it is stable.
     pub fn grows(&self, element: ElementKey, lineage: LineageId, epoch: Epoch, first_block: u8, blocks: usize) -> bool {
         self.entry(element).is_none_or(|e| e.grows(lineage, epoch, first_block, blocks))
+    }
+
+    /// True if every disk has room for another entry.
+    pub fn has_room_for_entries(&self) -> bool {
+        self.disks.iter().all(disk::Disk::has_room_for_entries)
     }
 
     /// Blocks of the smallest disk.

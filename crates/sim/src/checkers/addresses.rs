@@ -113,7 +113,7 @@ impl Examiner<'_> {
 
     /// Nothing else is in use.
     fn check_space(&mut self) {
-        let (used, needed) = (self.stores.status().iter().map(|d| d.used).sum::<u64>(), self.blocks * BLOCK_SIZE);
+        let (used, needed) = (self.stores.status(false).iter().map(|d| d.used).sum::<u64>(), self.blocks * BLOCK_SIZE);
         if used != needed {
             self.found.complaints.push(format!("{used} bytes are in use, the elements have {needed}"));
         }
