@@ -368,12 +368,15 @@ impl DataAccess {
         }
         let image = ctx.stores.image(element);
         let is_wanted = |(place, crc): &Wanted| image.sum(*place) == Some(BlockSum::Crc(*crc));
+        let found = repair.data.len();
         repair.data.retain(|(wanted, _)| is_wanted(wanted));
+        // Written over meanwhile; or its row was dropped, and another one shares the bad block: look again.
+        repair.is_missing |= repair.data.len() < found;
         if family_ended(ctx.state, element.family) || !self.slots[repair.slot].is_member {
             return self.end_repair(ctx, element, true);
         }
         if repair.data.is_empty() {
-            return self.end_round(ctx, element); // Written over meanwhile.
+            return self.end_round(ctx, element);
         }
         // The rest in another round.
         repair.is_missing |= repair.data.len() > AT_ONCE_MAX;
