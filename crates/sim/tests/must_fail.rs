@@ -181,7 +181,7 @@ fn serving_at_once_when_a_member_was_taken_out() {
 #[test]
 fn a_lease_that_is_judged_by_a_clock_that_was_read_before() {
     let ground = reading(FaultWeights { freeze: 1, ..FaultWeights::NONE });
-    must_be_caught_within(Sabotage::LeaseByEarlierClock, 700..740, ground);
+    must_be_caught_within(Sabotage::LeaseByEarlierClock, 750..790, ground);
 }
 
 /// A disk is taken over; a server that has not heard of it acknowledges what the old holder asks.
@@ -260,7 +260,7 @@ fn who_left_a_slot_serves_on() {
 #[test]
 fn a_split_that_leaves_behind_what_is_newer_than_the_watermark() {
     let ground = Overrides { servers: Some(4), shifts: true, ..Overrides::default() };
-    must_be_caught_within(Sabotage::SplitLosesChanges, 90..120, ground);
+    must_be_caught_within(Sabotage::SplitLosesChanges, 260..290, ground);
 }
 
 /// A disk absent for one boot, then back.
