@@ -51,7 +51,7 @@ pub fn refuses_and_goes_on(cluster: &Cluster) -> Result<()> {
     ensure!((250..385).contains(&written), "three disks of 256 MiB take {written} MiB in two copies");
     holds(cluster, 0, written)?;
     // What is there can be written over, again and again, in large pieces and single blocks; nothing new is taken.
-    for round in 1..=3 {
+    for round in [1, 2, 0] {
         run(
             cluster,
             &format!("for n in range({written}): h.pwrite(bytes([(n + {round}) % 251 + 1]) * 1048576, n << 20)"),
