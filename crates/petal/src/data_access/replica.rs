@@ -349,10 +349,13 @@ impl DataAccess {
         let window = self.windows.entry(server).or_default();
         if window.incarnation != incarnation {
             *window = Window::new(incarnation);
-        } else if window.returned > 0 {
+        } else {
+            // What was asked on the last connection may be lost, even if nobody said that this one had ended.
             window.on_disconnected();
-            let blocks = window.returned;
-            ctx.send(Peer::Server(server), Body::CreditReturned(CreditReturned { blocks }));
+            if window.returned > 0 {
+                let blocks = window.returned;
+                ctx.send(Peer::Server(server), Body::CreditReturned(CreditReturned { blocks }));
+            }
         }
         let mut promises = Vec::new();
         for index in 0..self.slots.len() {

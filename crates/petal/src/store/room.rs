@@ -63,7 +63,7 @@ impl Disk {
 impl Stores {
     /// Free blocks on the fullest disk, beyond the reserve for deletes, settlements and metadata.
     pub fn free_blocks(&self) -> u64 {
-        self.disks.iter().map(disk::Disk::free_blocks).min().unwrap_or(0)
+        self.disks.iter().map(Disk::free_blocks).min().unwrap_or(0)
     }
 
     /// Blocks that writes of new blocks may take on the fullest disk. Another disk may have less that can be handed
@@ -89,7 +89,7 @@ impl Stores {
 
     /// True if every disk has room for another entry.
     pub fn has_room_for_entries(&self) -> bool {
-        self.disks.iter().all(disk::Disk::has_room_for_entries)
+        self.disks.iter().all(Disk::has_room_for_entries)
     }
 
     /// Blocks of the smallest disk.
